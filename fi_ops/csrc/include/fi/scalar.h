@@ -20,9 +20,14 @@ struct f16 {
   uint16_t bits;
 };
 
-enum class DType : int32_t { f32, bf16, f16 };
+enum class DType : int32_t { f32, bf16, f16, boolean, u8, i32, i64 };
 
-FI_INLINE constexpr int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+FI_INLINE constexpr int64_t size_of(DType t) {
+  return t == DType::i64                        ? 8
+         : t == DType::f32 || t == DType::i32   ? 4
+         : t == DType::bf16 || t == DType::f16  ? 2
+                                                : 1;
+}
 
 FI_INLINE uint32_t float_bits(float x) {
   uint32_t u;

@@ -1,0 +1,52 @@
+# Every target sets up what it needs: a virtual environment, the dependencies, the native library.
+# PYTHON chooses the interpreter, VENV the environment's folder, PYTEST_ARGS what pytest gets.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-gpu bench build lint format asan docs clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "fi_ops: installing torch and the test dependencies into $(VENV) ..."
+	$(PIP) torch ninja setuptools
+	$(PIP) --no-build-isolation --no-deps -e .
+	$(PIP) "torch>=2.11" ninja "pytest>=8" "expecttest>=0.2" "transformers>=5" "hypothesis>=6" numpy
+	@touch $@
+
+$(VENV)/.lint-ready: $(VENV)/.ready
+	$(PIP) "ruff>=0.9" "mypy>=1.13" "clang-format>=18"
+	@touch $@
+
+build: $(VENV)/.ready        ## build the native libraries ahead of time (a no-op when nothing changed)
+	$(PY) -m fi_ops.build
+
+demo: build                  ## the main job: a real checkpoint, stock torch.compile against fi_ops
+	$(PY) examples/demo.py
+
+test: build                  ## the whole suite on this machine
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint-ready    ## ruff, types, C++ format
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'fi_ops/csrc/*.h' 'fi_ops/csrc/*.cpp')
+
+format: $(VENV)/.lint-ready  ## rewrite the sources in the house format
+	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(git ls-files 'fi_ops/csrc/*.h' 'fi_ops/csrc/*.cpp')
+
+asan: $(VENV)/.ready         ## the op sweep on an AddressSanitizer + UBSan build of the CPU library
+	FI_OPS_SANITIZE=address,undefined $(PY) -m fi_ops.build --device cpu
+	$(PY) tests/run_sanitized.py
+
+bench: build                 ## all benches, short form (see python -m bench --help)
+	$(PY) -m bench all
+
+docs: build                  ## regenerate the generated parts of README.md
+	$(PY) -m fi_ops.library.matrix --write README.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
