@@ -1,43 +1,10 @@
 // RMSNorm and LayerNorm: one row a time, statistics in fp32, the row read twice (the second time from L1).
 #include "fi/cpu/norm.h"
 
-#include "fi/cpu/simd.h"
+#include "fi/cpu/rowops.h"
 
 namespace fi::FI_ISA {
 namespace {
-
-// Calls f(offset, count) for each vector of a row, the tail last: count < kLanes only there.
-template <class F>
-FI_INLINE void for_each_vec(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) f(i, int64_t{kLanes});
-  if (i < n) f(i, n - i);
-}
-
-template <class T>
-FI_INLINE Vec load_n(const T* p, int64_t n) {
-  return n == kLanes ? load(p) : load_partial(p, n);
-}
-
-template <class T>
-FI_INLINE void store_n(T* p, Vec x, int64_t n) {
-  if (n == kLanes) {
-    store(p, x);
-  } else {
-    store_partial(p, x, n);
-  }
-}
-
-FI_INLINE Vec load_weight(const void* p, DType dtype, int64_t i, int64_t n) {
-  switch (dtype) {
-    case DType::bf16: return load_n(static_cast<const bf16*>(p) + i, n);
-    case DType::f16: return load_n(static_cast<const f16*>(p) + i, n);
-    default: return load_n(static_cast<const float*>(p) + i, n);
-  }
-}
-
-// Rows of a task: enough work to be worth handing out.
-FI_INLINE int64_t rows_per_task(int64_t hidden_size) { return 1 + 16384 / (hidden_size + 1); }
 
 template <class T>
 void rmsnorm_rows(const NormParams& p, int64_t begin, int64_t end, float* sum_row) {
@@ -64,7 +31,7 @@ void rmsnorm_rows(const NormParams& p, int64_t begin, int64_t end, float* sum_ro
     const float scale = 1.0f / __builtin_sqrtf(reduce_add(squares) / float(n) + p.eps);
     for_each_vec(n, [&](int64_t i, int64_t count) {
       Vec v = p.residual != nullptr ? load_n(sum_row + i, count) : load_n(x + i, count);
-      Vec w = load_weight(p.weight, p.weight_dtype, i, count) + p.weight_offset;
+      Vec w = load_as(p.weight, p.weight_dtype, i, count) + p.weight_offset;
       store_n(y + i, v * scale * w, count);
     });
   }
@@ -89,18 +56,9 @@ void layernorm_rows(const NormParams& p, int64_t begin, int64_t end) {
     const float scale = 1.0f / __builtin_sqrtf(reduce_add(squares) / float(n) + p.eps);
     for_each_vec(n, [&](int64_t i, int64_t count) {
       Vec v = (load_n(x + i, count) - mean) * scale;
-      Vec w = load_weight(p.weight, p.weight_dtype, i, count);
-      store_n(y + i, fma(v, w, load_weight(p.bias, p.bias_dtype, i, count)), count);
+      Vec w = load_as(p.weight, p.weight_dtype, i, count);
+      store_n(y + i, fma(v, w, load_as(p.bias, p.bias_dtype, i, count)), count);
     });
-  }
-}
-
-template <class F>
-FI_INLINE void dispatch_float(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-    default: return f(float{});
   }
 }
 

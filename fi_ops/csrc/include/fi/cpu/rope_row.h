@@ -1,0 +1,87 @@
+// Rotary embedding of one head's row: the one implementation, used by the rope ops and by attention with RoPE fused in.
+//
+// Two steps, because a token's angles serve all of its heads: load_rope_angles() turns a row of the caller's cos and sin into
+// fp32 in the form that the loop wants, rotate_row() applies it. With c, s of pair i (rotary_dim / 2 pairs):
+//   rotate-half: (x[i], x[half + i])  -> (a c - b s, b c + a s)
+//   interleaved: (x[2i], x[2i + 1])   -> (a c - b s, b c + a s)
+// Products in fp32, one rounding to the output's type; elements past rotary_dim are copied.
+#pragma once
+
+#include "fi/cpu/rowops.h"
+
+namespace fi::FI_ISA {
+
+// Floats that load_rope_angles() needs for one token.
+FI_INLINE constexpr int64_t rope_angle_floats(int64_t rotary_dim) { return 2 * rotary_dim; }
+
+struct RopeAngles {
+  const float* cos;  // rotate-half: [half]; interleaved: [rotary_dim], each value twice
+  const float* sin;  // rotate-half: [half]; interleaved: [rotary_dim], -s and +s
+};
+
+// `cos`, `sin`: the token's rows, of `dtype`, `width` wide: half (one value a pair) or rotary_dim (each value twice: halves
+// repeated for rotate-half, neighbours for interleaved). `scratch`: rope_angle_floats(rotary_dim) floats; the result may
+// point into it or at the caller's rows.
+FI_INLINE RopeAngles load_rope_angles(const void* cos, const void* sin, DType dtype, int64_t width, int64_t rotary_dim,
+                                      bool interleaved, float* scratch) {
+  const int64_t half = rotary_dim / 2;
+  if (!interleaved) {
+    if (dtype == DType::f32) return {static_cast<const float*>(cos), static_cast<const float*>(sin)};
+    for_each_vec(half, [&](int64_t i, int64_t count) {
+      store_n(scratch + i, load_as(cos, dtype, i, count), count);
+      store_n(scratch + half + i, load_as(sin, dtype, i, count), count);
+    });
+    return {scratch, scratch + half};
+  }
+  const int64_t step = width == half ? 1 : 2;
+  float* sin_out = scratch + rotary_dim;
+  dispatch_float(dtype, [&](auto t) {
+    using T = decltype(t);
+    const T* c = static_cast<const T*>(cos);
+    const T* s = static_cast<const T*>(sin);
+    for (int64_t i = 0; i < half; ++i) {
+      const float sine = to_float(s[step * i]);
+      scratch[2 * i] = scratch[2 * i + 1] = to_float(c[step * i]);
+      sin_out[2 * i] = -sine;
+      sin_out[2 * i + 1] = sine;
+    }
+  });
+  return {scratch, sin_out};
+}
+
+// Neighbouring lanes exchanged: 1 0 3 2 5 4 ...
+FI_INLINE Vec swap_pairs(Vec x) {
+#if FI_ISA_LEVEL >= 2
+  return _mm512_maskz_permute_ps(0xFFFF, x, 0xB1);  // the unmasked form makes GCC 12 warn
+#elif FI_ISA_LEVEL == 1
+  return _mm256_permute_ps(x, 0xB1);
+#else
+  return Vec{x[1], x[0], x[3], x[2]};
+#endif
+}
+
+// y = the rotated x, head_dim elements; y may be x (then nothing past rotary_dim is touched). T, O: float, bf16, f16.
+template <class T, class O>
+FI_INLINE void rotate_row(const T* x, O* y, const RopeAngles& angles, int64_t rotary_dim, int64_t head_dim, bool interleaved) {
+  if (interleaved) {
+    // rotary_dim is even and so is kLanes: no vector, the tail included, splits a pair.
+    for_each_vec(rotary_dim, [&](int64_t i, int64_t count) {
+      const Vec v = load_n(x + i, count);
+      store_n(y + i, fma(v, load_n(angles.cos + i, count), swap_pairs(v) * load_n(angles.sin + i, count)), count);
+    });
+  } else {
+    const int64_t half = rotary_dim / 2;
+    for_each_vec(half, [&](int64_t i, int64_t count) {
+      const Vec a = load_n(x + i, count), b = load_n(x + half + i, count);
+      const Vec c = load_n(angles.cos + i, count), s = load_n(angles.sin + i, count);
+      store_n(y + i, fma(a, c, -(b * s)), count);
+      store_n(y + half + i, fma(b, c, a * s), count);
+    });
+  }
+  if (static_cast<const void*>(x) == static_cast<const void*>(y)) return;
+  for_each_vec(head_dim - rotary_dim, [&](int64_t i, int64_t count) {
+    store_n(y + rotary_dim + i, load_n(x + rotary_dim + i, count), count);
+  });
+}
+
+}  // namespace fi::FI_ISA
