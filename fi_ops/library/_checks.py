@@ -16,6 +16,30 @@ def check(op: str, condition, message: Callable[[], str]) -> None:
     torch._check(condition, lambda: f"fi::{op}: {message()}")
 
 
+def all_of(*conditions):
+    """The conjunction of bools and SymBools, without asking a SymBool for its value."""
+    result = True
+    for c in conditions:
+        if isinstance(c, bool):
+            if not c:
+                return False
+        else:
+            result = c if result is True else result & c
+    return result
+
+
+def any_of(*conditions):
+    """The disjunction of bools and SymBools, without asking a SymBool for its value."""
+    result = False
+    for c in conditions:
+        if isinstance(c, bool):
+            if c:
+                return True
+        else:
+            result = c if result is False else result | c
+    return result
+
+
 def shape_of(t: torch.Tensor) -> str:
     return "[" + ", ".join(str(s) for s in t.shape) + "]"
 
@@ -61,18 +85,17 @@ def check_shape(op: str, name: str, t: torch.Tensor, shape: Sequence, layout: st
     """`t` must have exactly `shape`; `layout` names the dimensions, e.g. `[batch, num_kv_heads, kv_len, head_dim]`."""
     ok = t.dim() == len(shape)
     if ok:
-        for have, want in zip(t.shape, shape, strict=True):
-            ok = (have == want) & ok if isinstance(have == want, torch.SymBool) else torch.sym_and(ok, have == want)
+        ok = all_of(*(have == want for have, want in zip(t.shape, shape, strict=True)))
     want_text = "[" + ", ".join(str(s) for s in shape) + "]"
     check(op, ok, lambda: f"{name} must be {layout} = {want_text}, got {shape_of(t)}; check the sizes against the other arguments")
 
 
 def check_last_dim_contiguous(op: str, name: str, t: torch.Tensor) -> None:
-    from torch.fx.experimental.symbolic_shapes import guard_or_true, sym_or
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
 
     def strides() -> str:
         return "[" + ", ".join(str(s) for s in t.stride()) + "]"
 
     if t.dim() > 0:
-        ok = guard_or_true(sym_or(t.stride(-1) == 1, t.shape[-1] <= 1, t.numel() == 0))
+        ok = guard_or_true(any_of(t.stride(-1) == 1, t.shape[-1] <= 1, t.numel() == 0))
         check(op, ok, lambda: f"{name} must have a contiguous last dimension, got strides {strides()}; call .contiguous() on it")

@@ -1,0 +1,119 @@
+"""Argument checks that the attention ops share, for their fakes; `csrc/cpu/attention*.cpp` has the same for the kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from ._checks import (
+    all_of,
+    any_of,
+    check,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_ndim,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    shape_of,
+)
+from ._spec import FLOATS
+
+INDEX_TYPES = (torch.int32, torch.int64)
+
+
+def _check_operand(op: str, name: str, t: torch.Tensor, query: torch.Tensor) -> None:
+    check_same_device(op, name, t, "query", query)
+    check_same_dtype(op, name, t, "query", query)
+    check_ndim(op, name, t, 4, "[batch, num_kv_heads, kv_len, head_dim]")
+    check_last_dim_contiguous(op, name, t)
+
+
+def check_query_key_value(op: str, query, key, value, key_name: str = "key", value_name: str = "value") -> None:
+    check_dtype(op, "query", query, FLOATS)
+    check_ndim(op, "query", query, 4, "[batch, num_qo_heads, qo_len, head_dim]")
+    check_last_dim_contiguous(op, "query", query)
+    _check_operand(op, key_name, key, query)
+    _check_operand(op, value_name, value, query)
+    batch, num_qo_heads, _, head_dim = query.shape
+    num_kv_heads, kv_len = key.shape[1], key.shape[2]
+    check_shape(op, key_name, key, (batch, num_kv_heads, kv_len, head_dim), "[batch, num_kv_heads, kv_len, head_dim]")
+    check_shape(op, value_name, value, (batch, num_kv_heads, kv_len, value.shape[3]), "[batch, num_kv_heads, kv_len, head_dim_vo]")
+    check(
+        op,
+        num_qo_heads % num_kv_heads == 0 if num_kv_heads else num_qo_heads == 0,
+        lambda: f"query must have a multiple of {key_name}'s {num_kv_heads} heads, got {num_qo_heads}; "
+        f"repeat or drop heads so that they divide",
+    )
+
+
+def check_mask(op: str, mask, query, kv_len) -> None:
+    if mask is None:
+        return
+    check_same_device(op, "mask", mask, "query", query)
+    check_dtype(op, "mask", mask, tuple(dict.fromkeys((torch.bool, torch.float32, query.dtype))))
+    batch, heads, qo_len, _ = query.shape
+    ok = mask.dim() == 4
+    if ok:
+        sizes = zip(mask.shape, (batch, heads, qo_len, kv_len), strict=True)
+        ok = all_of(*(any_of(have == 1, have == want) for have, want in sizes))
+    want = f"[batch, num_qo_heads, qo_len, kv_len] = [{batch}, {heads}, {qo_len}, {kv_len}]"
+    check(op, ok, lambda: f"mask must broadcast to {want}, got {shape_of(mask)}; check the sizes against the other arguments")
+
+
+def check_per_head(op: str, name: str, t, query) -> None:
+    if t is not None:
+        check_same_device(op, name, t, "query", query)
+        check_dtype(op, name, t, (torch.float32,))
+        check_shape(op, name, t, (query.shape[1],), "[num_qo_heads]")
+
+
+def check_numbers(op: str, window_left, scale, logits_soft_cap) -> None:
+    check(op, window_left >= -1, lambda: f"window_left must be -1 (no window) or more, got {window_left}; pass -1 for none")
+    check(op, scale is None or scale == scale, lambda: "scale must be a number, got nan; leave it out for 1/sqrt(head_dim)")
+    check(op, logits_soft_cap >= 0, lambda: f"logits_soft_cap must be 0 (none) or more, got {number(logits_soft_cap)}; pass 0 for none")
+
+
+def number(value: float) -> str:
+    """A float as C++ streams print it (`%g`), so that both sides say the same."""
+    return f"{value:g}"
+
+
+def check_attention(op, query, key, value, mask, window_left, scale, logits_soft_cap, alibi_slopes, sinks) -> None:
+    check_query_key_value(op, query, key, value)
+    check_mask(op, mask, query, key.shape[2])
+    check_per_head(op, "alibi_slopes", alibi_slopes, query)
+    check_per_head(op, "sinks", sinks, query)
+    check_numbers(op, window_left, scale, logits_soft_cap)
+
+
+def check_cos_sin(op: str, cos, sin, query, length, rotary_dim: int, length_name: str) -> None:
+    """cos and sin `[batch or 1, length, R or 2R]`, float32 or query's dtype."""
+    head_dim = query.shape[-1]
+    check(
+        op,
+        all_of(rotary_dim >= 0, rotary_dim <= head_dim, (rotary_dim or head_dim) % 2 == 0),
+        lambda: f"rotary_dim must be even and at most head_dim {head_dim}, got {rotary_dim}; pass 0 for the whole head",
+    )
+    pairs = (rotary_dim or head_dim) // 2
+    for name, t in (("cos", cos), ("sin", sin)):
+        check_same_device(op, name, t, "query", query)
+        check_dtype(op, name, t, tuple(dict.fromkeys((torch.float32, query.dtype))))
+        check_last_dim_contiguous(op, name, t)
+        ok = t.dim() == 3
+        if ok:
+            batch_ok = any_of(t.shape[0] == 1, t.shape[0] == query.shape[0])
+            width_ok = any_of(t.shape[2] == pairs, t.shape[2] == 2 * pairs)
+            ok = all_of(batch_ok, t.shape[1] == length, width_ok)
+        want = f"[1 or batch, {length_name}, R or 2R] = [1 or {query.shape[0]}, {length}, {pairs} or {2 * pairs}]"
+        check(op, ok, lambda t=t, name=name, want=want: f"{name} must be {want}, got {shape_of(t)}; check rotary_dim and the lengths")
+    check_same_dtype(op, "sin", sin, "cos", cos)
+    check_shape(op, "sin", sin, cos.shape, "cos's shape")
+
+
+def empty_output(query, head_dim_vo) -> torch.Tensor:
+    batch, heads, qo_len, _ = query.shape
+    return torch.empty((batch, qo_len, heads, head_dim_vo), dtype=query.dtype, device=query.device).transpose(1, 2)
+
+
+def empty_lse(query) -> torch.Tensor:
+    return torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)

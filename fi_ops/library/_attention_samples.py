@@ -1,0 +1,232 @@
+"""Samples and error samples of the attention ops: every feature alone, the mixes that models use, the edges."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ._spec import ErrorSample, Sample
+
+
+def _make(device, dtype):
+    def rand(*shape):
+        return torch.randn(*shape, device=device).to(dtype)
+
+    return rand
+
+
+def _qkv(device, dtype, batch=2, heads=4, kv_heads=2, qo_len=5, kv_len=70, head_dim=64, head_dim_vo=None):
+    rand = _make(device, dtype)
+    q = rand(batch, heads, qo_len, head_dim)
+    k = rand(batch, kv_heads, kv_len, head_dim)
+    return q, k, rand(batch, kv_heads, kv_len, head_dim_vo or head_dim)
+
+
+def _masks(device, dtype, batch, heads, qo_len, kv_len):
+    """(name, mask): bool and additive, broadcast and full, with rows that see nothing."""
+    keep = torch.rand(batch, 1, qo_len, kv_len, device=device) > 0.4
+    keep[:, :, 0] = False
+    yield "bool mask, one row empty", keep
+    yield "key padding mask", (torch.arange(kv_len, device=device) < kv_len // 3).view(1, 1, 1, kv_len)
+    yield "bool mask per head, strided", (torch.rand(batch, kv_len, qo_len, heads, device=device) > 0.5).permute(0, 3, 2, 1)
+    additive = torch.zeros(batch, 1, qo_len, kv_len, device=device).masked_fill(~keep, -math.inf).to(dtype)
+    yield "additive mask, -inf", additive
+    low = torch.finfo(dtype).min
+    yield "additive mask, finfo.min", torch.zeros(1, 1, qo_len, kv_len, device=device).masked_fill(~keep[:1], low).to(dtype)
+    yield "additive float32 bias", torch.randn(1, heads, qo_len, kv_len, device=device)
+
+
+def attention_samples(device, dtype):
+    q, k, v = _qkv(device, dtype)
+    heads, qo_len, kv_len = q.shape[1], q.shape[2], k.shape[2]
+    slopes, sinks = torch.rand(heads, device=device) * 0.2, torch.randn(heads, device=device)
+    yield Sample((q, k, v), name="full")
+    yield Sample((q, k, v), {"causal": True}, "causal, bottom-right")
+    yield Sample((q, k, v), {"causal": True, "q_offset": 0}, "causal, top-left")
+    yield Sample((q, k, v), {"causal": True, "window_left": 16}, "causal window")
+    yield Sample((q, k, v), {"scale": 0.3, "logits_soft_cap": 8.0}, "scale and soft cap")
+    yield Sample((q, k, v), {"causal": True, "alibi_slopes": slopes}, "ALiBi")
+    yield Sample((q, k, v), {"causal": True, "sinks": sinks}, "sinks")
+    for name, mask in _masks(device, dtype, 2, heads, qo_len, kv_len):
+        yield Sample((q, k, v, mask), name=name)
+    mask = torch.rand(2, 1, qo_len, kv_len, device=device) > 0.3
+    everything = {"causal": True, "window_left": 40, "scale": 0.2, "logits_soft_cap": 20.0, "alibi_slopes": slopes, "sinks": sinks}
+    yield Sample((q, k, v, mask), everything, "all features at once")
+    yield Sample(_qkv(device, dtype, 1, 8, 8, 1, 33, 80), name="decode, no groups, head_dim 80")
+    yield Sample(_qkv(device, dtype, 1, 16, 1, 1, 700, 128), name="decode, one KV head, long")
+    yield Sample(_qkv(device, dtype, 2, 6, 2, 130, 130, 96), {"causal": True}, "prefill, causal, odd sizes")
+    yield Sample(_qkv(device, dtype, 1, 2, 1, 70, 200, 192, 128), {"causal": True}, "append, head_dim_vo 128")
+    yield Sample(_qkv(device, dtype, 1, 2, 2, 3, 9, 17), name="head_dim 17")
+    bshd = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    yield Sample(tuple(bshd), {"causal": True}, "[batch, len, heads, head_dim] strides")
+    yield Sample((q, k[:, :, ::2], v[:, :, ::2]), name="strided cache")
+    yield Sample((q[:, :, :0], k, v), name="no query rows")
+    yield Sample((q, k[:, :, :0], v[:, :, :0]), name="no keys")
+    yield Sample((q, k[:, :, :3], v[:, :, :3]), {"causal": True}, "more queries than keys")
+
+
+def _tables(device, dtype, length, pairs, batch=1, full=True, interleaved=False):
+    angles = torch.rand(batch, length, pairs, device=device) * 6.3
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    if full:
+        cos, sin = ((t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1)) for t in (cos, sin))
+    return cos, sin
+
+
+def rope_attention_samples(device, dtype):
+    q, k, v = _qkv(device, dtype)
+    kv_len, pairs = k.shape[2], q.shape[3] // 2
+    yield Sample((q, k, v, *_tables(device, dtype, kv_len, pairs)), {"causal": True}, "rotate-half, full-width tables")
+    yield Sample((q, k, v, *_tables(device, torch.float32, kv_len, pairs, 2, False)), name="float32 tables per request")
+    tables = _tables(device, dtype, kv_len, pairs, interleaved=True)
+    yield Sample((q, k, v, *tables), {"causal": True, "interleaved": True}, "interleaved, full width")
+    tables = _tables(device, dtype, kv_len, 16, full=False)
+    yield Sample((q, k, v, *tables), {"rotary_dim": 32, "causal": True}, "partial rotary dim")
+    prefill = _qkv(device, dtype, 1, 4, 2, 70, 70)
+    yield Sample((*prefill, *_tables(device, dtype, 70, pairs)), {"causal": True, "q_offset": 0}, "prefill")
+    mask = torch.rand(2, 1, q.shape[2], kv_len, device=device) > 0.3
+    yield Sample((q, k, v, *_tables(device, dtype, kv_len, pairs), mask), {"scale": 0.1}, "mask")
+
+
+def _cache(device, dtype, batch, kv_heads, max_len, head_dim):
+    rand = _make(device, dtype)
+    return rand(batch, kv_heads, max_len, head_dim), rand(batch, kv_heads, max_len, head_dim)
+
+
+def _append_parts(device, dtype, batch, heads, kv_heads, qo_len, max_len, head_dim):
+    q, k, v = _qkv(device, dtype, batch, heads, kv_heads, qo_len, qo_len, head_dim)
+    return q, k, v, *_cache(device, dtype, batch, kv_heads, max_len, head_dim)
+
+
+def _seen(positions, max_len):
+    """The mask a model builds: slots up to each token's position, `[batch or 1, 1, qo_len, max_len]`."""
+    slots = torch.arange(max_len, device=positions.device)
+    mask = slots <= positions[..., None]
+    return mask[None, None] if positions.dim() == 1 else mask[:, None]
+
+
+def append_kv_samples(device, dtype):
+    _, k, v, k_cache, v_cache = _append_parts(device, dtype, 2, 4, 2, 3, 20, 64)
+    yield Sample((k_cache, v_cache, k, v, torch.tensor([4, 7, 5], device=device)), name="int64 positions, out of order")
+    per_request = torch.tensor([[0, 1, 2], [17, 18, 19]], device=device, dtype=torch.int32)
+    yield Sample((k_cache, v_cache, k, v, per_request), name="int32 positions per request")
+    bshd = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k_cache, v_cache, k, v)]
+    yield Sample((*bshd, per_request), name="[batch, len, heads, head_dim] strides")
+    yield Sample((k_cache, v_cache, k[:, :, :0], v[:, :, :0], per_request[:, :0]), name="nothing to append")
+
+
+def append_attention_samples(device, dtype):
+    max_len = 50
+    decode = _append_parts(device, dtype, 2, 4, 2, 1, max_len, 64)
+    at = torch.tensor([11], device=device)
+    yield Sample((*decode, at, _seen(at, max_len)), name="decode, bool mask")
+    each = torch.tensor([[30], [7]], device=device, dtype=torch.int32)
+    yield Sample((*decode, each), {"causal": True}, "decode, positions per request, causal")
+    prefill = _append_parts(device, dtype, 1, 4, 2, 20, max_len, 64)
+    start = torch.arange(5, 25, device=device)
+    yield Sample((*prefill, start), {"causal": True, "window_left": 6}, "prefill chunk, window")
+    slopes = torch.rand(4, device=device)
+    yield Sample((*prefill, start), {"causal": True, "alibi_slopes": slopes, "logits_soft_cap": 5.0}, "ALiBi, soft cap")
+
+
+def rope_append_attention_samples(device, dtype):
+    max_len, pairs = 50, 32
+    decode = _append_parts(device, dtype, 2, 4, 2, 1, max_len, 64)
+    at = torch.tensor([11], device=device)
+
+    def with_tables(parts, tables):
+        return (*parts[:3], *tables, *parts[3:])
+
+    tables = _tables(device, dtype, 1, pairs)
+    yield Sample((*with_tables(decode, tables), at, _seen(at, max_len)), name="decode, bool mask")
+    each = torch.tensor([[30], [7]], device=device, dtype=torch.int32)
+    tables = _tables(device, torch.float32, 1, pairs, 2, False)
+    yield Sample((*with_tables(decode, tables), each), {"causal": True}, "decode, everything per request")
+    prefill = _append_parts(device, dtype, 1, 6, 2, 20, max_len, 64)
+    tables = _tables(device, dtype, 20, pairs, interleaved=True)
+    start = torch.arange(0, 20, device=device)
+    yield Sample((*with_tables(prefill, tables), start), {"causal": True, "interleaved": True}, "prefill, interleaved")
+    tables = _tables(device, dtype, 20, 16)
+    sinks = torch.randn(6, device=device)
+    options = {"causal": True, "rotary_dim": 32, "sinks": sinks, "window_left": 9}
+    yield Sample((*with_tables(prefill, tables), start), options, "partial rotary dim, sinks, window")
+    bshd = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in prefill]
+    tables = _tables(device, dtype, 20, pairs)
+    yield Sample((*with_tables(bshd, tables), start), {"causal": True}, "[batch, len, heads, head_dim] strides")
+
+
+# ---- what must be refused ----
+
+
+def attention_errors(device):
+    q, k, v = _qkv(device, torch.float32)
+    yield ErrorSample((q.double(), k, v), r"query must be float32, bfloat16 or float16, got float64; convert")
+    yield ErrorSample((q[0], k, v), r"query must be \[batch, num_qo_heads, qo_len, head_dim\], got \[4, 5, 64\]; reshape")
+    yield ErrorSample((q, k.half(), v), r"key must have query's dtype float32, got float16; convert")
+    yield ErrorSample((q, k[:1], v), r"key must be \[batch, num_kv_heads, kv_len, head_dim\] = \[2, 2, 70, 64\], got \[1, 2, 70, 64\]")
+    yield ErrorSample((q, k[..., :32], v), r"key must be .* = \[2, 2, 70, 64\], got \[2, 2, 70, 32\]")
+    yield ErrorSample((q, k, v[:, :, :9]), r"value must be .* = \[2, 2, 70, 64\], got \[2, 2, 9, 64\]")
+    yield ErrorSample((q[:, :3], k, v), r"query must have a multiple of key's 2 heads, got 3; repeat")
+    yield ErrorSample((q.transpose(2, 3).contiguous().transpose(2, 3), k, v), r"query must have a contiguous last dimension")
+    mask = torch.ones(2, 1, 5, 71, dtype=torch.bool, device=device)
+    yield ErrorSample((q, k, v, mask), r"mask must broadcast to \[batch, num_qo_heads, qo_len, kv_len\] = \[2, 4, 5, 70\], got \[2, 1, 5, 71\]")
+    yield ErrorSample((q, k, v, mask[0, 0]), r"mask must broadcast to .*, got \[5, 71\]")
+    yield ErrorSample((q, k, v, mask[..., :70].half()), r"mask must be bool or float32, got float16; convert")
+    yield ErrorSample((q, k, v), r"alibi_slopes must be \[num_qo_heads\] = \[4\], got \[3\]", {"alibi_slopes": torch.ones(3, device=device)})
+    yield ErrorSample((q, k, v), r"sinks must be float32, got float16", {"sinks": torch.ones(4, device=device).half()})
+    yield ErrorSample((q, k, v), r"window_left must be -1 \(no window\) or more, got -2; pass", {"window_left": -2})
+    yield ErrorSample((q, k, v), r"scale must be a number, got nan; leave", {"scale": math.nan})
+    yield ErrorSample((q, k, v), r"logits_soft_cap must be 0 \(none\) or more, got -1; pass", {"logits_soft_cap": -1.0})
+    yield ErrorSample((q, k, v), r"logits_soft_cap must be 0 \(none\) or more, got nan; pass", {"logits_soft_cap": math.nan})
+    yield ErrorSample((q.clone().requires_grad_(), k, v), r"has no backward, got an input that requires grad; call it under")
+
+
+def rope_attention_errors(device):
+    q, k, v = _qkv(device, torch.float32)
+    cos, sin = _tables(device, torch.float32, 70, 32)
+    want = r"\[1 or batch, kv_len, R or 2R\] = \[1 or 2, 70, 32 or 64\]"
+    yield ErrorSample((q, k, v, cos[:, :9], sin[:, :9]), rf"cos must be {want}, got \[1, 9, 64\]; check rotary_dim")
+    yield ErrorSample((q, k, v, cos, sin[..., :40]), rf"sin must be {want}, got \[1, 70, 40\]; check rotary_dim")
+    yield ErrorSample((q, k, v, cos, sin[..., :32]), r"sin must be cos's shape = \[1, 70, 64\], got \[1, 70, 32\]")
+    yield ErrorSample((q, k, v, cos.half(), sin), r"cos must be float32, got float16; convert")
+    yield ErrorSample((q, k, v, cos, sin), r"rotary_dim must be even and at most head_dim 64, got 66; pass 0", {"rotary_dim": 66})
+    yield ErrorSample((q, k, v, cos, sin), r"rotary_dim must be even and at most head_dim 64, got 7; pass 0", {"rotary_dim": 7})
+    yield ErrorSample((q, k[:1], v, cos, sin), r"key must be .* = \[2, 2, 70, 64\], got \[1, 2, 70, 64\]")
+
+
+def append_kv_errors(device):
+    _, k, v, k_cache, v_cache = _append_parts(device, torch.float32, 2, 4, 2, 3, 20, 64)
+    at = torch.tensor([4, 7, 5], device=device)
+    want = r"positions must be \[qo_len\] or \[batch, qo_len\] = \[3\] or \[2, 3\]"
+    yield ErrorSample((k_cache, v_cache, k, v, at[:2]), rf"{want}, got \[2\]; pass the cache slot")
+    yield ErrorSample((k_cache, v_cache, k, v, at.float()), r"positions must be int32 or int64, got float32; convert")
+    yield ErrorSample((k_cache, v_cache, k.half(), v, at), r"key must have k_cache's dtype float32, got float16; convert")
+    yield ErrorSample((k_cache, v_cache, k, v[:, :1], at), r"value must be .* = \[2, 2, 3, 64\], got \[2, 1, 3, 64\]")
+    yield ErrorSample((k_cache, v_cache[:, :, :9], k, v, at), r"v_cache must be .* = \[2, 2, 20, 64\], got \[2, 2, 9, 64\]")
+    outside = r"positions must be in \[0, 20\), the cache's slots, got {}; grow the cache or fix the positions"
+    yield ErrorSample((k_cache, v_cache, k, v, at + 13), outside.format(20), needs_values=True)
+    yield ErrorSample((k_cache, v_cache, k, v, at - 5), outside.format(-1), needs_values=True)
+
+
+def append_attention_errors(device):
+    parts = _append_parts(device, torch.float32, 2, 4, 2, 1, 50, 64)
+    q, k, v, k_cache, v_cache = parts
+    at = torch.tensor([11], device=device)
+    yield ErrorSample((q, k, v, k_cache[..., :32], v_cache, at), r"k_cache must be .* = \[2, 2, 50, 64\], got \[2, 2, 50, 32\]")
+    yield ErrorSample((q, k[:, :1], v, k_cache, v_cache, at), r"key must be .* = \[2, 2, 1, 64\], got \[2, 1, 1, 64\]")
+    yield ErrorSample((*parts, at[:0]), r"positions must be \[qo_len\] or \[batch, qo_len\] = \[1\] or \[2, 1\], got \[0\]")
+    mask = torch.ones(1, 1, 1, 49, dtype=torch.bool, device=device)
+    yield ErrorSample((*parts, at, mask), r"mask must broadcast to .* = \[2, 4, 1, 50\], got \[1, 1, 1, 49\]")
+    yield ErrorSample((*parts, at + 39), r"positions must be in \[0, 50\), the cache's slots, got 50; grow", needs_values=True)
+
+
+def rope_append_attention_errors(device):
+    q, k, v, k_cache, v_cache = _append_parts(device, torch.float32, 2, 4, 2, 1, 50, 64)
+    at = torch.tensor([11], device=device)
+    cos, sin = _tables(device, torch.float32, 1, 32)
+    yield ErrorSample(
+        (q, k, v, cos[..., :20], sin[..., :20], k_cache, v_cache, at),
+        r"cos must be \[1 or batch, qo_len, R or 2R\] = \[1 or 2, 1, 32 or 64\], got \[1, 1, 20\]; check rotary_dim",
+    )
+    yield ErrorSample((q, k, v, cos, sin, k_cache, v_cache, at - 12), r"positions must be in \[0, 50\), .* got -1", needs_values=True)

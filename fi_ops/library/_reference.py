@@ -1,0 +1,71 @@
+"""Pieces that several references share: what attention and rotary embedding *are*, in plain torch, for any dtype."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+LOG2E = math.log2(math.e)
+
+
+def accumulate_dtype(t: torch.Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def attend(query, key, value, mask, positions, causal, window_left, scale, logits_soft_cap, alibi_slopes, sinks):
+    """The definition of attention: (output, LSE base 2). `positions` `[batch or 1, qo_len]` places the query rows.
+
+    Arguments otherwise as `fi::attention` (see `attention.py`).
+    """
+    dtype = accumulate_dtype(query)
+    group = query.shape[1] // max(key.shape[1], 1)
+    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    logits = q @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if logits_soft_cap > 0:
+        logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+    distance = torch.arange(key.shape[2], device=query.device) - positions[:, None, :, None].to(query.device)  # j - position
+    if alibi_slopes is not None:
+        logits = logits + alibi_slopes.to(dtype)[:, None, None] * distance
+    excluded = torch.zeros((), dtype=torch.bool, device=query.device)
+    if causal:
+        excluded = excluded | (distance > 0)
+    if window_left >= 0:
+        excluded = excluded | (distance < -window_left)
+    if mask is not None and mask.dtype == torch.bool:
+        excluded = excluded | ~mask
+    elif mask is not None:
+        logits = logits + mask.to(dtype)
+    logits = logits.masked_fill(excluded, -math.inf)
+
+    top = logits.amax(-1, keepdim=True) if key.shape[2] else logits.new_full((*logits.shape[:-1], 1), -math.inf)
+    if sinks is not None:
+        sink = sinks.to(dtype)[:, None, None]
+        top = torch.maximum(top, sink)
+    top = top.masked_fill(top == -math.inf, 0)
+    weights = torch.exp(logits - top)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sink - top)
+    output = (weights @ v) / total.masked_fill(total == 0, 1)
+    lse = (torch.log2(total) + top * LOG2E).squeeze(-1)
+    return output.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, rotary_dim: int) -> torch.Tensor:
+    """RoPE on `x [batch, heads, len, head_dim]` by `cos`, `sin` `[batch or 1, len, R or 2R]`, 2R = rotary_dim (0: head_dim).
+
+    Pairs are (i, i + R) (rotate-half, NeoX) or (2i, 2i + 1) (interleaved, GPT-J); a table 2R wide has each value twice, at
+    the two places of its pair. Products in float32 (float64 for float64), rounded once to x's dtype.
+    """
+    dtype = accumulate_dtype(x)
+    r = (rotary_dim or x.shape[-1]) // 2
+    if cos.shape[-1] != r:
+        cos, sin = (t[..., ::2] if interleaved else t[..., :r] for t in (cos, sin))
+    c, s = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+    rotary, rest = x[..., : 2 * r].to(dtype), x[..., 2 * r :]
+    a, b = (rotary[..., ::2], rotary[..., 1::2]) if interleaved else (rotary[..., :r], rotary[..., r:])
+    first, second = a * c - b * s, b * c + a * s
+    turned = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
+    return torch.cat((turned.to(x.dtype), rest), -1)
