@@ -99,3 +99,12 @@ def check_last_dim_contiguous(op: str, name: str, t: torch.Tensor) -> None:
     if t.dim() > 0:
         ok = guard_or_true(any_of(t.stride(-1) == 1, t.shape[-1] <= 1, t.numel() == 0))
         check(op, ok, lambda: f"{name} must have a contiguous last dimension, got strides {strides()}; call .contiguous() on it")
+
+
+def check_writable(op: str, name: str, t: torch.Tensor) -> None:
+    """An argument that the op writes must have memory of its own for every element: no expanded dimension."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    expanded = guard_or_false(any_of(*(all_of(stride == 0, size > 1) for size, stride in zip(t.shape, t.stride(), strict=True))))
+    strides = "[" + ", ".join(str(s) for s in t.stride()) + "]"
+    check(op, not expanded, lambda: f"{name} is written and must not be expanded, got strides {strides}; call .contiguous() on it")

@@ -152,6 +152,13 @@ inline void check_last_dim_contiguous(const char* op, const char* name, const Te
            " must have a contiguous last dimension, got strides ", list_text(t.strides()), "; call .contiguous() on it");
 }
 
+// An argument that the op writes must have memory of its own for every element: no expanded dimension.
+inline void check_writable(const char* op, const char* name, const Tensor& t) {
+  for (int64_t d = 0; d < t.dim(); ++d)
+    FI_CHECK(op, t.stride(d) != 0 || t.size(d) <= 1, name, " is written and must not be expanded, got strides ",
+             list_text(t.strides()), "; call .contiguous() on it");
+}
+
 // The tensor as rows over its last dimension (or, with keep_last = false, as single elements).
 inline Rows rows_of(const char* op, const char* name, const Tensor& t, bool keep_last = true) {
   Rows rows;
