@@ -1,18 +1,35 @@
-"""fi_ops: FlashInfer-class LLM inference kernels that live inside `torch.compile`.
+"""FlashInfer-class LLM inference kernels that live inside `torch.compile`.
 
     import fi_ops; fi_ops.enable()
     model = torch.compile(model)        # nothing else changes
 
-Importing defines `torch.ops.fi.*` (schemas and fakes). Native kernels load, or are compiled, on the first call.
+Importing defines `torch.ops.fi.*` (schemas and fakes) and the functions with FlashInfer's names below. It compiles nothing and
+changes nothing global: native kernels load, or are compiled, on the first call of an op; the rewrites start with `enable()`.
 """
 
 from __future__ import annotations
 
-import torch
+import torch as _torch
 
-if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
-    raise ImportError(f"fi_ops needs torch 2.11 or newer, got {torch.__version__}; pip install 'torch>=2.11'")
+if tuple(int(part) for part in _torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
+    raise ImportError(f"fi_ops needs torch 2.11 or newer, got {_torch.__version__}; pip install 'torch>=2.11'")
 
-from . import library  # noqa: E402  (defines the ops)
+from . import library
+from ._load import cpu_isa
 
 __version__ = "0.1.0"
+
+# Functions of the rewrite layer, imported on first use so that `import fi_ops` does not import Inductor.
+_INDUCTOR = ("enable", "disable", "enabled", "explain")
+
+
+def __getattr__(name: str):
+    if name in _INDUCTOR:
+        from . import inductor
+
+        return getattr(inductor, name)
+    raise AttributeError(f"module 'fi_ops' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_INDUCTOR])

@@ -7,6 +7,7 @@ the call. After that no Python runs in a call.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,20 @@ def load(device: str = "cpu") -> Path:
             torch.ops.load_library(str(path))
             _loaded[device] = path
         return _loaded[device]
+
+
+def cpu_isa() -> str:
+    """The ISA level that the CPU kernels run at: baseline, avx2, avx512, avx512_bf16 or amx. Loads the library.
+
+    `FI_OPS_CPU_ISA` lowers it for a process. Raises RuntimeError when that variable names no level.
+    """
+    function = ctypes.CDLL(str(load("cpu"))).fi_ops_cpu_isa
+    function.restype = ctypes.c_char_p
+    level = function()
+    if level is None:
+        names = ", ".join(isa.name for isa in _build.ISA_LEVELS)
+        raise RuntimeError(f"fi_ops: FI_OPS_CPU_ISA must be one of {names}; unset it for the best level")
+    return level.decode()
 
 
 def make_stub(name: str) -> Callable:

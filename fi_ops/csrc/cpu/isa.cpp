@@ -59,3 +59,12 @@ Isa current_isa() {
 }
 
 }  // namespace fi::cpu
+
+// For Python (ctypes): the level in use, or null when FI_OPS_CPU_ISA is not a level.
+extern "C" __attribute__((visibility("default"))) const char* fi_ops_cpu_isa() {
+  try {
+    return fi::cpu::isa_names[static_cast<int>(fi::cpu::current_isa())];
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}

@@ -1,0 +1,180 @@
+"""The registry sweep: every op, every sample, by its spec. Nothing here names an op; new ones are swept by existing."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fi_ops import _build, _load
+from fi_ops.library import SPECS
+from fi_ops.testing import assert_op_matches_reference, clone_sample, outputs_of
+
+DEVICES = [torch.device("cpu")]
+
+# {(op, check): reason}: empty at best. An entry whose check passes is an error too.
+KNOWN_FAILURES: dict[tuple[str, str], str] = {}
+
+
+def cases(*axes):
+    """`spec` x `device` (x dtype) as pytest parameters, known failures marked so that an unexpected pass fails."""
+
+    def decorate(fn):
+        check = fn.__name__.removeprefix("test_")
+        params = []
+        for name, spec in SPECS.items():
+            for device in DEVICES:
+                for dtype in spec.dtypes if "dtype" in axes else (None,):
+                    reason = KNOWN_FAILURES.get((name, check))
+                    marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
+                    label = "-".join(filter(None, (name, str(device), str(dtype).removeprefix("torch.") if dtype else "")))
+                    values = (spec, device, dtype) if "dtype" in axes else (spec, device)
+                    params.append(pytest.param(*values, id=label, marks=marks))
+        return pytest.mark.parametrize(("spec", "device", "dtype") if "dtype" in axes else ("spec", "device"), params)(fn)
+
+    return decorate
+
+
+def samples_of(spec, device, dtype):
+    samples = list(spec.samples(device, dtype))
+    assert samples, f"fi::{spec.name} has no samples for {dtype}"
+    return samples
+
+
+@cases("dtype")
+def test_numerics(spec, device, dtype):
+    for sample in samples_of(spec, device, dtype):
+        assert_op_matches_reference(spec, sample)
+
+
+@cases("dtype")
+def test_deterministic_and_thread_invariant(spec, device, dtype):
+    threads = torch.get_num_threads()
+    try:
+        for sample in samples_of(spec, device, dtype):
+            results = []
+            for count in (1, threads + 1, 3):
+                torch.set_num_threads(count)
+                results.append(outputs_of(spec, spec.overload, clone_sample(sample)))
+            for other in results[1:]:
+                for name, value in results[0].items():
+                    same = torch.equal(value.nan_to_num(7.0), other[name].nan_to_num(7.0))
+                    assert same, f"fi::{spec.name} [{sample.name}]: {name} depends on the number of threads"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@cases()
+def test_opcheck(spec, device):
+    dtype = spec.dtypes[0]
+    for sample in samples_of(spec, device, dtype):
+        torch.library.opcheck(spec.overload, sample.args, sample.kwargs)
+
+
+@cases()
+def test_fake_agrees_in_metadata(spec, device):
+    """Sizes, strides, dtype and device of every output, for every sample and dtype, without running a kernel."""
+    for dtype in spec.dtypes:
+        for sample in samples_of(spec, device, dtype):
+            real = outputs_of(spec, spec.overload, clone_sample(sample))
+            with FakeTensorMode() as mode:
+                fake = outputs_of(spec, spec.overload, sample.map_tensors(mode.from_tensor))
+            for name, value in real.items():
+                other = fake[name]
+                assert (value.shape, value.stride(), value.dtype, value.device) == (
+                    other.shape, other.stride(), other.dtype, other.device,
+                ), f"fi::{spec.name} [{sample.name}]: the fake's {name} differs"  # fmt: skip
+
+
+def _resized(sample, factor: int):
+    """The sample with its batch-like leading dimension repeated, where every tensor shares one; None where that's not so."""
+    tensors = [t for t in (*sample.args, *sample.kwargs.values()) if isinstance(t, torch.Tensor)]
+    leading = tensors[0].shape[0] if tensors and tensors[0].dim() > 1 else 0
+    if leading < 2:
+        return None
+
+    def grow(t):
+        return torch.cat([t] * factor) if t.dim() > 1 and t.shape[0] == leading else t.clone()
+
+    return sample.map_tensors(grow)
+
+
+@cases()
+def test_compile_fullgraph_dynamic(spec, device):
+    """Compiled equals eager, with dynamic shapes, and a second size needs no second compile."""
+    dtype = spec.dtypes[0]
+    sample = samples_of(spec, device, dtype)[0]
+    torch._dynamo.reset()
+    count = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(spec.overload, fullgraph=True, dynamic=True, backend=count)
+    for trial in (sample, _resized(sample, 2), _resized(sample, 3)):
+        if trial is None:
+            continue
+        expected = outputs_of(spec, spec.overload, clone_sample(trial))
+        actual = outputs_of(spec, compiled, clone_sample(trial))
+        for name, value in expected.items():
+            assert torch.equal(value.nan_to_num(7.0), actual[name].nan_to_num(7.0)), f"{name} differs under torch.compile"
+    assert count.frame_count == 1, "a second size was compiled anew"
+
+
+def _refusal(call) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        call()
+    return str(caught.value).splitlines()[0]
+
+
+@cases()
+def test_bad_input(spec, device):
+    """Each error sample is refused before anything is written, with the same text in eager and under fake tensors."""
+    samples = list(spec.errors(device))
+    assert samples, f"fi::{spec.name} has no error samples"
+    for sample in samples:
+        tensors = [t for t in (*sample.args, *sample.kwargs.values()) if isinstance(t, torch.Tensor)]
+        before = [t.detach().clone() for t in tensors]
+        eager = _refusal(lambda s=sample: spec.overload(*s.args, **s.kwargs))
+        assert eager.startswith(f"fi::{spec.name}: ") and re.search(sample.match, eager), f"eager says: {eager}\nexpected: {sample.match}"
+        for t, old in zip(tensors, before, strict=True):
+            assert torch.equal(t.nan_to_num(7.0), old.nan_to_num(7.0)), f"wrote to an argument before refusing: {eager}"
+        if not sample.needs_values:
+            with FakeTensorMode() as mode:
+
+                def fake(v, mode=mode):
+                    return mode.from_tensor(v) if isinstance(v, torch.Tensor) else v
+
+                args, kwargs = [fake(v) for v in sample.args], {k: fake(v) for k, v in sample.kwargs.items()}
+                assert _refusal(lambda a=args, k=kwargs: spec.overload(*a, **k)) == eager
+
+
+def test_complete():
+    """Every overload in torch.ops.fi has a spec, and every spec a kernel, a docstring and a cost."""
+    registered = {n.removeprefix("fi::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("fi::")}
+    assert registered == set(SPECS)
+    _load.load("cpu")
+    for name, spec in SPECS.items():
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fi::{name}", "CPU"), f"fi::{name} has no CPU kernel"
+        assert spec.doc, f"fi::{name} has no docstring"
+        for sample in samples_of(spec, torch.device("cpu"), spec.dtypes[0]):
+            assert spec.cost(*sample.args, **sample.kwargs).bytes >= 0
+
+
+def _machine_levels() -> list[str]:
+    """The ISA levels below this machine's best that its library has (the best one is what every other test runs)."""
+    script = "import fi_ops; print(fi_ops.cpu_isa())"
+    best = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    names = [isa.name for isa in _build.isa_levels()]
+    return names[: names.index(best)]
+
+
+@pytest.mark.parametrize("isa", _machine_levels() if not os.environ.get("FI_OPS_CPU_ISA") else [])
+def test_lower_isa_levels(isa):
+    """The numerics of the whole sweep again, in a process that is held to a lower ISA level."""
+    env = {**os.environ, "FI_OPS_CPU_ISA": isa}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "test_numerics"]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, f"with FI_OPS_CPU_ISA={isa}:\n{run.stdout[-4000:]}"
