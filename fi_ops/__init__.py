@@ -16,6 +16,8 @@ if tuple(int(part) for part in _torch.__version__.split("+")[0].split(".")[:2]) 
 
 from . import library
 from ._load import cpu_isa
+from .decode import *  # noqa: F403
+from .prefill import *  # noqa: F403
 
 __version__ = "0.1.0"
 
