@@ -1,0 +1,282 @@
+"""Attention in its canonical form becomes one fi op, of the highest grade that its surroundings allow.
+
+    rope + append + attention    %out, %k, %v = auto_functionalized_v2(fi.rope_append_attention, q, k, v, cos, sin, positions, mask, ...)
+    append + attention           %out, %k, %v = auto_functionalized_v2(fi.append_attention, q, k, v, positions, mask, ...)
+    rope + attention             %out = fi.rope_attention(q, k, v, cos, sin, mask, ...)
+    attention                    %out = fi.attention(q, k, v, mask, ...)
+
+A piece that does not fit lowers the grade and leaves its reason on the site; it never changes what the rest computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+from ..normalize.attention import Attention, check_attention, check_contiguous_last
+from ..normalize.cache_update import CacheWrite, check_in_place, match_cache_write
+from ..normalize.masks import check_mask, original_mask
+from ..normalize.repeat_kv import unrepeat_kv
+from ..normalize.rope import HEADS_FIRST, Rope, match_rope
+from ..sites import Declined
+from ..walk import aten, dim_of, is_call, same_size, same_value, shape, strip, value
+from .emit import Emitter, replace
+
+KEY_TRANSPOSE = (0, 1, 3, 2)
+
+
+@dataclass
+class Plan:
+    """What one attention site will be rewritten to. `*_dims`: the permutation that makes a tensor [B, H, L, D]."""
+
+    attention: Attention
+    query: Node
+    key: Node
+    value: Node
+    key_dims: tuple[int, ...] | None = None
+    value_dims: tuple[int, ...] | None = None
+    key_write: CacheWrite | None = None
+    value_write: CacheWrite | None = None
+    query_rope: Rope | None = None
+    key_rope: Rope | None = None
+    pieces: list[str] = field(default_factory=list)
+    query_is_rope: bool = False
+    append_reason: str = ""
+    rope_reason: str = ""
+
+    @property
+    def grade(self) -> str:
+        parts = [("rope", self.query_rope), ("append", self.key_write), ("attention", self.attention)]
+        return " + ".join(name for name, part in parts if part is not None)
+
+
+def permuted(tensor, dims: tuple[int, ...] | None):
+    return tensor if dims is None else tensor.permute(dims)
+
+
+def plan_attention(attention: Attention, order: dict[Node, int]) -> Plan:
+    """The highest grade this attention reaches; raises `Declined` where not even attention alone can be taken."""
+    if attention.key_transposed:
+        key, key_dims = strip(attention.key), KEY_TRANSPOSE
+    else:
+        key, key_dims = unrepeat_kv(attention.key)
+    values, value_dims = unrepeat_kv(attention.value)
+    plan = Plan(attention, strip(attention.query), key, values, key_dims, value_dims, pieces=[attention.spelling])
+    q, k, v = value(plan.query), permuted(value(key), key_dims), permuted(value(values), value_dims)
+    check_attention(attention, q, k, v)
+    if not same_size(k.shape[1], q.shape[1]):
+        plan.pieces.append("grouped heads")
+    if attention.mask is not None:
+        check_mask(attention.mask, plan.query, k.shape[2])
+        plan.pieces.append("bool mask" if value(attention.mask).dtype == torch.bool else "additive mask")
+    if attention.causal:
+        plan.pieces.append("causal")
+    if attention.soft_cap:
+        plan.pieces.append("soft cap")
+    try:
+        _plan_append(plan, order)
+    except Declined as declined:
+        plan.append_reason = str(declined)
+    try:
+        _plan_rope(plan)
+    except Declined as declined:
+        plan.rope_reason = str(declined)
+    if plan.query_rope is None:
+        check_contiguous_last(plan.query.name, "query", q)
+        if plan.key_write is None:
+            check_contiguous_last(key.name, "key", k)
+        else:
+            check_contiguous_last(plan.key_write.new.name, "new key", value(plan.key_write.new))
+    if plan.key_write is None:
+        check_contiguous_last(values.name, "value", v)
+    return plan
+
+
+def _plan_append(plan: Plan, order: dict[Node, int]) -> None:
+    """Find the cache writes whose results key and value are, and see that the op can do them."""
+    attention = plan.attention
+    key_write = match_cache_write(plan.key, plan.key_dims)
+    value_write = match_cache_write(plan.value, plan.value_dims)
+    if key_write is None or value_write is None:
+        missing = plan.key if key_write is None else plan.value
+        raise Declined(f"{missing.name}: {target_name(missing)} is not a write to a static cache")
+    if attention.causal:
+        raise Declined(f"{attention.node.name}: is_causal counts from the cache's start, not from the positions written")
+    if key_write.dims != value_write.dims:
+        raise Declined(f"{value_write.node.name}: key and value caches differ in layout")
+    if key_write.cache is value_write.cache:
+        raise Declined(f"{key_write.cache.name}: key and value are written to one cache")
+    if not same_value(key_write.positions, value_write.positions):
+        raise Declined(f"{value_write.positions.name}: key and value are written at different positions")
+    query_len = shape(plan.query)[2]
+    if not same_size(shape(key_write.positions)[0], query_len):
+        raise Declined(f"{key_write.positions.name}: {shape(key_write.positions)[0]} positions for {query_len} queries")
+    replaced = exclusive_to(attention.node)
+    for write in (key_write, value_write):
+        check_in_place(write)
+        for user in write.node.users:
+            if user not in replaced and order.get(user, -1) < order[attention.node]:
+                raise Declined(f"{user.name}: reads the updated cache before the attention does")
+        if value(write.new).dtype != value(write.cache).dtype:
+            raise Declined(f"{write.new.name}: writes {value(write.new).dtype} to a cache of {value(write.cache).dtype}")
+        check_contiguous_last(write.cache.name, "cache", permuted(value(write.cache), write.dims))
+    check_contiguous_last(value_write.new.name, "new value", value(value_write.new))
+    plan.key_write, plan.value_write = key_write, value_write
+
+
+def _plan_rope(plan: Plan) -> None:
+    """Find the RoPE on query and key, and see that the op can do both."""
+    query_rope = match_rope(plan.query)
+    if query_rope is None:
+        raise Declined(f"{plan.query.name}: {target_name(plan.query)} is not RoPE")
+    plan.query_is_rope = True
+    new_key, new_dims = plan.key, plan.key_dims
+    if plan.key_write is not None:
+        new_key, new_dims = plan.key_write.new, plan.key_write.dims
+    key_rope = match_rope(new_key, new_dims)
+    if key_rope is None:
+        raise Declined(f"{new_key.name}: {target_name(new_key)} is not RoPE")
+    if query_rope.interleaved != key_rope.interleaved or query_rope.rotary_dim != key_rope.rotary_dim:
+        raise Declined(f"{key_rope.node.name}: query and key are rotated in different ways")
+    for table in ("cos", "sin"):
+        mine, other = getattr(query_rope, table), getattr(key_rope, table)
+        if query_rope.dims != key_rope.dims or not same_value(mine, other):
+            raise Declined(f"{other.name}: {table} of the key is not that of the query, {mine.name}")
+    if plan.key_write is None and not same_size(shape(plan.query)[2], permuted(value(key_rope.x), key_rope.dims).shape[2]):
+        raise Declined(f"{plan.key.name}: more keys than queries, so their RoPE differs")
+    replaced = exclusive_to(plan.attention.node, *(w.node for w in (plan.key_write, plan.value_write) if w is not None))
+    for rope, which in ((query_rope, "query"), (key_rope, "key")):
+        if strip(rope.node) not in replaced:
+            user = next(u for u in strip(rope.node).users if u not in replaced)
+            raise Declined(f"{user.name}: reads the rotated {which} too; RoPE is left to Inductor")
+        check_contiguous_last(rope.x.name, f"{which} before RoPE", permuted(value(rope.x), rope.dims))
+    plan.query_rope, plan.key_rope = query_rope, key_rope
+
+
+def exclusive_to(*nodes: Node) -> set[Node]:
+    """`nodes` and all that only they use: what goes when they go."""
+    gone = set(nodes)
+    pending = [n for node in nodes for n in node.all_input_nodes]
+    while pending:
+        node = pending.pop()
+        if node.op == "call_function" and node not in gone and all(user in gone for user in node.users):
+            gone.add(node)
+            pending.extend(node.all_input_nodes)
+    return gone
+
+
+def target_name(node: Node) -> str:
+    """What a node calls, as a reader of the report knows it."""
+    return f"{node.target}" if node.op == "call_function" else node.op
+
+
+def apply_attention(plan: Plan, emitter: Emitter) -> list[Node]:
+    """Put the plan's op into the graph; returns the nodes it stands for, which are now unused."""
+    attention = plan.attention
+    emitter.at(attention.node)
+    options = dict(
+        causal=attention.causal,
+        scale=_constant_scale(attention),
+        logits_soft_cap=attention.soft_cap,
+        mask=_emit_mask(attention, emitter),
+    )
+    query = plan.query if plan.query_rope is None else _heads_first(plan.query_rope.x, plan.query_rope.dims, emitter)
+    query = _emit_scale(attention, query, emitter)
+    options["query"] = query
+    if plan.query_rope is not None:
+        options.update(_emit_tables(plan.query_rope, emitter))
+    if plan.key_write is None:
+        key = plan.key_rope.x if plan.key_rope is not None else plan.key
+        key_dims = plan.key_rope.dims if plan.key_rope is not None else plan.key_dims
+        options.update(key=_heads_first(key, key_dims, emitter), value=_heads_first(plan.value, plan.value_dims, emitter))
+        # torch's is_causal is top-left aligned; rows of cos and sin start with the first query and the first key.
+        options["q_offset"] = 0 if attention.causal or plan.query_rope is not None else None
+        op = torch.ops.fi.rope_attention.default if plan.query_rope is not None else torch.ops.fi.attention.default
+        result = emitter.call(op, *_positional(op, options), **_keyword_only(op, options))
+        replace(attention.node, result, emitter.fake_mode)
+        return [attention.node]
+    return _apply_append(plan, options, emitter)
+
+
+def _apply_append(plan: Plan, options: dict, emitter: Emitter) -> list[Node]:
+    key_write, value_write = plan.key_write, plan.value_write
+    key, key_dims = key_write.new, key_write.dims
+    if plan.key_rope is not None:
+        key, key_dims = plan.key_rope.x, plan.key_rope.dims
+    options.update(
+        key=_heads_first(key, key_dims, emitter),
+        value=_heads_first(value_write.new, value_write.dims, emitter),
+        positions=key_write.positions,
+    )
+    rotates = plan.query_rope is not None
+    op = torch.ops.fi.rope_append_attention.default if rotates else torch.ops.fi.append_attention.default
+    mutated = {"k_cache": (key_write.cache, key_write.dims), "v_cache": (value_write.cache, value_write.dims)}
+    result, new_key_cache, new_value_cache = emitter.mutating(op, mutated, **options)
+    replace(plan.attention.node, result, emitter.fake_mode)
+    replace(key_write.node, new_key_cache, emitter.fake_mode)
+    replace(value_write.node, new_value_cache, emitter.fake_mode)
+    return [plan.attention.node, key_write.node, value_write.node]
+
+
+def _positional(op, options: dict) -> list:
+    return [options.get(a.name) for a in op._schema.arguments if not a.kwarg_only]
+
+
+def _keyword_only(op, options: dict) -> dict:
+    """The options that are not the schema's defaults, so that graphs read well."""
+    return {
+        a.name: options[a.name]
+        for a in op._schema.arguments
+        if a.kwarg_only and a.name in options and options[a.name] != a.default_value
+    }
+
+
+def _heads_first(node: Node, dims: tuple[int, ...] | None, emitter: Emitter) -> Node:
+    return node if dims is None else emitter.call(aten.permute.default, node, list(dims))
+
+
+def _constant_scale(attention: Attention) -> float | None:
+    if isinstance(attention.scale, Node):
+        return 1.0
+    return 1.0 / attention.scale if attention.divide and attention.scale is not None else attention.scale
+
+
+def _emit_scale(attention: Attention, query: Node, emitter: Emitter) -> Node:
+    """A scale that is a scalar tensor (a Python float under dynamic=True) goes into the query."""
+    if not isinstance(attention.scale, Node):
+        return query
+    return emitter.call(aten.div.Tensor if attention.divide else aten.mul.Tensor, query, attention.scale)
+
+
+def _emit_mask(attention: Attention, emitter: Emitter) -> Node | None:
+    """The mask with four dimensions, True where a key is attended to."""
+    if attention.mask is None:
+        return None
+    mask = original_mask(attention.mask)
+    if attention.mask_inverted:
+        mask = emitter.shared(aten.logical_not.default, mask)
+    while len(shape(mask)) < 4:
+        mask = emitter.shared(aten.unsqueeze.default, mask, 0)
+    return mask
+
+
+def _emit_tables(rope: Rope, emitter: Emitter) -> dict:
+    """cos and sin as [1 or B, L, width], contiguous in their last dimension; made once for all layers."""
+    head_dim = 1 if rope.dims is None else 2
+    tables = {}
+    for name, table in (("cos", rope.cos), ("sin", rope.sin)):
+        table = emitter.representative(strip(table))
+        while len(shape(table)) < 4:
+            table = emitter.shared(aten.unsqueeze.default, table, 0)
+        if is_call(table, aten.unsqueeze.default) and dim_of(table, table.args[1]) == head_dim:
+            table = table.args[0]
+        else:
+            table = emitter.shared(aten.select.int, table, head_dim, 0)
+        if not same_size(value(table).stride(-1), 1):
+            table = emitter.shared(aten.clone.default, table, memory_format=torch.contiguous_format)
+        tables[name] = table
+    width = value(rope.x).shape[-1]
+    rotary_dim = 0 if rope.rotary_dim == width else rope.rotary_dim
+    return dict(tables, interleaved=rope.interleaved, rotary_dim=rotary_dim)

@@ -1,0 +1,146 @@
+"""Putting calls into a functional graph, with the metadata that later passes read.
+
+Every new node gets the fake value its op computes, so strides, storages and symbolic sizes are the op's own; where a
+replacement's strides differ from what it replaces, the values of the views and pointwise calls below are recomputed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.utils._pytree import tree_map_only
+
+from ..walk import aten, same_shape, same_value, shape, value
+
+_KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
+
+
+class Emitter:
+    """Inserts calls in front of one node of a graph; equal calls on equal arguments are made once."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.fake_mode = _fake_mode(graph)
+        self.before: Node | None = None
+        self._made: dict[tuple, Node] = {}
+        self._representatives: list[Node] = []
+
+    def at(self, node: Node) -> Emitter:
+        self.before = node
+        return self
+
+    def call(self, target, *args, **kwargs) -> Node:
+        """A call with its value; the metadata that says where it comes from is that of the node it is put before."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        for key in _KEPT_META:
+            if key in self.before.meta:
+                node.meta[key] = self.before.meta[key]
+        node.meta["val"] = self._evaluate(target, args, kwargs)
+        return node
+
+    def shared(self, target, *args, **kwargs) -> Node:
+        """`call`, once for all sites: for what layers have in common (mask, cos, sin)."""
+        key = (target, *args, *kwargs.items())
+        if key not in self._made or self._made[key]._erased:
+            self._made[key] = self.call(target, *args, **kwargs)
+        return self._made[key]
+
+    def representative(self, node: Node) -> Node:
+        """One node for all that compute the same value: every layer spells its view of cos and sin anew."""
+        for known in self._representatives:
+            if not known._erased and same_shape(shape(known), shape(node)) and same_value(known, node):
+                return known
+        self._representatives.append(node)
+        return node
+
+    def item(self, node: Node, index: int) -> Node:
+        return self.call(operator.getitem, node, index)
+
+    def mutating(self, op, mutated: dict[str, tuple[Node, tuple[int, ...] | None]], **kwargs) -> tuple[Node, ...]:
+        """A mutating op in functional form: (result, updated tensors...).
+
+        `mutated` has for each written argument the tensor, and the permutation through which the op sees it.
+        """
+        arguments = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
+        arguments.update(kwargs)
+        for index, (name, (base, dims)) in enumerate(mutated.items()):
+            arguments[f"_{name}_base_index"] = index
+            if dims is not None:
+                view = value(base).permute(dims)
+                arguments[f"_{name}_size"] = tuple(view.shape)
+                arguments[f"_{name}_stride"] = tuple(view.stride())
+                arguments[f"_{name}_storage_offset"] = view.storage_offset()
+        arguments["_all_bases"] = [base for base, _ in mutated.values()]
+        call = self.call(torch.ops.higher_order.auto_functionalized_v2, op, **arguments)
+        return tuple(self.item(call, i) for i in range(1 + len(mutated)))
+
+    def _evaluate(self, target, args, kwargs):
+        args, kwargs = tree_map_only(Node, value, (args, kwargs))
+        with self.fake_mode, torch.no_grad():
+            return target(*args, **kwargs)
+
+
+def _fake_mode(graph: Graph):
+    for node in graph.nodes:
+        fake = node.meta.get("val")
+        if isinstance(fake, torch._subclasses.FakeTensor):
+            return fake.fake_mode
+    raise RuntimeError("fi_ops: a graph without fake tensors; please report this")
+
+
+def replace(old: Node, new: Node, fake_mode) -> None:
+    """Let the users of `old` use `new`, and bring their values up to date with its strides and storage."""
+    users = list(old.users)
+    same = _same_layout(value(old), value(new))
+    old.replace_all_uses_with(new)
+    refresh(users if not same else [u for u in users if is_view(u)], fake_mode)
+
+
+def refresh(nodes: Iterable[Node], fake_mode) -> None:
+    """Recompute values downstream of `nodes`, as far as strides change or views pass a new storage on."""
+    pending = list(nodes)
+    while pending:
+        node = pending.pop(0)
+        old = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(old, torch.Tensor) or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target._schema.is_mutable:
+            continue
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        args, kwargs = tree_map_only(Node, value, (node.args, node.kwargs))
+        with fake_mode, torch.no_grad():
+            new = node.target(*args, **kwargs)
+        if node.target is aten.reshape.default and _is_viewable(node.args[0], new):
+            node.target = aten.view.default
+        node.meta["val"] = new
+        if not _same_layout(old, new):
+            pending.extend(node.users)
+        elif is_view(node):
+            pending.extend(u for u in node.users if is_view(u))
+
+
+def _is_viewable(source: Node, result: torch.Tensor) -> bool:
+    """A reshape of `source` was a view: its result is in the same storage."""
+    return value(source).untyped_storage()._cdata == result.untyped_storage()._cdata
+
+
+def is_view(node: Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (
+        torch.Tag.inplace_view in target.tags or any(a.alias_info is not None and not a.alias_info.is_write for a in target._schema.arguments)
+    )
+
+
+def _same_layout(a, b) -> bool:
+    return (
+        isinstance(a, torch.Tensor)
+        and isinstance(b, torch.Tensor)
+        and statically_known_true(sym_eq(tuple(a.stride()), tuple(b.stride())))
+        and statically_known_true(a.storage_offset() == b.storage_offset())
+    )

@@ -1,0 +1,103 @@
+"""Writes of new keys or values into a static cache.
+
+    index_put(cache, [None, None, pos], new)                          cache[:, :, pos] = new, cache.index_copy_(2, pos, new)
+    slice_scatter(cache, new, 2, start, start + len)                  cache[:, :, start:start + len] = new
+
+with cache [B, Hkv, Lmax, D], or the same on dim 1 of a cache [B, Lmax, Hkv, D]. In the functional graph the write's result is
+the cache from then on; where the cache is a graph input, a trailing `copy_` stores it there.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+import torch
+from torch.fx import Node
+
+from ..sites import Declined
+from ..walk import argument, aten, is_call, is_tensor, permutation, same_shape, same_size, shape, strip, value
+
+
+@dataclass
+class CacheWrite:
+    node: Node
+    """The write; its value is the updated cache."""
+    cache: Node
+    new: Node
+    """[B, Hkv, Lq, D], or [B, Lq, Hkv, D] where `dims` is given."""
+    positions: Node
+    dims: tuple[int, ...] | None = None
+    """The permutation that makes the cache [B, Hkv, Lmax, D], if it is not so already."""
+
+
+def match_cache_write(node: Node, dims: tuple[int, ...] | None = None) -> CacheWrite | None:
+    """The write whose updated cache `node` [B, Hkv, Lmax, D] is (or is after `.permute(dims)`); None if there is none."""
+    write = strip(node)
+    if dims is None:
+        found = permutation(write)
+        if found is not None:
+            write, dims = strip(found[0]), found[1]
+    if dims not in (None, (0, 2, 1, 3)):
+        return None
+    if is_call(write, aten.index_put.default):
+        return _match_index_put(write, dims)
+    return None
+
+
+def _match_index_put(write: Node, dims: tuple[int, ...] | None) -> CacheWrite:
+    cache, indices, new = write.args[:3]
+    length_dim = 2 if dims is None else 1
+    if argument(write, 3, "accumulate", False):
+        raise Declined(f"{write.name}: accumulates into the cache")
+    if len(indices) != length_dim + 1 or any(i is not None for i in indices[:length_dim]):
+        raise Declined(f"{write.name}: indexes other dimensions than the length (dim {length_dim})")
+    positions = indices[length_dim]
+    index = value(positions)
+    if index.dtype not in (torch.int64, torch.int32) or index.dim() != 1:
+        raise Declined(f"{positions.name}: positions are {index.dtype} with {index.dim()} dimensions, not a 1-D integer tensor")
+    expected = list(shape(cache))
+    expected[length_dim] = index.shape[0]
+    new = with_leading_ones(new, expected)
+    if not is_tensor(new) or not same_shape(shape(new), expected):
+        raise Declined(f"{write.name}: writes {tuple(shape(new))} where {tuple(expected)} is the shape of the slots")
+    return CacheWrite(write, cache, new, positions, dims)
+
+
+def with_leading_ones(node: Node, expected: list) -> Node:
+    """The tensor of shape `expected` that `node` is without leading dimensions of size 1: `x[...] = y` drops them from y."""
+    missing = len(expected) - len(shape(node)) if is_tensor(node) else 0
+    if missing <= 0 or not all(same_size(d, 1) for d in expected[:missing]):
+        return node
+    source = strip(node)
+    while is_call(source, aten.view.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.reshape.default):
+        source = strip(source.args[0])
+        if same_shape(shape(source), expected):
+            return source
+    return node
+
+
+def check_in_place(write: CacheWrite) -> None:
+    """The write may happen in the cache itself: it does in the program, and nobody looks at the cache as it was."""
+    cache = write.cache
+    stored = False
+    for user in cache.users:
+        if is_call(user, aten.copy_.default) and user.args[0] is cache:
+            stored = True
+        elif user is not write.node and not is_call(user, aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default):
+            raise Declined(f"{user.name}: reads {cache.name} as it was before the write {write.node.name}")
+    if cache.op in ("placeholder", "get_attr"):
+        if not stored:
+            raise Declined(f"{cache.name}: the updated cache {write.node.name} is not stored back into it")
+    elif not is_fresh(cache):
+        raise Declined(f"{cache.name}: the cache is {cache.target}, neither a graph input nor made in the graph")
+
+
+def is_fresh(node: Node) -> bool:
+    """The node made its tensor anew: no view, no graph input."""
+    if is_call(node, operator.getitem) and is_call(node.args[0], torch.ops.higher_order.auto_functionalized_v2):
+        return True
+    return is_call(
+        node, aten.full.default, aten.zeros.default, aten.empty.memory_format, aten.index_put.default, aten.clone.default
+    )

@@ -1,0 +1,75 @@
+"""Hook A, before AOTAutograd: pin SDPA calls to anchors (see `anchors.py`).
+
+    %attn = scaled_dot_product_attention(%q, %k, %v, attn_mask=%m, scale=0.125)
+->  %attn = torch.ops.fi_anchor.sdpa.default(%q, %k, %v, attn_mask=%m, scale=0.125)
+
+The graph is at the torch level and not functional: only the call itself is replaced, nothing is moved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from . import anchors
+from .sites import Declined, Site, set_aside
+from .walk import source_line
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", "cuda")
+
+_SDPA_FUNCTIONS = (torch.nn.functional.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+
+
+def _example(node: object):
+    """What dynamo computed for a torch-level node."""
+    return node.meta.get("example_value") if isinstance(node, Node) else node
+
+
+def is_sdpa_call(node: Node) -> bool:
+    return node.op == "call_function" and node.target in _SDPA_FUNCTIONS
+
+
+def check_pinnable(graph: Graph, node: Node) -> None:
+    """Refuse what has no rewrite, or what an anchor would change: gradients, dropout, autocast, odd tensors."""
+    result = _example(node)
+    if not isinstance(result, torch.Tensor):
+        raise Declined(f"{node.name}: torch recorded no example value for it")
+    if type(result) is not torch._subclasses.FakeTensor:
+        raise Declined(f"{node.name}: tensor subclass {type(result).__name__}")
+    if result.requires_grad:
+        raise Declined(f"{node.name}: needs gradients; compile under torch.no_grad() or torch.inference_mode()")
+    if result.device.type not in DEVICES:
+        raise Declined(f"{node.name}: device {result.device.type}")
+    if torch.is_autocast_enabled(result.device.type) or _has_autocast_region(graph):
+        raise Declined(f"{node.name}: under autocast")
+    arguments = anchors.sdpa_arguments(node)
+    unknown = arguments.keys() - set(anchors.SDPA_ARGUMENTS)
+    if unknown:
+        raise Declined(f"{node.name}: unknown argument {sorted(unknown)[0]}")
+    for name in ("query", "key", "value"):
+        tensor = _example(arguments[name])
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:
+            raise Declined(f"{node.name}: {name} is {getattr(tensor, 'dtype', type(tensor).__name__)}")
+        if tensor.dim() != 4:
+            raise Declined(f"{node.name}: {name} has {tensor.dim()} dimensions, not 4")
+    dropout = _example(arguments["dropout_p"])
+    if not isinstance(dropout, (int, float)) or dropout != 0:
+        raise Declined(f"{node.name}: dropout_p is {dropout}")
+
+
+def _has_autocast_region(graph: Graph) -> bool:
+    return any(n.op == "call_function" and n.target is torch.amp.autocast_mode._enter_autocast for n in graph.nodes)
+
+
+def pin(graph: Graph) -> None:
+    """Replace every SDPA call that a rewrite could take by an anchor; report the others."""
+    for node in list(graph.nodes):
+        if not is_sdpa_call(node):
+            continue
+        try:
+            check_pinnable(graph, node)
+        except Declined as declined:
+            set_aside(Site("attention", node.name, source_line(node), reason=str(declined)))
+            continue
+        node.target = anchors.SDPA

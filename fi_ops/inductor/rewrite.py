@@ -1,0 +1,92 @@
+"""Hook B, on the functional ATen graph: find attention and samplers, put fi ops in their place, lower what is left.
+
+    %p = rope(%q); %k2 = index_put(%cache, [None, None, %pos], rope(%k)); ...; %out = fi_anchor.sdpa(%p, repeat(%k2), ...)
+->  %r = auto_functionalized_v2(fi.rope_append_attention, query=%q, key=%k, ..., _all_bases=[%cache, ...])
+
+What is not rewritten is traced again as stock torch would have traced it, so that a graph in which nothing was rewritten
+is the graph that stock torch compiles.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch.fx import Graph, Node
+
+from . import anchors
+from .fuse.attention import apply_attention, plan_attention
+from .fuse.emit import Emitter
+from .fuse.sampling import rewrite_samplers
+from .normalize.attention import from_anchor, match_eager
+from .sites import Declined, GraphReport, Site, publish, take_set_aside
+from .walk import aten, erase_dead, is_call, source_line
+
+log = logging.getLogger("fi_ops.inductor")
+
+
+def rewrite(graph: Graph) -> None:
+    report = GraphReport(take_set_aside())
+    found = [n for n in graph.nodes if is_call(n, anchors.SDPA)]
+    if has_backward(graph):
+        for node in found:
+            report.sites.append(_site(node, reason=f"{node.name}: its graph has a backward part"))
+            anchors.lower(graph, node)
+        publish(report)
+        return
+    emitter = Emitter(graph) if _has_tensors(graph) else None
+    if emitter is not None:
+        _rewrite_attention(graph, emitter, report)
+        rewrite_samplers(graph, emitter, report)
+    publish(report)
+
+
+def has_backward(graph: Graph) -> bool:
+    """The joint graph of a training step: its inputs include gradients."""
+    return any("tangents" in str(node.target) for node in graph.find_nodes(op="placeholder"))
+
+
+def _has_tensors(graph: Graph) -> bool:
+    return any("val" in n.meta and hasattr(n.meta["val"], "untyped_storage") for n in graph.nodes)
+
+
+def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> None:
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in order:
+        if node._erased or not is_call(node, anchors.SDPA, aten.bmm.default):
+            continue
+        site, rope_site = _site(node), None
+        try:
+            attention = from_anchor(node) if is_call(node, anchors.SDPA) else match_eager(node)
+            if attention is None:
+                continue
+            plan = plan_attention(attention, order)
+            unused = apply_attention(plan, emitter)
+            erase_dead(graph, unused)
+            site.grade, site.pieces, site.reason = plan.grade, tuple(plan.pieces), plan.append_reason or plan.rope_reason
+            rope_site = _rope_site(plan, site)
+        except Declined as declined:
+            site.reason = str(declined)
+        except Exception as error:  # a rewrite that fails must not take the user's model with it
+            log.warning("fi_ops: left %s (%s) as it is: %r", site.name, site.line, error, exc_info=log.isEnabledFor(logging.DEBUG))
+            site.reason = f"{site.name}: internal error: {error}"
+        report.sites.append(site)
+        if rope_site is not None:
+            report.sites.append(rope_site)
+        if not site.grade and is_call(node, anchors.SDPA):
+            anchors.lower(graph, node)
+
+
+def _site(node: Node, reason: str = "") -> Site:
+    return Site("attention", node.name, source_line(node), reason=reason)
+
+
+def _rope_site(plan, attention_site: Site) -> Site | None:
+    """A row for RoPE where there is one: fused, or left to Inductor and why."""
+    if plan.query_rope is not None:
+        pieces = ("interleaved" if plan.query_rope.interleaved else "rotate-half",)
+        return Site("rope", plan.query_rope.node.name, source_line(plan.query_rope.node), attention_site.grade, pieces)
+    if plan.query_is_rope:
+        return Site("rope", plan.query.name, source_line(plan.query), reason=plan.rope_reason)
+    return None
+
+
