@@ -1,0 +1,161 @@
+// Rotary embedding over [batch, heads, len, head_dim] by strides, and cos/sin tables in double precision.
+#include "fi/cpu/rope.h"
+
+#include "fi/cpu/rope_row.h"
+
+namespace fi::FI_ISA {
+namespace {
+
+// Tokens whose angles are kept at hand while a task goes over its heads.
+constexpr int64_t kMaxTokens = 64;
+constexpr int64_t kScratchFloats = 16384;
+
+FI_INLINE int64_t at_least_1(int64_t x) { return x < 1 ? 1 : x; }
+FI_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+FI_INLINE int64_t load_index(const void* p, DType dtype, int64_t i) {
+  return dtype == DType::i64 ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
+}
+
+FI_INLINE RopeAngles token_angles(const RopeParams& p, int64_t b, int64_t l, float* scratch) {
+  const int64_t row = p.positions == nullptr
+                          ? l
+                          : load_index(p.positions, p.position_dtype, b * p.position_strides[0] + l * p.position_strides[1]);
+  const int64_t size = size_of(p.angle_dtype);
+  const auto* cos = static_cast<const char*>(p.cos) + size * (b * p.cos_strides[0] + row * p.cos_strides[1]);
+  const auto* sin = static_cast<const char*>(p.sin) + size * (b * p.sin_strides[0] + row * p.sin_strides[1]);
+  return load_rope_angles(cos, sin, p.angle_dtype, p.width, p.rotary_dim, p.interleaved, scratch);
+}
+
+// One head's row; heads are numbered queries first, then keys.
+template <class T>
+FI_INLINE void rotate_one(const RopeParams& p, int64_t b, int64_t h, int64_t l, const RopeAngles& angles) {
+  const bool is_key = h >= p.query.num_heads;
+  const RopeHeads& heads = is_key ? p.key : p.query;
+  if (is_key) h -= p.query.num_heads;
+  const T* x = static_cast<const T*>(heads.input) + b * heads.input_strides[0] + h * heads.input_strides[1] + l * heads.input_strides[2];
+  T* y = static_cast<T*>(heads.output) + b * heads.output_strides[0] + h * heads.output_strides[1] + l * heads.output_strides[2];
+  rotate_row(x, y, angles, p.rotary_dim, p.head_dim, p.interleaved);
+}
+
+// How [batch x len] tokens and all heads are split into tasks, and which of the two a task walks in its inner loop: the one
+// whose rows are neighbours in memory. Follows from shapes and strides alone.
+struct Split {
+  int64_t tokens, heads;  // of a task
+  bool tokens_inner;
+};
+
+FI_INLINE Split split_of(const RopeParams& p) {
+  const int64_t num_heads = at_least_1(p.query.num_heads + p.key.num_heads);
+  const int64_t head_dim = at_least_1(p.head_dim);
+  if (p.len == 1 || p.query.input_strides[1] <= p.query.input_strides[2])
+    return {at_least_1(smaller(kTaskElements / (num_heads * head_dim), kMaxTokens)), num_heads, false};
+  const int64_t tokens = at_least_1(smaller(smaller(p.batch * p.len, kMaxTokens), kScratchFloats / at_least_1(rope_angle_floats(p.rotary_dim))));
+  return {tokens, smaller(num_heads, at_least_1(kTaskElements / (tokens * head_dim))), true};
+}
+
+template <class T>
+void rope_task(const RopeParams& p, bool tokens_inner, int64_t token, int64_t tokens_end, int64_t head, int64_t heads_end) {
+  const int64_t angle_floats = rope_angle_floats(p.rotary_dim);
+  const int64_t kept = tokens_inner ? tokens_end - token : 1;
+  auto* scratch = static_cast<float*>(__builtin_malloc(sizeof(float) * at_least_1(kept * angle_floats)));
+  if (tokens_inner) {
+    RopeAngles angles[kMaxTokens];
+    for (int64_t t = token; t < tokens_end; ++t)
+      angles[t - token] = token_angles(p, t / p.len, t % p.len, scratch + (t - token) * angle_floats);
+    for (int64_t h = head; h < heads_end; ++h)
+      for (int64_t t = token; t < tokens_end; ++t) rotate_one<T>(p, t / p.len, h, t % p.len, angles[t - token]);
+  } else {
+    for (int64_t t = token; t < tokens_end; ++t) {
+      const int64_t b = t / p.len, l = t % p.len;
+      const RopeAngles angles = token_angles(p, b, l, scratch);
+      for (int64_t h = head; h < heads_end; ++h) rotate_one<T>(p, b, h, l, angles);
+    }
+  }
+  __builtin_free(scratch);
+}
+
+// ---- cos and sin in double precision ----
+
+typedef double VecD __attribute__((vector_size(4 * kLanes)));
+typedef int64_t VecL __attribute__((vector_size(4 * kLanes)));
+typedef float VecHalf __attribute__((vector_size(2 * kLanes)));
+constexpr int kLanesD = kLanes / 2;
+
+// cos and sin of |x| < 2^31, absolute error below 1e-11 before they are rounded to float.
+FI_INLINE void cos_sin(VecD x, VecD& cos, VecD& sin) {
+  // x = n pi/2 + r, |r| <= pi/4. pi/2 in parts of 22, 22 and 53 bits: n has 31 bits, so the first products are exact.
+  const double magic = 0x1.8p52;
+  const VecD shifted = x * 0x1.45f306dc9c883p-1 + magic;
+  const VecD n = shifted - magic;
+  VecD r = x - n * 0x1.921fb8p0;
+  r = r - n * -0x1.5dde98p-23;
+  r = r - n * 0x1.8469898cc517p-48;
+  // The magic number's low bits, and so the quadrant, sit in the low bits of the sum.
+  const VecL quadrant = (VecL)shifted;
+  const VecD r2 = r * r;
+  VecD s = VecD{} - 1.0 / 39916800;
+  s = s * r2 + 1.0 / 362880;
+  s = s * r2 - 1.0 / 5040;
+  s = s * r2 + 1.0 / 120;
+  s = s * r2 - 1.0 / 6;
+  s = s * r2 * r + r;
+  VecD c = VecD{} + 1.0 / 479001600;
+  c = c * r2 - 1.0 / 3628800;
+  c = c * r2 + 1.0 / 40320;
+  c = c * r2 - 1.0 / 720;
+  c = c * r2 + 1.0 / 24;
+  c = c * r2 - 0.5;
+  c = c * r2 + 1.0;
+  const VecL swap = -(quadrant & 1);
+  const VecL negate_sin = (quadrant & 2) << 62, negate_cos = ((quadrant + 1) & 2) << 62;
+  sin = (VecD)((VecL)(swap ? c : s) ^ negate_sin);
+  cos = (VecD)((VecL)(swap ? s : c) ^ negate_cos);
+}
+
+FI_INLINE void cos_sin_row(double position, const double* frequencies, int64_t n, float* cos, float* sin) {
+  VecD angle{}, c, s;
+  int64_t i = 0;
+  for (; i + kLanesD <= n; i += kLanesD) {
+    __builtin_memcpy(&angle, frequencies + i, sizeof(angle));
+    cos_sin(angle * position, c, s);
+    const VecHalf cos_out = __builtin_convertvector(c, VecHalf), sin_out = __builtin_convertvector(s, VecHalf);
+    __builtin_memcpy(cos + i, &cos_out, sizeof(cos_out));
+    __builtin_memcpy(sin + i, &sin_out, sizeof(sin_out));
+  }
+  if (i == n) return;
+  for (int lane = 0; lane < kLanesD; ++lane) angle[lane] = i + lane < n ? frequencies[i + lane] : 0.0;
+  cos_sin(angle * position, c, s);
+  for (int lane = 0; lane < n - i; ++lane) {
+    cos[i + lane] = float(c[lane]);
+    sin[i + lane] = float(s[lane]);
+  }
+}
+
+}  // namespace
+
+void rope(const RopeParams& p, const Parallel& parallel) {
+  const int64_t num_tokens = p.batch * p.len, num_heads = p.query.num_heads + p.key.num_heads;
+  if (num_tokens == 0 || num_heads == 0 || p.head_dim == 0) return;
+  const Split split = split_of(p);
+  const int64_t head_tasks = (num_heads + split.heads - 1) / split.heads;
+  const int64_t token_tasks = (num_tokens + split.tokens - 1) / split.tokens;
+  dispatch_float(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    for_each_task(parallel, token_tasks * head_tasks, [&](int64_t task) {
+      const int64_t token = task / head_tasks * split.tokens, head = task % head_tasks * split.heads;
+      rope_task<T>(p, split.tokens_inner, token, smaller(token + split.tokens, num_tokens), head, smaller(head + split.heads, num_heads));
+    });
+  });
+}
+
+void rope_cos_sin(const RopeCosSinParams& p, const Parallel& parallel) {
+  for_each_block(parallel, p.position_rows.num_rows, rows_per_task(4 * p.num_pairs), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t position = load_index(p.positions, p.position_dtype, p.position_rows.offset(row));
+      cos_sin_row(double(position), p.frequencies, p.num_pairs, p.cos + row * p.num_pairs, p.sin + row * p.num_pairs);
+    }
+  });
+}
+
+}  // namespace fi::FI_ISA
