@@ -52,7 +52,10 @@ def sdpa_arguments(node: Node) -> dict:
 def lower(graph: Graph, node: Node) -> None:
     """Put in place of an anchor exactly what AOTAutograd traces for the call it stands for."""
     traced = _trace(node)
+    traced.graph.eliminate_dead_code()
     substitution = dict(zip(traced.graph.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
+    sizes = _known_sizes(node)
+    copies = []
     with graph.inserting_before(node):
         for inner in traced.graph.nodes:
             if inner.op == "placeholder":
@@ -62,13 +65,39 @@ def lower(graph: Graph, node: Node) -> None:
                 break
             if inner.op == "get_attr":
                 raise RuntimeError(f"fi_ops: lowering {node} met a constant {inner.target}; please report this")
+            size = _expression(inner)
+            if size is not None and size in sizes:
+                substitution[inner] = sizes[size]
+                continue
             copy = graph.node_copy(inner, substitution.__getitem__)
-            for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "seq_nr"):
-                if key in node.meta and key != "original_aten":
-                    copy.meta[key] = node.meta[key]
+            copy.meta.update((k, node.meta[k]) for k in ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr") if k in node.meta)
             substitution[inner] = copy
+            copies.append(copy)
+            if size is not None:
+                sizes[size] = copy
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+    for copy in reversed(copies):
+        if not copy.users:
+            graph.erase_node(copy)
+
+
+def _expression(node: Node):
+    """The symbolic expression of a node that computes a size."""
+    size = node.meta.get("val")
+    return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def _known_sizes(anchor: Node) -> dict:
+    """The nodes in front of an anchor that compute symbolic sizes: AOTAutograd would have used these."""
+    known: dict = {}
+    for node in anchor.graph.nodes:
+        if node is anchor:
+            break
+        size = _expression(node)
+        if size is not None:
+            known.setdefault(size, node)
+    return known
 
 
 def _trace(node: Node) -> torch.fx.GraphModule:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .manager import enabled
+from .manager import switched
 
 
 def fi(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict | None = None):
@@ -17,5 +17,5 @@ def fi(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str 
 
     patches = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
     patches.update({key.replace("-", "_"): setting for key, setting in (options or {}).items()})
-    with enabled():
+    with switched(True):
         return compile_fx(graph, example_inputs, config_patches=patches or None)

@@ -121,10 +121,15 @@ def enable() -> None:
     Works with the default backend ("inductor"), in every mode. Functions compiled before stay as they are until they
     are compiled again.
     """
+    if not is_enabled():
+        _warn_of_earlier_compiles()
+        _install()
+
+
+def _install() -> None:
     global _saved
     if _saved is not None:
         return
-    _warn_of_earlier_compiles()
     _saved = {slot: getattr(inductor_config, slot) for slot in _SLOTS}
     for slot, ours in _SLOTS.items():
         setattr(inductor_config, slot, ChainedPass(slot, ours, _saved[slot]))
@@ -165,12 +170,21 @@ def _without_ours(current: Any) -> Any:
 @contextlib.contextmanager
 def enabled(on: bool = True) -> Iterator[None]:
     """`with fi_ops.enabled():` what is compiled inside is rewritten; `enabled(False)` switches it off inside."""
+    if on and not is_enabled():
+        _warn_of_earlier_compiles()
+    with switched(on):
+        yield
+
+
+@contextlib.contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """`enabled`, without a word about functions compiled earlier."""
     was = is_enabled()
-    (enable if on else disable)()
+    (_install if on else disable)()
     try:
         yield
     finally:
-        (enable if was else disable)()
+        (_install if was else disable)()
 
 
 def _warn_of_earlier_compiles() -> None:
