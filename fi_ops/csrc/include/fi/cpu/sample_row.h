@@ -1,0 +1,428 @@
+// Passes over one row of logits, for samplers: what they share is how a row is cut up, weighed and put in
+// buckets.
+//
+// A row is cut into blocks of 128 logits (whose maxima are kept: most later passes can skip most blocks),
+// chunks of 1024 (whose kept weight is summed: the draw looks into one) and parts of 16384 (a task each).
+// Weights are exp((logit - max) / temperature) in fixed point, so sums are exact: they depend neither on how
+// the row is cut nor on which thread adds first.
+#pragma once
+
+#include "fi/cpu/parallel.h"
+#include "fi/cpu/prefix_select.h"
+#include "fi/cpu/simd.h"
+
+namespace fi::FI_ISA {
+
+inline constexpr int64_t kBlock = 128, kChunk = 1024, kPart = 16384;
+inline constexpr int kBuckets = 2048;
+
+FI_INLINE uint32_t mask_bits(VecI m) {
+#if FI_ISA_LEVEL >= 2
+  return _mm512_movepi32_mask((__m512i)m);
+#elif FI_ISA_LEVEL == 1
+  return uint32_t(_mm256_movemask_ps((__m256)m));
+#else
+  return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u);
+#endif
+}
+
+// Truncates to integers: values in [0, 2^62].
+FI_INLINE void store_fixed(int64_t* p, Vec x) {
+#if FI_ISA_LEVEL >= 2
+  _mm512_storeu_si512(p, _mm512_cvttps_epi64(_mm512_castps512_ps256(x)));
+  _mm512_storeu_si512(p + 8, _mm512_cvttps_epi64(_mm512_extractf32x8_ps(x, 1)));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = int64_t(x[i]);
+#endif
+}
+
+// A running sum of fixed-point vectors.
+struct FixedSum {
+#if FI_ISA_LEVEL >= 2
+  __m512i low = _mm512_setzero_si512(), high = _mm512_setzero_si512();
+  [[gnu::always_inline]] void add(Vec x) {
+    low = _mm512_add_epi64(low, _mm512_cvttps_epi64(_mm512_castps512_ps256(x)));
+    high = _mm512_add_epi64(high, _mm512_cvttps_epi64(_mm512_extractf32x8_ps(x, 1)));
+  }
+  [[gnu::always_inline]] int64_t total() const {
+    return _mm512_reduce_add_epi64(_mm512_add_epi64(low, high));
+  }
+#else
+  int64_t sum[4] = {};
+  [[gnu::always_inline]] void add(Vec x) {
+    for (int i = 0; i < kLanes; ++i) sum[i % 4] += int64_t(x[i]);
+  }
+  [[gnu::always_inline]] int64_t total() const { return (sum[0] + sum[1]) + (sum[2] + sum[3]); }
+#endif
+};
+
+FI_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Scratch of one row: one allocation, touched only where a pass writes.
+struct RowScratch {
+  float* block_max;       // [blocks]
+  int64_t* chunk_sums;    // [chunks], weight that is kept
+  int64_t* bins;          // [2^kRadixBits]
+  int64_t* masses;        // [histograms, kBuckets], weight in a bucket
+  int32_t* counts;        // [histograms, kBuckets], tokens in a bucket
+  float* part_min;        // [parts]
+  int32_t* part_nan;      // [parts]
+  int64_t* part_sizes;    // [parts], candidates found in a part
+  Candidates candidates;  // capacity: the row; a part writes at its own offset, then they are moved together
+  void* memory;
+
+  RowScratch(int64_t n, int64_t histograms) {
+    const int64_t blocks = ceil_div(n, kBlock), chunks = ceil_div(n, kChunk), parts = ceil_div(n, kPart);
+    int64_t bytes = 0;
+    auto reserve = [&](int64_t size) {
+      const int64_t at = bytes;
+      bytes += (size + 63) & ~int64_t{63};
+      return at;
+    };
+    const int64_t offsets[] = {reserve(4 * blocks),
+                               reserve(8 * chunks),
+                               reserve(8 << kRadixBits),
+                               reserve(8 * histograms * kBuckets),
+                               reserve(4 * histograms * kBuckets),
+                               reserve(4 * parts),
+                               reserve(4 * parts),
+                               reserve(8 * parts),
+                               reserve(4 * n),
+                               reserve(4 * n),
+                               reserve(8 * n)};
+    memory = __builtin_malloc(size_t(bytes + 64));
+    char* base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t{63});
+    block_max = reinterpret_cast<float*>(base + offsets[0]);
+    chunk_sums = reinterpret_cast<int64_t*>(base + offsets[1]);
+    bins = reinterpret_cast<int64_t*>(base + offsets[2]);
+    masses = reinterpret_cast<int64_t*>(base + offsets[3]);
+    counts = reinterpret_cast<int32_t*>(base + offsets[4]);
+    part_min = reinterpret_cast<float*>(base + offsets[5]);
+    part_nan = reinterpret_cast<int32_t*>(base + offsets[6]);
+    part_sizes = reinterpret_cast<int64_t*>(base + offsets[7]);
+    candidates.keys = reinterpret_cast<uint32_t*>(base + offsets[8]);
+    candidates.ids = reinterpret_cast<int32_t*>(base + offsets[9]);
+    candidates.weights = reinterpret_cast<int64_t*>(base + offsets[10]);
+    candidates.size = 0;
+  }
+  ~RowScratch() { __builtin_free(memory); }
+  RowScratch(const RowScratch&) = delete;
+};
+
+template <class T>
+struct LogitRow {
+  const T* logits;
+  int64_t n;
+  const Parallel& parallel;  // the threads that may share this row
+  RowScratch& scratch;
+
+  // Found by scan().
+  float max = -kInf, min = kInf;  // of the finite logits
+  bool has_nan = false;
+  bool infinite = false;  // some logit is +inf: those count as 0, all others as -inf
+
+  // Set by set_weights() and set_buckets().
+  float exponent_scale = 0;  // log2(e) / temperature
+  float fixed_scale = 0;     // 2^fraction_bits
+  float eligible = kInf;     // logits below max - eligible weigh nothing (min-p)
+  float bucket_scale = 0;
+
+  int64_t num_blocks() const { return ceil_div(n, kBlock); }
+  int64_t num_chunks() const { return ceil_div(n, kChunk); }
+  int64_t num_parts() const { return ceil_div(n, kPart); }
+  // With a thread to itself a row needs one histogram, else one for each part.
+  static int64_t num_histograms(int64_t n, const Parallel& p) {
+    return p.num_threads > 1 ? ceil_div(n, kPart) : 1;
+  }
+
+  // ---- logits ----
+
+  // -0 becomes +0 (and, where the CPU flushes denormals, they become 0 here as in every comparison).
+  [[gnu::always_inline]] Vec canonical(Vec x) const {
+    if (__builtin_expect(infinite, 0)) return select(x == kInf, zero(), set1(-kInf));
+    return x + 0.0f;
+  }
+
+  // f(i, x, count) for each vector of [begin, end); in the last one lanes from `count` on are -inf.
+  template <class F>
+  [[gnu::always_inline]] void for_each_vec(int64_t begin, int64_t end, const F& f) const {
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) f(i, canonical(load(logits + i)), int64_t{kLanes});
+    if (i < end) {
+      const Vec x = canonical(load_partial(logits + i, end - i));
+      f(i, select(iota_i() < int32_t(end - i), x, set1(-kInf)), end - i);
+    }
+  }
+
+  // f(block, begin, end) for the blocks of a part.
+  template <class F>
+  [[gnu::always_inline]] void for_each_block(int64_t part, const F& f) const {
+    const int64_t end = (part + 1) * kPart < n ? (part + 1) * kPart : n;
+    for (int64_t begin = part * kPart; begin < end; begin += kBlock) {
+      f(begin / kBlock, begin, begin + kBlock < end ? begin + kBlock : end);
+    }
+  }
+
+  // f(part) for all parts, on several threads where the work is worth it.
+  template <class F>
+  [[gnu::always_inline]] void for_each_part(bool worth, const F& f) const {
+    const Parallel alone{nullptr, 1};
+    for_each_task(worth ? parallel : alone, num_parts(), f);
+  }
+
+  // The first pass: maxima of all blocks, minimum, NaN.
+  void scan() {
+    for_each_part(true, [&](int64_t part) {
+      VecI nan{};
+      Vec low = set1(kInf);
+      for_each_block(part, [&](int64_t block, int64_t begin, int64_t end) {
+        Vec high = set1(-kInf);
+        for_each_vec(begin, end, [&](int64_t, Vec x, int64_t) {
+          nan |= x != x;
+          high = fi::FI_ISA::max(high, x);
+          low = fi::FI_ISA::min(low, select(x > -kInf, x, set1(kInf)));
+        });
+        scratch.block_max[block] = reduce_max(high);
+      });
+      scratch.part_min[part] = reduce_min(low);
+      scratch.part_nan[part] = any(nan);
+    });
+    for (int64_t part = 0; part < num_parts(); ++part) {
+      has_nan |= scratch.part_nan[part] != 0;
+      min = scratch.part_min[part] < min ? scratch.part_min[part] : min;
+    }
+    max = max_block(num_blocks());
+    if (max == kInf && !has_nan) {
+      infinite = true;
+      max = min = 0;
+      for (int64_t block = 0; block < num_blocks(); ++block) {
+        scratch.block_max[block] = scratch.block_max[block] == kInf ? 0.0f : -kInf;
+      }
+    }
+  }
+
+  float max_block(int64_t blocks) const {
+    Vec high = set1(-kInf);
+    int64_t block = 0;
+    for (; block + kLanes <= blocks; block += kLanes)
+      high = fi::FI_ISA::max(high, load(scratch.block_max + block));
+    float result = reduce_max(high);
+    for (; block < blocks; ++block)
+      result = scratch.block_max[block] > result ? scratch.block_max[block] : result;
+    return result;
+  }
+
+  // The lowest id whose logit is the maximum.
+  int64_t argmax() const {
+    for (int64_t block = 0; block < num_blocks(); ++block) {
+      if (scratch.block_max[block] != max) continue;
+      int64_t found = -1;
+      for_each_vec(block * kBlock, (block + 1) * kBlock < n ? (block + 1) * kBlock : n,
+                   [&](int64_t i, Vec x, int64_t) {
+                     const uint32_t equal = mask_bits(x == max);
+                     if (equal != 0 && found < 0) found = i + __builtin_ctz(equal);
+                   });
+      return found;
+    }
+    return 0;
+  }
+
+  // ---- weights ----
+
+  void set_weights(float temperature) {
+    // The sum of n weights of at most 2^fraction_bits stays below 2^62.
+    const int fraction_bits = 62 - (n > 1 ? 64 - __builtin_clzll(uint64_t(n - 1)) : 0);
+    fixed_scale = float(int64_t{1} << fraction_bits);
+    // Within the normal floats, so that 0 * scale and inf * scale are no NaN.
+    const double scale = 1.4426950408889634 / double(temperature);
+    exponent_scale = float(scale > 0x1p127 ? 0x1p127 : scale < 0x1p-126 ? 0x1p-126 : scale);
+  }
+
+  // Beyond this distance from the maximum weights are 0 in fixed point.
+  double weightless() const { return (__builtin_log2(double(fixed_scale)) + 1) / double(exponent_scale); }
+
+  // The weights of logits, integers as floats: 2^fraction_bits for the maximum.
+  [[gnu::always_inline]] Vec weigh(Vec x) const {
+    const Vec distance = max - x;
+    const Vec w = exp2_nonpositive(-(distance * exponent_scale)) * fixed_scale;
+    return select(distance <= eligible, w, zero());
+  }
+
+  // ---- buckets: logits by distance from the maximum, in kBuckets even steps down to `low`; the last takes
+  // all the rest ----
+
+  void set_buckets(float low) {
+    double range = double(max) - double(low);
+    if (!(range < weightless())) range = weightless();
+    const double scale = kBuckets / range;  // range 0: all logits are in bucket 0 whatever the scale
+    bucket_scale = float(scale > 0x1p127 ? 0x1p127 : scale < 0x1p-126 ? 0x1p-126 : scale);
+  }
+
+  [[gnu::always_inline]] VecI bucket(Vec x) const {
+    return __builtin_convertvector(fi::FI_ISA::min((max - x) * bucket_scale, set1(float(kBuckets - 1))),
+                                   VecI);
+  }
+
+  // The bucket of a block's largest logit: none of its logits is in an earlier one.
+  [[gnu::always_inline]] int32_t first_bucket(int64_t block) const {
+    const float scaled = (max - scratch.block_max[block]) * bucket_scale;
+    return int32_t(scaled < float(kBuckets - 1) ? scaled : float(kBuckets - 1));
+  }
+
+  int64_t blocks_up_to(int32_t last_bucket) const {
+    int64_t blocks = 0;
+    for (int64_t block = 0; block < num_blocks(); ++block) blocks += first_bucket(block) <= last_bucket;
+    return blocks;
+  }
+
+  // Fills masses[0][b] (and counts[0][b]) with the weight (and number) of the tokens in bucket b.
+  template <bool Counts>
+  void fill_histogram() {
+    const bool shared = num_histograms(n, parallel) == 1;
+    if (shared) clear_histogram<Counts>(0);
+    for_each_part(true, [&](int64_t part) {
+      const int64_t histogram = shared ? 0 : part;
+      if (!shared) clear_histogram<Counts>(histogram);
+      int64_t* masses = scratch.masses + histogram * kBuckets;
+      int32_t* counts = scratch.counts + histogram * kBuckets;
+      alignas(64) int32_t at[kBlock];
+      alignas(64) int64_t weights[kBlock];
+      for_each_block(part, [&](int64_t block, int64_t begin, int64_t end) {
+        if (!Counts && (max - scratch.block_max[block]) * exponent_scale > 64.0f) return;  // weighs nothing
+        for_each_vec(begin, end, [&](int64_t i, Vec x, int64_t) {
+          const VecI b = bucket(x);
+          __builtin_memcpy(at + (i - begin), &b, sizeof(b));
+          store_fixed(weights + (i - begin), weigh(x));
+        });
+        for (int64_t i = 0; i < end - begin; ++i) {
+          masses[at[i]] += weights[i];
+          if (Counts) counts[at[i]] += 1;
+        }
+      });
+    });
+    if (shared) return;
+    for (int64_t part = 1; part < num_parts(); ++part) {
+      for (int b = 0; b < kBuckets; ++b) scratch.masses[b] += scratch.masses[part * kBuckets + b];
+      if (!Counts) continue;
+      for (int b = 0; b < kBuckets; ++b) scratch.counts[b] += scratch.counts[part * kBuckets + b];
+    }
+  }
+
+  template <bool Counts>
+  void clear_histogram(int64_t histogram) {
+    __builtin_memset(scratch.masses + histogram * kBuckets, 0, sizeof(int64_t) * kBuckets);
+    if (Counts) __builtin_memset(scratch.counts + histogram * kBuckets, 0, sizeof(int32_t) * kBuckets);
+  }
+
+  // ---- passes behind the search ----
+
+  // Makes the tokens of buckets [first, last] (without -inf) the candidates, and chunk_sums the weight before
+  // `first`.
+  void collect(int32_t first, int32_t last) {
+    Candidates& c = scratch.candidates;
+    for_each_part(blocks_up_to(last) * kBlock > kPart, [&](int64_t part) {
+      int64_t size = part * kPart;
+      alignas(64) int64_t weights[kLanes];
+      alignas(64) float values[kLanes];
+      FixedSum sum;
+      for_each_block(part, [&](int64_t block, int64_t begin, int64_t end) {
+        if (first_bucket(block) <= last) {
+          for_each_vec(begin, end, [&](int64_t i, Vec x, int64_t) {
+            const VecI b = bucket(x);
+            const VecI near = (b <= last) & (x > -kInf);
+            if (!any(near)) return;
+            const Vec w = weigh(x);
+            sum.add(select(b < first, w, zero()));
+            uint32_t found = mask_bits(near & (b >= first));
+            if (found == 0) return;
+            store_fixed(weights, w);
+            store(values, x);
+            for (; found != 0; found &= found - 1) {
+              const int lane = __builtin_ctz(found);
+              c.keys[size] = order_key(values[lane]);
+              c.ids[size] = int32_t(i + lane);
+              c.weights[size++] = weights[lane];
+            }
+          });
+        }
+        if (end % kChunk == 0 || end == n) {
+          scratch.chunk_sums[begin / kChunk] = sum.total();
+          sum = FixedSum{};
+        }
+      });
+      scratch.part_sizes[part] = size - part * kPart;
+    });
+    c.size = scratch.part_sizes[0];
+    for (int64_t part = 1; part < num_parts(); ++part) {
+      const int64_t from = part * kPart, size = scratch.part_sizes[part];
+      if (from != c.size) {
+        __builtin_memmove(c.keys + c.size, c.keys + from, sizeof(*c.keys) * size);
+        __builtin_memmove(c.ids + c.size, c.ids + from, sizeof(*c.ids) * size);
+        __builtin_memmove(c.weights + c.size, c.weights + from, sizeof(*c.weights) * size);
+      }
+      c.size += size;
+    }
+  }
+
+  // The mask of the lanes that a cut keeps; x from id i on.
+  [[gnu::always_inline]] VecI kept(Vec x, int64_t i, float cut_logit, int32_t last_id) const {
+    return (x > cut_logit) | ((x == cut_logit) & (iota_i() + int32_t(i) <= last_id));
+  }
+
+  // Makes chunk_sums the weight that the cut keeps.
+  void sum_kept(Cut cut) {
+    const float cut_logit = cut.key == 0xffffffffu ? -kInf : key_logit(cut.key);
+    for_each_part(true, [&](int64_t part) {
+      FixedSum sum;
+      for_each_block(part, [&](int64_t block, int64_t begin, int64_t end) {
+        if (scratch.block_max[block] >= cut_logit) {
+          for_each_vec(begin, end, [&](int64_t i, Vec x, int64_t) {
+            sum.add(select(kept(x, i, cut_logit, cut.last_id), weigh(x), zero()));
+          });
+        }
+        if (end % kChunk == 0 || end == n) {
+          scratch.chunk_sums[begin / kChunk] = sum.total();
+          sum = FixedSum{};
+        }
+      });
+    });
+  }
+
+  int64_t total_of_chunks() const {
+    int64_t total = 0;
+    for (int64_t chunk = 0; chunk < num_chunks(); ++chunk) total += scratch.chunk_sums[chunk];
+    return total;
+  }
+
+  // The first kept id at which the cumulative weight exceeds uniform * total, from chunk_sums; the total is
+  // positive.
+  int64_t draw(Cut cut, float uniform) const {
+    const float cut_logit = cut.key == 0xffffffffu ? -kInf : key_logit(cut.key);
+    int64_t left = draw_target(total_of_chunks(), uniform), chunk = 0;
+    while (left >= scratch.chunk_sums[chunk]) left -= scratch.chunk_sums[chunk++];
+    int64_t found = 0;
+    bool done = false;
+    alignas(64) int64_t weights[kLanes];
+    const int64_t end = (chunk + 1) * kChunk < n ? (chunk + 1) * kChunk : n;
+    for_each_vec(chunk * kChunk, end, [&](int64_t i, Vec x, int64_t) {
+      if (done) return;
+      store_fixed(weights, select(kept(x, i, cut_logit, cut.last_id), weigh(x), zero()));
+      for (int lane = 0; lane < kLanes && !done; ++lane) {
+        left -= weights[lane];
+        if (left < 0) {
+          found = i + lane;
+          done = true;
+        }
+      }
+    });
+    return found;
+  }
+
+  // floor(uniform * total); a cumulative integer weight exceeds uniform * total exactly if it exceeds this.
+  static int64_t draw_target(int64_t total, float uniform) {
+    const uint64_t fraction = uint64_t(double(uniform) * 0x1p63);
+    return int64_t((static_cast<unsigned __int128>(uint64_t(total)) * fraction) >> 63);
+  }
+};
+
+}  // namespace fi::FI_ISA
