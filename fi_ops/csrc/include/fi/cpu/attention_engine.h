@@ -1,0 +1,59 @@
+// The two engines under the attention loop. An engine says how a tile's products are computed and what tile suits it; the
+// loop (attention_loop.h) owns everything else.
+//
+//   Stream: few query rows; reads rows of K and V in place, limited by memory.
+//   Packed: many query rows; K and V packed into panels once a call, limited by the unit's arithmetic.
+#pragma once
+
+#include "fi/cpu/pack.h"
+#include "fi/cpu/stream_gemv.h"
+#include "fi/cpu/tile_gemm.h"
+
+namespace fi::FI_ISA {
+
+FI_INLINE constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+FI_INLINE constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+template <class T>
+struct Stream {
+  using Query = typename StreamDot<T>::Query;
+  using Weight = float;
+  static constexpr bool kPacked = false;
+  static constexpr int64_t kMaxRows = 16;  // above, converting and reducing per query row costs more than packing
+  static constexpr int64_t kStepRows = 1;
+  static constexpr int64_t kStepCols = kLanes;
+  static constexpr int64_t kStepDepth = StreamDot<T>::kStep;
+  static constexpr int64_t kStart = 1;            // a tile may be entered at any column
+  static constexpr int64_t kMinChunkTiles = 4;    // 256 keys: a chunk's state is small against them
+
+  static int64_t block_rows(int64_t rows) { return rows; }
+  static int64_t tile(int64_t, int64_t) { return 64; }  // K and V rows of a tile stay in L1 between the passes
+  static void begin() {}
+  static void end() {}
+};
+
+template <class T, class U>
+struct Packed {
+  using Unit = U;
+  using Query = typename Unit::Element;
+  using Weight = typename Unit::Element;
+  static constexpr bool kPacked = true;
+  static constexpr int64_t kStepRows = Unit::kStepRows;
+  static constexpr int64_t kStepCols = kLanes > Unit::kStepK ? kLanes : Unit::kStepK;
+  static constexpr int64_t kStepDepth = Unit::kStepK;
+  static constexpr int64_t kStart = kStepCols;
+  static constexpr int64_t kMinChunkTiles = 1;
+
+  static int64_t block_rows(int64_t rows) { return rows < 128 ? round_up(rows, kStepRows) : 128; }
+  // A tile's K, V, logits and the block's Q and output stay within about half a megabyte of L2.
+  static int64_t tile(int64_t head_dim, int64_t kv_len) {
+    int64_t t = 32768 / (head_dim < 64 ? 64 : head_dim) / 32 * 32;
+    t = t < 64 ? 64 : t;
+    const int64_t all = round_up(kv_len, 32);
+    return all < t ? all : t;
+  }
+  static void begin() { Unit::begin(); }
+  static void end() { Unit::end(); }
+};
+
+}  // namespace fi::FI_ISA

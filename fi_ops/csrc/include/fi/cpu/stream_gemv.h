@@ -1,0 +1,195 @@
+// Few query rows: dot products and weighted sums straight from rows of K and V as they lie in memory, each row of KV read
+// once for all query rows. What limits it is memory, so each pass prefetches what the next one reads.
+#pragma once
+
+#include "fi/cpu/simd.h"
+
+namespace fi::FI_ISA {
+
+FI_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  const char* p = static_cast<const char*>(row);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
+}
+
+// The lane sums of four vectors.
+FI_INLINE void reduce_add4(float* dst, int64_t stride, Vec a, Vec b, Vec c, Vec d) {
+#if FI_ISA_LEVEL >= 1
+#if FI_ISA_LEVEL >= 2
+  auto half = [](Vec x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
+  const __m256 ab = _mm256_hadd_ps(half(a), half(b)), cd = _mm256_hadd_ps(half(c), half(d));
+#else
+  const __m256 ab = _mm256_hadd_ps(a, b), cd = _mm256_hadd_ps(c, d);
+#endif
+  const __m256 abcd = _mm256_hadd_ps(ab, cd);
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+  float lanes[4];
+  _mm_storeu_ps(lanes, sums);
+  for (int i = 0; i < 4; ++i) dst[i * stride] = lanes[i];
+#else
+  dst[0] = reduce_add(a);
+  dst[stride] = reduce_add(b);
+  dst[2 * stride] = reduce_add(c);
+  dst[3 * stride] = reduce_add(d);
+#endif
+}
+
+// fp32 products of any storage type. `q` rows are padded with 0 to a multiple of kLanes.
+template <class T>
+struct StreamDot {
+  using Query = float;
+  static constexpr int64_t kStep = kLanes;
+  using Operand = Vec;
+  FI_INLINE Vec load_key(const T* p) { return load(p); }
+  FI_INLINE Vec load_key_partial(const T* p, int64_t n) { return load_partial(p, n); }
+  FI_INLINE Vec load_query(const float* p) { return load(p); }
+  FI_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+};
+
+#if FI_ISA_LEVEL >= 3
+template <>
+struct StreamDot<bf16> {
+  using Query = bf16;
+  static constexpr int64_t kStep = 2 * kLanes;
+  using Operand = __m512bh;
+  FI_INLINE __m512bh load_key(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  FI_INLINE __m512bh load_key_partial(const bf16* p, int64_t n) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1, p);
+  }
+  FI_INLINE __m512bh load_query(const bf16* p) { return load_key(p); }
+  FI_INLINE Vec multiply_add(__m512bh a, __m512bh b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
+};
+#endif
+
+// s[r][j..j+4) = q[r] . k[j..j+4) for kRows query rows.
+template <class T, int kRows>
+FI_INLINE void dot_block(float* s, int64_t s_stride, const typename StreamDot<T>::Query* q, int64_t q_stride, const T* k,
+                         const int64_t (&k_offset)[4], int64_t size) {
+  using Dot = StreamDot<T>;
+  Vec acc[kRows][4] = {};
+  auto step = [&](const typename Dot::Operand (&kv)[4], int64_t d) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const typename Dot::Operand qv = Dot::load_query(q + r * q_stride + d);
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) acc[r][c] = Dot::multiply_add(qv, kv[c], acc[r][c]);
+    }
+  };
+  int64_t d = 0;
+  for (; d + Dot::kStep <= size; d += Dot::kStep) {
+    typename Dot::Operand kv[4];
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) kv[c] = Dot::load_key(k + k_offset[c] + d);
+    step(kv, d);
+  }
+  if (d < size) {
+    typename Dot::Operand kv[4];
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) kv[c] = Dot::load_key_partial(k + k_offset[c] + d, size - d);
+    step(kv, d);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    reduce_add4(s + r * s_stride, 1, acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+  }
+}
+
+// s[rows][n] = q k^T. Columns up to the next multiple of 4 are written too (with copies of the last key's product).
+// Prefetches `next_row(j)`, what the following pass reads, along the way.
+template <class T>
+void stream_scores(float* s, int64_t s_stride, const typename StreamDot<T>::Query* q, int64_t q_stride, int64_t rows,
+                   const T* k, int64_t k_stride, int64_t n, int64_t size, const T* next, int64_t next_stride,
+                   int64_t next_size) {
+  for (int64_t j = 0; j < n; j += 4) {
+    int64_t offset[4];
+    for (int c = 0; c < 4; ++c) offset[c] = (j + c < n ? j + c : n - 1) * k_stride;
+    if (next) {
+      for (int64_t c = j; c < j + 4 && c < n; ++c) prefetch_row(next + c * next_stride, next_size * sizeof(T));
+    }
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) dot_block<T, 4>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, k, offset, size);
+    if (rows - r == 3) {
+      dot_block<T, 3>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, k, offset, size);
+    } else if (rows - r == 2) {
+      dot_block<T, 2>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, k, offset, size);
+    } else if (rows - r == 1) {
+      dot_block<T, 1>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, k, offset, size);
+    }
+  }
+}
+
+#if FI_ISA_LEVEL >= 2
+inline constexpr int kValueVecs = 4;  // 16 accumulators with 4 query rows
+#else
+inline constexpr int kValueVecs = 2;
+#endif
+
+// acc[kRows][kVecs] += p v over n rows of V, for one strip of columns.
+template <class T, int kRows, int kVecs>
+FI_INLINE void value_block(float* acc, int64_t acc_stride, const float* p, int64_t p_stride, const T* v, int64_t v_stride,
+                           int64_t n, int64_t tail, const T* next, int64_t next_stride, int64_t next_size) {
+  Vec sum[kRows][kVecs];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) sum[r][c] = load(acc + r * acc_stride + c * kLanes);
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    if (next) prefetch_row(next + j * next_stride, next_size * sizeof(T));
+    Vec vv[kVecs];
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) {
+      const T* src = v + j * v_stride + c * kLanes;
+      vv[c] = c == kVecs - 1 && tail < kLanes ? load_partial(src, tail) : load(src);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Vec w = set1(p[r * p_stride + j]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kVecs; ++c) sum[r][c] = fma(w, vv[c], sum[r][c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) store(acc + r * acc_stride + c * kLanes, sum[r][c]);
+  }
+}
+
+// acc[rows][size] += p[rows][n] v[n][size]; acc rows are padded to a multiple of kLanes. Prefetches rows of `next`.
+template <class T>
+void stream_values(float* acc, int64_t acc_stride, const float* p, int64_t p_stride, int64_t rows, const T* v,
+                   int64_t v_stride, int64_t n, int64_t size, const T* next, int64_t next_stride, int64_t next_size) {
+  int64_t d = 0;
+  while (d < size) {
+    const int64_t left = size - d;
+    const int64_t vecs = left >= kValueVecs * kLanes ? kValueVecs : left > kLanes && kValueVecs > 2 ? 2 : left > kLanes ? 2 : 1;
+    const int64_t width = vecs * kLanes < left ? vecs * kLanes : left;
+    const int64_t tail = width - (vecs - 1) * kLanes;
+    for (int64_t r = 0; r < rows; r += 4) {
+      const int64_t count = rows - r < 4 ? rows - r : 4;
+      auto run = [&](auto block_rows, auto block_vecs) {
+        value_block<T, block_rows(), block_vecs()>(acc + r * acc_stride + d, acc_stride, p + r * p_stride, p_stride, v + d,
+                                                   v_stride, n, tail, next, next_stride, next_size);
+      };
+      auto with_rows = [&](auto block_vecs) {
+        switch (count) {
+          case 4: return run([] { return 4; }, block_vecs);
+          case 3: return run([] { return 3; }, block_vecs);
+          case 2: return run([] { return 2; }, block_vecs);
+          default: return run([] { return 1; }, block_vecs);
+        }
+      };
+      if (vecs == kValueVecs) {
+        with_rows([] { return kValueVecs; });
+      } else if (vecs == 2) {
+        with_rows([] { return 2; });
+      } else {
+        with_rows([] { return 1; });
+      }
+      next = nullptr;  // once is enough
+    }
+    d += width;
+  }
+}
+
+}  // namespace fi::FI_ISA
