@@ -9,8 +9,6 @@ is the graph that stock torch compiles.
 
 from __future__ import annotations
 
-import logging
-
 from torch.fx import Graph, Node
 
 from . import anchors
@@ -18,10 +16,8 @@ from .fuse.attention import apply_attention, plan_attention
 from .fuse.emit import Emitter
 from .fuse.sampling import rewrite_samplers
 from .normalize.attention import from_anchor, match_eager
-from .sites import Declined, GraphReport, Site, publish, take_set_aside
+from .sites import GraphReport, Site, attempt, publish, take_set_aside
 from .walk import aten, erase_dead, is_call, source_line
-
-log = logging.getLogger("fi_ops.inductor")
 
 
 def rewrite(graph: Graph) -> None:
@@ -55,7 +51,7 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> N
         if node._erased or not is_call(node, anchors.SDPA, aten.bmm.default):
             continue
         site, rope_site = _site(node), None
-        try:
+        with attempt(site):
             attention = from_anchor(node) if is_call(node, anchors.SDPA) else match_eager(node)
             if attention is None:
                 continue
@@ -64,11 +60,6 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> N
             erase_dead(graph, unused)
             site.grade, site.pieces, site.reason = plan.grade, tuple(plan.pieces), plan.append_reason or plan.rope_reason
             rope_site = _rope_site(plan, site)
-        except Declined as declined:
-            site.reason = str(declined)
-        except Exception as error:  # a rewrite that fails must not take the user's model with it
-            log.warning("fi_ops: left %s (%s) as it is: %r", site.name, site.line, error, exc_info=log.isEnabledFor(logging.DEBUG))
-            site.reason = f"{site.name}: internal error: {error}"
         report.sites.append(site)
         if rope_site is not None:
             report.sites.append(rope_site)

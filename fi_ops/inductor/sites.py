@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import warnings
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch._dynamo.utils import counters
+
+log = logging.getLogger("fi_ops.inductor")
 
 KINDS = ("attention", "rope", "sampling")
 
@@ -36,6 +39,18 @@ class Site:
 
 class Declined(Exception):
     """A recogniser's or a rewrite's "no": the text says which check failed, on which node, and what it saw."""
+
+
+@contextlib.contextmanager
+def attempt(site: Site) -> Iterator[None]:
+    """Try to rewrite a site: a "no" inside becomes its reason. So does an error, which must not take the user's model down."""
+    try:
+        yield
+    except Declined as declined:
+        site.reason = str(declined)
+    except Exception as error:
+        log.warning("fi_ops: left %s (%s) as it is: %r", site.name, site.line, error, exc_info=log.isEnabledFor(logging.DEBUG))
+        site.reason = f"{site.name}: internal error: {error}"
 
 
 @dataclass
