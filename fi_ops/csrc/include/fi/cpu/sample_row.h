@@ -2,7 +2,7 @@
 // buckets.
 //
 // A row is cut into blocks of 128 logits (whose maxima are kept: most later passes can skip most blocks),
-// chunks of 1024 (whose kept weight is summed: the draw looks into one) and parts of 16384 (a task each).
+// chunks of 1024 (whose kept weight is summed: the draw looks into one) and parts of 32768 (a task each).
 // Weights are exp((logit - max) / temperature) in fixed point, so sums are exact: they depend neither on how
 // the row is cut nor on which thread adds first.
 #pragma once
@@ -13,7 +13,7 @@
 
 namespace fi::FI_ISA {
 
-inline constexpr int64_t kBlock = 128, kChunk = 1024, kPart = 16384;
+inline constexpr int64_t kBlock = 128, kChunk = 1024, kPart = 32768;
 inline constexpr int kBuckets = 2048;
 
 FI_INLINE uint32_t mask_bits(VecI m) {
@@ -290,9 +290,12 @@ struct LogitRow {
       for_each_block(part, [&](int64_t block, int64_t begin, int64_t end) {
         if (!Counts && (max - scratch.block_max[block]) * exponent_scale > 64.0f) return;  // weighs nothing
         for_each_vec(begin, end, [&](int64_t i, Vec x, int64_t) {
-          const VecI b = bucket(x);
+          const Vec w = weigh(x);
+          VecI b = bucket(x);
+          // Tokens without weight go anywhere: additions to one bucket would wait for each other.
+          if (!Counts) b = select(w < 1.0f, (iota_i() + int32_t(i)) & (kBuckets - 1), b);
           __builtin_memcpy(at + (i - begin), &b, sizeof(b));
-          store_fixed(weights + (i - begin), weigh(x));
+          store_fixed(weights + (i - begin), w);
         });
         for (int64_t i = 0; i < end - begin; ++i) {
           masses[at[i]] += weights[i];
