@@ -115,6 +115,7 @@ def test_compile_fullgraph_dynamic(spec, device):
     torch._dynamo.reset()
     count = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(spec.overload, fullgraph=True, dynamic=True, backend=count)
+    compiles = None
     for trial in (sample, _resized(sample, 2), _resized(sample, 3)):
         if trial is None:
             continue
@@ -122,7 +123,8 @@ def test_compile_fullgraph_dynamic(spec, device):
         actual = outputs_of(spec, compiled, clone_sample(trial))
         for name, value in expected.items():
             assert torch.equal(value.nan_to_num(7.0), actual[name].nan_to_num(7.0)), f"{name} differs under torch.compile"
-    assert count.frame_count == 1, "a second size was compiled anew"
+        compiles = compiles or count.frame_count  # the first call may try more than once (floats are specialised on a retry)
+        assert count.frame_count == compiles, "a second size was compiled anew"
 
 
 def _refusal(call) -> str:
