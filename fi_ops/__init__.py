@@ -16,8 +16,14 @@ if tuple(int(part) for part in _torch.__version__.split("+")[0].split(".")[:2]) 
 
 from . import library
 from ._load import cpu_isa
+from .activation import *  # noqa: F403
+from .cascade import *  # noqa: F403
 from .decode import *  # noqa: F403
+from .norm import *  # noqa: F403
 from .prefill import *  # noqa: F403
+from .quantization import *  # noqa: F403
+from .rope import *  # noqa: F403
+from .sampling import *  # noqa: F403
 
 __version__ = "0.1.0"
 

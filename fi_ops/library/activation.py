@@ -20,7 +20,9 @@ def _fake(name: str):
         check(
             name,
             input.shape[-1] % 2 == 0 if input.dim() else False,
-            lambda: f"input must be [..., 2 * hidden_size], got {shape_of(input)}; concatenate the gate and the other half",
+            lambda: (
+                f"input must be [..., 2 * hidden_size], got {shape_of(input)}; concatenate the gate and the other half"
+            ),
         )
         check_last_dim_contiguous(name, "input", input)
         return torch.empty((*input.shape[:-1], input.shape[-1] // 2), dtype=input.dtype, device=input.device)
@@ -46,7 +48,9 @@ def _samples(device, dtype):
 
 def _errors(device):
     x = torch.randn(4, 6, device=device)
-    yield ErrorSample((x[:, :5].contiguous(),), r"input must be \[\.\.\., 2 \* hidden_size\], got \[4, 5\]; concatenate")
+    yield ErrorSample(
+        (x[:, :5].contiguous(),), r"input must be \[\.\.\., 2 \* hidden_size\], got \[4, 5\]; concatenate"
+    )
     yield ErrorSample((x[0, 0],), r"input must be \[\.\.\., 2 \* hidden_size\], got \[\]; concatenate")
     yield ErrorSample((x.double(),), r"input must be float32, bfloat16 or float16, got float64; convert")
     yield ErrorSample((x.t(),), r"input must have a contiguous last dimension, got strides \[1, 6\]; call")
@@ -62,7 +66,7 @@ def _gated(input: torch.Tensor, act) -> torch.Tensor:
     return (act(gate) * up).to(input.dtype)
 
 
-_SPEC = dict(samples=_samples, errors=_errors, cost=_cost)
+_SPEC = {"samples": _samples, "errors": _errors, "cost": _cost}
 
 
 @op("(Tensor input) -> Tensor", fake=_fake("silu_and_mul"), **_SPEC)

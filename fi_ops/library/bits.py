@@ -6,6 +6,8 @@ with 0. The functions of FlashInfer's `quantization` module.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from ._attention_checks import INDEX_TYPES
@@ -17,7 +19,9 @@ def _check_bits(name: str, x, bitorder: str) -> None:
     check_dtype(name, "x", x, (torch.bool, torch.uint8))
     check_ndim(name, "x", x, 1, "[num_elements]")
     check_last_dim_contiguous(name, "x", x)
-    check(name, bitorder in ("big", "little"), lambda: f"bitorder must be big or little, got {bitorder}; pass one of them")
+    check(
+        name, bitorder in ("big", "little"), lambda: f"bitorder must be big or little, got {bitorder}; pass one of them"
+    )
 
 
 def _packbits_fake(x, bitorder="big"):
@@ -35,7 +39,11 @@ def _segment_fake(x, input_indptr, output_indptr, output_len, bitorder="big"):
     check_same_device(name, "output_indptr", output_indptr, "x", x)
     check_dtype(name, "output_indptr", output_indptr, INDEX_TYPES)
     check_shape(name, "output_indptr", output_indptr, input_indptr.shape, "input_indptr's shape")
-    check(name, output_len >= 0, lambda: f"output_len must be 0 or more, got {output_len}; pass output_indptr's last value")
+    check(
+        name,
+        output_len >= 0,
+        lambda: f"output_len must be 0 or more, got {output_len}; pass output_indptr's last value",
+    )
     return torch.empty((output_len,), dtype=torch.uint8, device=x.device)
 
 
@@ -83,16 +91,28 @@ def _segment_errors(device):
     yield ErrorSample((x, ends, packed, 3, "BIG"), r"bitorder must be big or little, got BIG; pass")
     yield ErrorSample((x, ends.float(), packed, 3), r"input_indptr must be int32 or int64, got float32; convert")
     yield ErrorSample((x, ends[None], packed, 3), r"input_indptr must be \[num_segments \+ 1\], got \[1, 3\]; reshape")
-    yield ErrorSample((x, ends[:0], packed[:0], 0), r"input_indptr must be \[num_segments \+ 1\], got \[0\]; start it with 0")
+    yield ErrorSample(
+        (x, ends[:0], packed[:0], 0), r"input_indptr must be \[num_segments \+ 1\], got \[0\]; start it with 0"
+    )
     yield ErrorSample((x, ends, packed.byte(), 3), r"output_indptr must be int32 or int64, got uint8; convert")
     yield ErrorSample((x, ends, packed[:2], 3), r"output_indptr must be input_indptr's shape = \[3\], got \[2\]; check")
     yield ErrorSample((x, ends, packed, -1), r"output_len must be 0 or more, got -1; pass output_indptr's last value")
-    yield ErrorSample((x[:10], ends, packed, 3), r"input_indptr must lie in x's 10 elements, got 0 to 14; pass", needs_values=True)
-    yield ErrorSample((x, ends, packed, 4), r"output_indptr must go from 0 to output_len 4, got 0 to 3; pass", needs_values=True)
+    yield ErrorSample(
+        (x[:10], ends, packed, 3), r"input_indptr must lie in x's 10 elements, got 0 to 14; pass", needs_values=True
+    )
+    yield ErrorSample(
+        (x, ends, packed, 4), r"output_indptr must go from 0 to output_len 4, got 0 to 3; pass", needs_values=True
+    )
     falling = ends.new_tensor([0, 12, 10])
-    yield ErrorSample((x, falling, ends.new_tensor([0, 2, 3]), 3), r"input_indptr must not decrease, got 12 before 10", needs_values=True)
+    yield ErrorSample(
+        (x, falling, ends.new_tensor([0, 2, 3]), 3),
+        r"input_indptr must not decrease, got 12 before 10",
+        needs_values=True,
+    )
     off = packed.new_tensor([0, 2, 3])
-    yield ErrorSample((x, ends, off, 3), r"output_indptr must give segment 0 its 1 bytes, got 2; make it", needs_values=True)
+    yield ErrorSample(
+        (x, ends, off, 3), r"output_indptr must give segment 0 its 1 bytes, got 2; make it", needs_values=True
+    )
 
 
 def _packbits_cost(x, bitorder="big"):
@@ -109,7 +129,7 @@ def _pack(x: torch.Tensor, bitorder: str) -> torch.Tensor:
     return (bits << (exponents if bitorder == "little" else 7 - exponents)).sum(1).to(torch.uint8)
 
 
-_SPEC = dict(dtypes=(torch.bool, torch.uint8), exact=True)
+_SPEC = {"dtypes": (torch.bool, torch.uint8), "exact": True}
 
 
 @op(
@@ -140,5 +160,5 @@ def segment_packbits(x, input_indptr, output_indptr, output_len, bitorder="big")
     of these and `output_len` its last value (an argument, so that the output's size is known without reading tensor data).
     """
     ends = input_indptr.tolist()
-    parts = [_pack(x[a:b], bitorder) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    parts = [_pack(x[a:b], bitorder) for a, b in itertools.pairwise(ends)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=x.device)

@@ -96,7 +96,10 @@ def _merge_state_samples(device, dtype):
     yield Sample((*_state(device, dtype, 2, 3, 41), *_state(device, dtype, 2, 3, 41)), name="odd head_dim")
     (va, sa), (vb, sb) = _state(device, dtype, 6, 4, 64), _state(device, dtype, 6, 4, 64)
     yield Sample((va, _with_empty(sa, 2), vb, _with_empty(sb, 3)), name="empty states, also both")
-    yield Sample((va, _with_empty(sa, 1), torch.full_like(va, math.nan), _with_empty(sb, 1)), name="all empty, NaN in an unread v")
+    yield Sample(
+        (va, _with_empty(sa, 1), torch.full_like(va, math.nan), _with_empty(sb, 1)),
+        name="all empty, NaN in an unread v",
+    )
     yield Sample((va, sa + 1e4, vb, sb - 1e4), name="LSEs far apart")
     big_v, big_s = _state(device, dtype, 8, 4, 3, 80)
     yield Sample((big_v[::2, 0], big_s[::2, 0], big_v[1::2, 2], big_s[1::2, 2]), name="strided")
@@ -141,14 +144,20 @@ def _pair_errors(device, first: str, other: str):
     (va, sa), (vb, sb) = _state(device, torch.float32, 4, 2, 8), _state(device, torch.float32, 4, 2, 8)
     yield ErrorSample((va.double(), sa, vb, sb), rf"{v1} must be float32, bfloat16 or float16, got float64; convert")
     yield ErrorSample((va[0], sa, vb, sb), rf"{v1} must be \[seq_len, num_heads, head_dim\], got \[2, 8\]; reshape")
-    yield ErrorSample((va.mT, sa, vb, sb), rf"{v1} must have a contiguous last dimension, got strides \[16, 1, 8\]; call")
+    yield ErrorSample(
+        (va.mT, sa, vb, sb), rf"{v1} must have a contiguous last dimension, got strides \[16, 1, 8\]; call"
+    )
     yield ErrorSample((va, sa.half(), vb, sb), rf"{s1} must be float32, got float16; convert")
     yield ErrorSample((va, sa.t(), vb, sb), rf"{s1} must be \[seq_len, num_heads\] = \[4, 2\], got \[2, 4\]; check")
     yield ErrorSample((va, sa, vb.half(), sb), rf"{v2} must have {v1}'s dtype float32, got float16; convert")
-    yield ErrorSample((va, sa, vb[:3], sb), rf"{v2} must be \[seq_len, num_heads, head_dim\] = \[4, 2, 8\], got \[3, 2, 8\]; check")
+    yield ErrorSample(
+        (va, sa, vb[:3], sb), rf"{v2} must be \[seq_len, num_heads, head_dim\] = \[4, 2, 8\], got \[3, 2, 8\]; check"
+    )
     yield ErrorSample((va, sa, vb, sb[:, :1]), rf"{s2} must be \[seq_len, num_heads\] = \[4, 2\], got \[4, 1\]; check")
     yield ErrorSample((va, sa, vb, sb.double()), rf"{s2} must be float32, got float64; convert")
-    yield ErrorSample((va, sa, vb.clone().requires_grad_(), sb), r"has no backward, got an input that requires grad; call it under")
+    yield ErrorSample(
+        (va, sa, vb.clone().requires_grad_(), sb), r"has no backward, got an input that requires grad; call it under"
+    )
 
 
 def _merge_state_errors(device):
@@ -161,8 +170,12 @@ def _in_place_errors(device):
     mask = torch.ones(4, dtype=torch.bool, device=device)
     yield ErrorSample((v, s, *other, mask.int()), r"mask must be bool, got int32; convert")
     yield ErrorSample((v, s, *other, mask[:3]), r"mask must be \[seq_len\] = \[4\], got \[3\]; check")
-    yield ErrorSample((v[:1].expand(4, 2, 8), s, *other), r"v is written and must not be expanded, got strides \[0, 8, 1\]; call")
-    yield ErrorSample((v, s[:, :1].expand(4, 2), *other), r"s is written and must not be expanded, got strides \[2, 0\]; call")
+    yield ErrorSample(
+        (v[:1].expand(4, 2, 8), s, *other), r"v is written and must not be expanded, got strides \[0, 8, 1\]; call"
+    )
+    yield ErrorSample(
+        (v, s[:, :1].expand(4, 2), *other), r"s is written and must not be expanded, got strides \[2, 0\]; call"
+    )
 
 
 def _merge_states_errors(device):
@@ -172,7 +185,9 @@ def _merge_states_errors(device):
     yield ErrorSample((v.mT, s), r"v must have a contiguous last dimension, got strides \[48, 16, 1, 8\]; call")
     yield ErrorSample((v, s.bfloat16()), r"s must be float32, got bfloat16; convert")
     yield ErrorSample((v, s[0]), r"s must be \[seq_len, num_states, num_heads\] = \[4, 3, 2\], got \[3, 2\]; check")
-    yield ErrorSample((v.clone().requires_grad_(), s), r"has no backward, got an input that requires grad; call it under")
+    yield ErrorSample(
+        (v.clone().requires_grad_(), s), r"has no backward, got an input that requires grad; call it under"
+    )
 
 
 def _pair_cost(v, s, v_other, s_other, mask=None):

@@ -65,14 +65,23 @@ def _rope_in_place_fake(query, key, cos, sin, positions=None, *, interleaved=Fal
 
 
 def _cos_sin_fake(
-    positions, rotary_dim, *, rope_scale=1.0, rope_theta=10000.0, low_freq_factor=0.0, high_freq_factor=0.0, old_context_len=0
+    positions,
+    rotary_dim,
+    *,
+    rope_scale=1.0,
+    rope_theta=10000.0,
+    low_freq_factor=0.0,
+    high_freq_factor=0.0,
+    old_context_len=0,
 ):
     name = "rope_cos_sin"
     check_dtype(name, "positions", positions, INDEX_TYPES)
     check(
         name,
         rotary_dim > 0 and rotary_dim % 2 == 0,
-        lambda: f"rotary_dim must be positive and even, got {rotary_dim}; pass the number of rotated elements of a head",
+        lambda: (
+            f"rotary_dim must be positive and even, got {rotary_dim}; pass the number of rotated elements of a head"
+        ),
     )
     check(
         name,
@@ -82,18 +91,24 @@ def _cos_sin_fake(
     check(
         name,
         rope_theta > 0 and math.isfinite(rope_theta),
-        lambda: f"rope_theta must be positive and finite, got {number(rope_theta)}; pass the model's base, such as 10000",
+        lambda: (
+            f"rope_theta must be positive and finite, got {number(rope_theta)}; pass the model's base, such as 10000"
+        ),
     )
     check(
         name,
         old_context_len >= 0,
-        lambda: f"old_context_len must be 0 (plain frequencies) or more, got {old_context_len}; pass 0 for no Llama 3.1 scaling",
+        lambda: (
+            f"old_context_len must be 0 (plain frequencies) or more, got {old_context_len}; pass 0 for no Llama 3.1 scaling"
+        ),
     )
     check(
         name,
         old_context_len == 0 or 0 <= low_freq_factor < high_freq_factor < math.inf,
-        lambda: f"low_freq_factor and high_freq_factor must be 0 <= low < high with old_context_len, got {number(low_freq_factor)} "
-        f"and {number(high_freq_factor)}; Llama 3.1 has 1 and 4",
+        lambda: (
+            f"low_freq_factor and high_freq_factor must be 0 <= low < high with old_context_len, got {number(low_freq_factor)} "
+            f"and {number(high_freq_factor)}; Llama 3.1 has 1 and 4"
+        ),
     )
     shape = (*positions.shape, rotary_dim // 2)
     return tuple(torch.empty(shape, dtype=torch.float32, device=positions.device) for _ in range(2))
@@ -120,7 +135,8 @@ def _rope_samples(device, dtype, dense_only: bool = False):
         return torch.randint(high, shape, device=device, dtype=index)
 
     yield Sample(
-        (heads(2, 6, 5, 32), heads(2, 3, 5, 32), *_table(device, dtype, 1, 5, 16, width=2)), name="Hugging Face: full-width tables"
+        (heads(2, 6, 5, 32), heads(2, 3, 5, 32), *_table(device, dtype, 1, 5, 16, width=2)),
+        name="Hugging Face: full-width tables",
     )
     for interleaved in (False, True):
         kind = {"interleaved": interleaved}
@@ -129,25 +145,41 @@ def _rope_samples(device, dtype, dense_only: bool = False):
             table = _table(device, f32, 2, 7, 20, width=width, interleaved=interleaved)
             yield Sample((heads(2, 3, 7, 40), heads(2, 1, 7, 40), *table), kind, f"{word}, odd sizes, width {width}R")
         table = _table(device, dtype, 1, 3, 12, width=2, interleaved=interleaved)
-        yield Sample((heads(1, 2, 3, 80), heads(1, 2, 3, 80), *table), {**kind, "rotary_dim": 24}, f"{word}, partial rotary_dim")
+        yield Sample(
+            (heads(1, 2, 3, 80), heads(1, 2, 3, 80), *table), {**kind, "rotary_dim": 24}, f"{word}, partial rotary_dim"
+        )
         nhd = [heads(2, 6, h, 64).transpose(1, 2) for h in (4, 2)]
         table = [t.expand(2, -1, -1) for t in _table(device, f32, 1, 6, 32)]
         yield Sample((*nhd, *table), kind, f"{word}, transposed views, expanded tables")
         table = _table(device, f32, 1, 50, 16)
         where = positions(2, 9, high=50, index=torch.int32)
-        yield Sample((heads(2, 4, 9, 32), heads(2, 4, 9, 32), *table, where), kind, f"{word}, int32 positions per batch")
+        yield Sample(
+            (heads(2, 4, 9, 32), heads(2, 4, 9, 32), *table, where), kind, f"{word}, int32 positions per batch"
+        )
         wide = heads(3, 4, 1, 96)[..., 16:80], heads(3, 2, 1, 96)[..., 16:80]
-        yield Sample((*wide, *_table(device, dtype, 3, 8, 32), positions(1, high=8)), kind, f"{word}, one token, strided rows, positions [len]")
+        yield Sample(
+            (*wide, *_table(device, dtype, 3, 8, 32), positions(1, high=8)),
+            kind,
+            f"{word}, one token, strided rows, positions [len]",
+        )
     table = [t[:, ::2] for t in _table(device, f32, 1, 12, 8)]
     where = positions(2, 10, high=6)[:, ::2]
-    yield Sample((heads(2, 2, 5, 16), heads(2, 0, 5, 16), *table, where), name="strided tables and positions, no KV heads")
+    yield Sample(
+        (heads(2, 2, 5, 16), heads(2, 0, 5, 16), *table, where), name="strided tables and positions, no KV heads"
+    )
     cache = torch.randn(40, 64, device=device)
     cos, sin = cache.chunk(2, -1)
     packed = heads(130, 6, 64).transpose(0, 1)[None]
-    yield Sample((packed[:, :4], packed[:, 4:], cos[None], sin[None], positions(130, high=40)), name="ragged, packed qk, cos-sin cache")
+    yield Sample(
+        (packed[:, :4], packed[:, 4:], cos[None], sin[None], positions(130, high=40)),
+        name="ragged, packed qk, cos-sin cache",
+    )
     yield Sample((heads(1, 2, 0, 16), heads(1, 2, 0, 16), *_table(device, f32, 1, 0, 8)), name="no tokens")
     if not dense_only:
-        yield Sample((heads(1, 1, 4, 16).expand(2, 3, 4, 16), heads(2, 1, 4, 16), *_table(device, f32, 1, 4, 8)), name="expanded query")
+        yield Sample(
+            (heads(1, 1, 4, 16).expand(2, 3, 4, 16), heads(2, 1, 4, 16), *_table(device, f32, 1, 4, 8)),
+            name="expanded query",
+        )
 
 
 def _rope_in_place_samples(device, dtype):
@@ -159,12 +191,20 @@ def _rope_errors(device):
     cos, sin = _table(device, torch.float32, 1, 5, 8)
     where = torch.arange(5, device=device)
     yield ErrorSample((q.double(), k, cos, sin), r"query must be float32, bfloat16 or float16, got float64; convert")
-    yield ErrorSample((q[0], k, cos, sin), r"query must be \[batch, num_qo_heads, len, head_dim\], got \[4, 5, 16\]; reshape")
-    yield ErrorSample((q.mT, k, cos, sin), r"query must have a contiguous last dimension, got strides \[320, 80, 1, 16\]; call")
+    yield ErrorSample(
+        (q[0], k, cos, sin), r"query must be \[batch, num_qo_heads, len, head_dim\], got \[4, 5, 16\]; reshape"
+    )
+    yield ErrorSample(
+        (q.mT, k, cos, sin), r"query must have a contiguous last dimension, got strides \[320, 80, 1, 16\]; call"
+    )
     yield ErrorSample((q, k.half(), cos, sin), r"key must have query's dtype float32, got float16; convert")
-    yield ErrorSample((q, k[0], cos, sin), r"key must be \[batch, num_kv_heads, len, head_dim\], got \[2, 5, 16\]; reshape")
+    yield ErrorSample(
+        (q, k[0], cos, sin), r"key must be \[batch, num_kv_heads, len, head_dim\], got \[2, 5, 16\]; reshape"
+    )
     yield ErrorSample((q, k[:, :, :4], cos, sin), r"key must be .* = \[2, 2, 5, 16\], got \[2, 2, 4, 16\]; check")
-    yield ErrorSample((q, k.clone().requires_grad_(), cos, sin), r"has no backward, got an input that requires grad; call it under")
+    yield ErrorSample(
+        (q, k.clone().requires_grad_(), cos, sin), r"has no backward, got an input that requires grad; call it under"
+    )
     for rotary_dim in (18, 7, -2):
         text = rf"rotary_dim must be even and at most head_dim 16, got {rotary_dim}; pass 0"
         yield ErrorSample((q, k, cos, sin), text, {"rotary_dim": rotary_dim})
@@ -174,12 +214,23 @@ def _rope_errors(device):
     yield ErrorSample((q, k, cos[..., :6], sin[..., :6]), rf"cos {want} \[1, 5, 6\]; check rotary_dim")
     yield ErrorSample((q, k, cos.half(), sin), r"cos must be float32, got float16; convert")
     yield ErrorSample((q.half(), k.half(), cos, sin.half()), r"sin must have cos's dtype float32, got float16; convert")
-    yield ErrorSample((q, k, cos, sin.expand(2, -1, -1)), r"sin must be cos's shape = \[1, 5, 8\], got \[2, 5, 8\]; check")
-    yield ErrorSample((q, k, cos, sin.mT.contiguous().mT), r"sin must have a contiguous last dimension, got strides \[40, 1, 5\]; call")
-    yield ErrorSample((q, k, cos[0], sin[0], where), r"cos must be \[1 or batch, max_len, R or 2R\], got \[5, 8\]; reshape")
+    yield ErrorSample(
+        (q, k, cos, sin.expand(2, -1, -1)), r"sin must be cos's shape = \[1, 5, 8\], got \[2, 5, 8\]; check"
+    )
+    yield ErrorSample(
+        (q, k, cos, sin.mT.contiguous().mT),
+        r"sin must have a contiguous last dimension, got strides \[40, 1, 5\]; call",
+    )
+    yield ErrorSample(
+        (q, k, cos[0], sin[0], where), r"cos must be \[1 or batch, max_len, R or 2R\], got \[5, 8\]; reshape"
+    )
     yield ErrorSample((q, k, cos, sin, where.short()), r"positions must be int32 or int64, got int16; convert")
-    yield ErrorSample((q, k, cos, sin, where[:4]), r"positions must be \[len\] or \[batch, len\] = \[5\], got \[4\]; check")
-    yield ErrorSample((q, k, cos, sin, where.expand(3, 5)), r"positions must be \[batch, len\] = \[2, 5\], got \[3, 5\]; check")
+    yield ErrorSample(
+        (q, k, cos, sin, where[:4]), r"positions must be \[len\] or \[batch, len\] = \[5\], got \[4\]; check"
+    )
+    yield ErrorSample(
+        (q, k, cos, sin, where.expand(3, 5)), r"positions must be \[batch, len\] = \[2, 5\], got \[3, 5\]; check"
+    )
     text = r"positions must be rows of cos, at least 0 and less than 5, got {}; make longer tables"
     yield ErrorSample((q, k, cos, sin, where + 1), text.format(5), needs_values=True)
     yield ErrorSample((q, k, cos, sin, where.int() - 1), text.format(-1), needs_values=True)
@@ -194,7 +245,13 @@ def _rope_in_place_errors(device):
     yield ErrorSample((q[:, :1].contiguous().expand(2, 4, 5, 16), k, *table), f"query {text}")
 
 
-_LLAMA31 = {"rope_scale": 8.0, "rope_theta": 5e5, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
+_LLAMA31 = {
+    "rope_scale": 8.0,
+    "rope_theta": 5e5,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "old_context_len": 8192,
+}
 
 
 def _cos_sin_samples(device, dtype):
@@ -220,8 +277,12 @@ def _cos_sin_errors(device):
     yield ErrorSample((p, 16), r"rope_scale must be positive and finite, got nan; pass 1", {"rope_scale": math.nan})
     yield ErrorSample((p, 16), r"rope_theta must be positive and finite, got -1.5; pass", {"rope_theta": -1.5})
     yield ErrorSample((p, 16), r"rope_theta must be positive and finite, got inf; pass", {"rope_theta": math.inf})
-    yield ErrorSample((p, 16), r"old_context_len must be 0 \(plain frequencies\) or more, got -1; pass 0", {"old_context_len": -1})
-    yield ErrorSample((p, 16), r"must be 0 <= low < high with old_context_len, got 0 and 0; Llama", {"old_context_len": 8})
+    yield ErrorSample(
+        (p, 16), r"old_context_len must be 0 \(plain frequencies\) or more, got -1; pass 0", {"old_context_len": -1}
+    )
+    yield ErrorSample(
+        (p, 16), r"must be 0 <= low < high with old_context_len, got 0 and 0; Llama", {"old_context_len": 8}
+    )
     text = r"positions must give angles of less than 2\^31 radians, got position {}; check"
     yield ErrorSample((p + 2**31, 16), text.format(2**31), needs_values=True)
     yield ErrorSample((p, 16), text.format(1), {"rope_scale": 1e-10}, needs_values=True)
@@ -286,7 +347,14 @@ def rope_(query, key, cos, sin, positions=None, *, interleaved=False, rotary_dim
     dtypes=INDEX_TYPES,
 )
 def rope_cos_sin(
-    positions, rotary_dim, *, rope_scale=1.0, rope_theta=10000.0, low_freq_factor=0.0, high_freq_factor=0.0, old_context_len=0
+    positions,
+    rotary_dim,
+    *,
+    rope_scale=1.0,
+    rope_theta=10000.0,
+    low_freq_factor=0.0,
+    high_freq_factor=0.0,
+    old_context_len=0,
 ):
     """cos and sin, float32 `[*positions.shape, rotary_dim / 2]`, of `position * theta^(-2i / rotary_dim) / rope_scale`.
 

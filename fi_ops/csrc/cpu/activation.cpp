@@ -14,12 +14,13 @@ Tensor gated(const char* op, const Tensor& input, Kernel kernel) {
   check_no_grads(op, input);
   check_dtype(op, "input", input, floats);
   const int64_t last = input.dim() - 1;
-  FI_CHECK(op, last >= 0 && input.size(last) % 2 == 0, "input must be [..., 2 * hidden_size], got ", shape_of(input),
-           "; concatenate the gate and the other half");
+  FI_CHECK(op, last >= 0 && input.size(last) % 2 == 0, "input must be [..., 2 * hidden_size], got ",
+           shape_of(input), "; concatenate the gate and the other half");
   check_last_dim_contiguous(op, "input", input);
   std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
   shape[last] /= 2;
-  Tensor output = torch::stable::empty({shape.data(), shape.size()}, input.scalar_type(), std::nullopt, input.device());
+  Tensor output =
+      torch::stable::empty({shape.data(), shape.size()}, input.scalar_type(), std::nullopt, input.device());
   ActivationParams p{};
   p.input = input.const_data_ptr();
   p.output = output.mutable_data_ptr();
@@ -30,9 +31,15 @@ Tensor gated(const char* op, const Tensor& input, Kernel kernel) {
   return output;
 }
 
-Tensor silu_and_mul_op(const Tensor& input) { return gated("silu_and_mul", input, FI_DISPATCH(silu_and_mul)); }
-Tensor gelu_and_mul_op(const Tensor& input) { return gated("gelu_and_mul", input, FI_DISPATCH(gelu_and_mul)); }
-Tensor gelu_tanh_and_mul_op(const Tensor& input) { return gated("gelu_tanh_and_mul", input, FI_DISPATCH(gelu_tanh_and_mul)); }
+Tensor silu_and_mul_op(const Tensor& input) {
+  return gated("silu_and_mul", input, FI_DISPATCH(silu_and_mul));
+}
+Tensor gelu_and_mul_op(const Tensor& input) {
+  return gated("gelu_and_mul", input, FI_DISPATCH(gelu_and_mul));
+}
+Tensor gelu_tanh_and_mul_op(const Tensor& input) {
+  return gated("gelu_tanh_and_mul", input, FI_DISPATCH(gelu_tanh_and_mul));
+}
 
 }  // namespace
 }  // namespace fi::binding

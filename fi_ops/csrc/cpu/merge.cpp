@@ -6,8 +6,8 @@
 namespace fi::binding {
 namespace {
 
-void check_state(const char* op, const char* v_name, const Tensor& v, const char* s_name, const Tensor& s, const Tensor& like,
-                 const char* like_name) {
+void check_state(const char* op, const char* v_name, const Tensor& v, const char* s_name, const Tensor& s,
+                 const Tensor& like, const char* like_name) {
   check_same_device(op, v_name, v, like_name, like);
   check_same_dtype(op, v_name, v, like_name, like);
   check_shape_of(op, v_name, v, like.sizes(), "[seq_len, num_heads, head_dim]");
@@ -17,14 +17,18 @@ void check_state(const char* op, const char* v_name, const Tensor& v, const char
   check_shape(op, s_name, s, {like.size(0), like.size(1)}, "[seq_len, num_heads]");
 }
 
-void check_first_state(const char* op, const char* v_name, const Tensor& v, const char* s_name, const Tensor& s) {
+void check_first_state(const char* op, const char* v_name, const Tensor& v, const char* s_name,
+                       const Tensor& s) {
   check_dtype(op, v_name, v, floats);
   check_ndim(op, v_name, v, 3, "[seq_len, num_heads, head_dim]");
   check_state(op, v_name, v, s_name, s, v, v_name);
 }
 
 AttentionStates states_of(const Tensor& v, const Tensor& s) {
-  return {v.const_data_ptr(), static_cast<const float*>(s.const_data_ptr()), {v.stride(0), v.stride(1)}, {s.stride(0), s.stride(1)}};
+  return {v.const_data_ptr(),
+          static_cast<const float*>(s.const_data_ptr()),
+          {v.stride(0), v.stride(1)},
+          {s.stride(0), s.stride(1)}};
 }
 
 void set_output(MergeParams& p, const Tensor& v, const Tensor& s) {
@@ -43,7 +47,8 @@ void set_sizes(MergeParams& p, int64_t seq_len, int64_t num_heads, int64_t head_
   p.dtype = dtype_of(v);
 }
 
-std::tuple<Tensor, Tensor> merge_state_op(const Tensor& v_a, const Tensor& s_a, const Tensor& v_b, const Tensor& s_b) {
+std::tuple<Tensor, Tensor> merge_state_op(const Tensor& v_a, const Tensor& s_a, const Tensor& v_b,
+                                          const Tensor& s_b) {
   const char* op = "merge_state";
   check_no_grads(op, v_a, s_a, v_b, s_b);
   check_first_state(op, "v_a", v_a, "s_a", s_a);
@@ -59,7 +64,8 @@ std::tuple<Tensor, Tensor> merge_state_op(const Tensor& v_a, const Tensor& s_a, 
   return {v, s};
 }
 
-void merge_state_in_place_op(Tensor v, Tensor s, const Tensor& v_other, const Tensor& s_other, std::optional<Tensor> mask) {
+void merge_state_in_place_op(Tensor v, Tensor s, const Tensor& v_other, const Tensor& s_other,
+                             std::optional<Tensor> mask) {
   const char* op = "merge_state_in_place";
   check_no_grads(op, v, s, v_other, s_other);
   check_first_state(op, "v", v, "s", s);
@@ -93,7 +99,10 @@ std::tuple<Tensor, Tensor> merge_states_op(const Tensor& v, const Tensor& s) {
   Tensor v_out = empty({v.size(0), v.size(2), v.size(3)}, v.scalar_type(), v);
   Tensor s_out = empty({v.size(0), v.size(2)}, ScalarType::Float, v);
   MergeParams p{};
-  p.a = {v.const_data_ptr(), static_cast<const float*>(s.const_data_ptr()), {v.stride(0), v.stride(2)}, {s.stride(0), s.stride(2)}};
+  p.a = {v.const_data_ptr(),
+         static_cast<const float*>(s.const_data_ptr()),
+         {v.stride(0), v.stride(2)},
+         {s.stride(0), s.stride(2)}};
   p.num_states = v.size(1);
   p.v_state_stride = v.stride(1);
   p.s_state_stride = s.stride(1);

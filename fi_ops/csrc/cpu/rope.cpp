@@ -16,8 +16,9 @@ int64_t index_at(const Tensor& t, int64_t offset) {
 }
 
 // Fills everything but the outputs.
-RopeParams check_rope(const char* op, const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
-                      const std::optional<Tensor>& positions, bool interleaved, int64_t rotary_dim) {
+RopeParams check_rope(const char* op, const Tensor& query, const Tensor& key, const Tensor& cos,
+                      const Tensor& sin, const std::optional<Tensor>& positions, bool interleaved,
+                      int64_t rotary_dim) {
   check_no_grads(op, query, key, cos, sin);
   check_dtype(op, "query", query, floats);
   check_ndim(op, "query", query, 4, "[batch, num_qo_heads, len, head_dim]");
@@ -49,8 +50,8 @@ RopeParams check_rope(const char* op, const Tensor& query, const Tensor& key, co
     for (int64_t b = 0; b < (per_batch ? batch : 1); ++b)
       for (int64_t l = 0; l < len; ++l) {
         const int64_t row = index_at(*positions, b * p.position_strides[0] + l * p.position_strides[1]);
-        FI_CHECK(op, row >= 0 && row < num_rows, "positions must be rows of cos, at least 0 and less than ", num_rows, ", got ", row,
-                 "; make longer tables with rope_cos_sin");
+        FI_CHECK(op, row >= 0 && row < num_rows, "positions must be rows of cos, at least 0 and less than ",
+                 num_rows, ", got ", row, "; make longer tables with rope_cos_sin");
       }
   }
   p.query.input = query.const_data_ptr();
@@ -79,8 +80,8 @@ RopeParams check_rope(const char* op, const Tensor& query, const Tensor& key, co
 
 Tensor output_like(const char* op, const char* name, const Tensor& t, RopeHeads& heads) {
   Tensor output = torch::stable::empty_like(t);
-  FI_CHECK(op, output.stride(3) == 1 || output.size(3) <= 1, name, " must not overlap itself, got strides ", list_text(t.strides()),
-           "; call .contiguous() on it");
+  FI_CHECK(op, output.stride(3) == 1 || output.size(3) <= 1, name, " must not overlap itself, got strides ",
+           list_text(t.strides()), "; call .contiguous() on it");
   heads.output = output.mutable_data_ptr();
   for (int d = 0; d < 3; ++d) heads.output_strides[d] = output.stride(d);
   return output;
@@ -91,8 +92,9 @@ void write_to(const Tensor& t, RopeHeads& heads) {
   for (int d = 0; d < 3; ++d) heads.output_strides[d] = heads.input_strides[d];
 }
 
-std::tuple<Tensor, Tensor> rope_op(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
-                                   std::optional<Tensor> positions, bool interleaved, int64_t rotary_dim) {
+std::tuple<Tensor, Tensor> rope_op(const Tensor& query, const Tensor& key, const Tensor& cos,
+                                   const Tensor& sin, std::optional<Tensor> positions, bool interleaved,
+                                   int64_t rotary_dim) {
   RopeParams p = check_rope("rope", query, key, cos, sin, positions, interleaved, rotary_dim);
   Tensor query_out = output_like("rope", "query", query, p.query);
   Tensor key_out = output_like("rope", "key", key, p.key);
@@ -100,8 +102,8 @@ std::tuple<Tensor, Tensor> rope_op(const Tensor& query, const Tensor& key, const
   return {query_out, key_out};
 }
 
-void rope_in_place_op(Tensor query, Tensor key, const Tensor& cos, const Tensor& sin, std::optional<Tensor> positions,
-                      bool interleaved, int64_t rotary_dim) {
+void rope_in_place_op(Tensor query, Tensor key, const Tensor& cos, const Tensor& sin,
+                      std::optional<Tensor> positions, bool interleaved, int64_t rotary_dim) {
   RopeParams p = check_rope("rope_", query, key, cos, sin, positions, interleaved, rotary_dim);
   check_writable("rope_", "query", query);
   check_writable("rope_", "key", key);
@@ -113,13 +115,14 @@ void rope_in_place_op(Tensor query, Tensor key, const Tensor& cos, const Tensor&
 constexpr double two_pi = 6.283185307179586476925;
 
 // Radians a position for each pair, in double.
-std::vector<double> frequencies(int64_t num_pairs, double rope_scale, double rope_theta, double low_freq_factor,
-                                double high_freq_factor, int64_t old_context_len) {
+std::vector<double> frequencies(int64_t num_pairs, double rope_scale, double rope_theta,
+                                double low_freq_factor, double high_freq_factor, int64_t old_context_len) {
   std::vector<double> result(num_pairs);
   for (int64_t i = 0; i < num_pairs; ++i) {
     double f = std::pow(rope_theta, -static_cast<double>(i) / static_cast<double>(num_pairs));
     if (old_context_len > 0) {
-      // Llama 3.1: wavelengths longer than the old context are stretched by rope_scale, short ones kept, in between mixed.
+      // Llama 3.1: wavelengths longer than the old context are stretched by rope_scale, short ones kept, in
+      // between mixed.
       double turns = static_cast<double>(old_context_len) * f / two_pi;
       double keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
       keep = keep < 0 ? 0 : keep > 1 ? 1 : keep;
@@ -131,22 +134,27 @@ std::vector<double> frequencies(int64_t num_pairs, double rope_scale, double rop
   return result;
 }
 
-std::tuple<Tensor, Tensor> rope_cos_sin_op(const Tensor& positions, int64_t rotary_dim, double rope_scale, double rope_theta,
-                                           double low_freq_factor, double high_freq_factor, int64_t old_context_len) {
+std::tuple<Tensor, Tensor> rope_cos_sin_op(const Tensor& positions, int64_t rotary_dim, double rope_scale,
+                                           double rope_theta, double low_freq_factor, double high_freq_factor,
+                                           int64_t old_context_len) {
   const char* op = "rope_cos_sin";
   check_dtype(op, "positions", positions, index_types);
-  FI_CHECK(op, rotary_dim > 0 && rotary_dim % 2 == 0, "rotary_dim must be positive and even, got ", rotary_dim,
-           "; pass the number of rotated elements of a head");
-  FI_CHECK(op, rope_scale > 0 && std::isfinite(rope_scale), "rope_scale must be positive and finite, got ", rope_scale, "; pass 1 for none");
-  FI_CHECK(op, rope_theta > 0 && std::isfinite(rope_theta), "rope_theta must be positive and finite, got ", rope_theta,
-           "; pass the model's base, such as 10000");
-  FI_CHECK(op, old_context_len >= 0, "old_context_len must be 0 (plain frequencies) or more, got ", old_context_len,
-           "; pass 0 for no Llama 3.1 scaling");
-  FI_CHECK(op, old_context_len == 0 || (low_freq_factor >= 0 && high_freq_factor > low_freq_factor && std::isfinite(high_freq_factor)),
-           "low_freq_factor and high_freq_factor must be 0 <= low < high with old_context_len, got ", low_freq_factor, " and ",
-           high_freq_factor, "; Llama 3.1 has 1 and 4");
+  FI_CHECK(op, rotary_dim > 0 && rotary_dim % 2 == 0, "rotary_dim must be positive and even, got ",
+           rotary_dim, "; pass the number of rotated elements of a head");
+  FI_CHECK(op, rope_scale > 0 && std::isfinite(rope_scale), "rope_scale must be positive and finite, got ",
+           rope_scale, "; pass 1 for none");
+  FI_CHECK(op, rope_theta > 0 && std::isfinite(rope_theta), "rope_theta must be positive and finite, got ",
+           rope_theta, "; pass the model's base, such as 10000");
+  FI_CHECK(op, old_context_len >= 0, "old_context_len must be 0 (plain frequencies) or more, got ",
+           old_context_len, "; pass 0 for no Llama 3.1 scaling");
+  FI_CHECK(op,
+           old_context_len == 0 || (low_freq_factor >= 0 && high_freq_factor > low_freq_factor &&
+                                    std::isfinite(high_freq_factor)),
+           "low_freq_factor and high_freq_factor must be 0 <= low < high with old_context_len, got ",
+           low_freq_factor, " and ", high_freq_factor, "; Llama 3.1 has 1 and 4");
 
-  const std::vector<double> f = frequencies(rotary_dim / 2, rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len);
+  const std::vector<double> f =
+      frequencies(rotary_dim / 2, rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len);
   double fastest = 0;
   for (double x : f) fastest = x > fastest ? x : fastest;
   RopeCosSinParams p{};
@@ -155,11 +163,15 @@ std::tuple<Tensor, Tensor> rope_cos_sin_op(const Tensor& positions, int64_t rota
   for (int64_t row = 0; row < p.position_rows.num_rows; ++row) {
     const int64_t position = index_at(positions, p.position_rows.offset(row));
     FI_CHECK(op, std::fabs(static_cast<double>(position)) * fastest < 2147483648.0,
-             "positions must give angles of less than 2^31 radians, got position ", position, "; check positions, rope_scale and rope_theta");
+             "positions must give angles of less than 2^31 radians, got position ", position,
+             "; check positions, rope_scale and rope_theta");
   }
   std::vector<int64_t> shape(positions.sizes().begin(), positions.sizes().end());
   shape.push_back(rotary_dim / 2);
-  auto make = [&] { return torch::stable::empty({shape.data(), shape.size()}, ScalarType::Float, std::nullopt, positions.device()); };
+  auto make = [&] {
+    return torch::stable::empty({shape.data(), shape.size()}, ScalarType::Float, std::nullopt,
+                                positions.device());
+  };
   Tensor cos = make(), sin = make();
   p.position_dtype = dtype_of(positions);
   p.frequencies = f.data();

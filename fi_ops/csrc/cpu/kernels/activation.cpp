@@ -15,8 +15,9 @@ FI_INLINE Vec gelu_tanh(Vec x) {
   return x / (1.0f + exp(-2.0f * u));
 }
 
-// x * (standard normal distribution function), through erfc(z) = e^(-z^2) t q(t), t = 1 / (1 + 0.3275911 z), z >= 0: the small
-// tail is computed by itself, so that large negative x keeps its digits. q is a Chebyshev fit of degree 9, error below 3e-9.
+// x * (standard normal distribution function), through erfc(z) = e^(-z^2) t q(t), t = 1 / (1 + 0.3275911 z),
+// z >= 0: the small tail is computed by itself, so that large negative x keeps its digits. q is a Chebyshev
+// fit of degree 9, error below 3e-9.
 FI_INLINE Vec gelu(Vec x) {
   const Vec z = abs(x) * 0.7071067811865476f;
   const Vec t = 1.0f / fma(z, set1(0.3275911f), set1(1.0f));
@@ -49,7 +50,9 @@ FI_INLINE void gated(const ActivationParams& p, const Parallel& parallel, const 
     for (int64_t row = row_begin; row < row_end; ++row) {
       const T* x = static_cast<const T*>(p.input) + p.input_rows.offset(row) + first;
       T* y = static_cast<T*>(p.output) + row * n + first;
-      for_each_vec(count, [&](int64_t i, int64_t lanes) { store_n(y + i, act(load_n(x + i, lanes)) * load_n(x + n + i, lanes), lanes); });
+      for_each_vec(count, [&](int64_t i, int64_t lanes) {
+        store_n(y + i, act(load_n(x + i, lanes)) * load_n(x + n + i, lanes), lanes);
+      });
     }
   });
 }
@@ -65,7 +68,8 @@ void gelu_and_mul(const ActivationParams& p, const Parallel& parallel) {
 }
 
 void gelu_tanh_and_mul(const ActivationParams& p, const Parallel& parallel) {
-  dispatch_float(p.dtype, [&](auto t) { gated<decltype(t)>(p, parallel, [](Vec x) { return gelu_tanh(x); }); });
+  dispatch_float(p.dtype,
+                 [&](auto t) { gated<decltype(t)>(p, parallel, [](Vec x) { return gelu_tanh(x); }); });
 }
 
 }  // namespace fi::FI_ISA

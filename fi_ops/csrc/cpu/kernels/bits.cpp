@@ -20,7 +20,8 @@ FI_INLINE void pack(const uint8_t* x, uint8_t* y, int64_t n, bool little) {
   int64_t i = 0;
 #if FI_ISA_LEVEL >= 2
   // A mask register has element 0 in bit 0; for the other order each group of eight is reversed first.
-  const __m512i reversed = _mm512_set4_epi64(0x08090a0b0c0d0e0f, 0x0001020304050607, 0x08090a0b0c0d0e0f, 0x0001020304050607);
+  const __m512i reversed =
+      _mm512_set4_epi64(0x08090a0b0c0d0e0f, 0x0001020304050607, 0x08090a0b0c0d0e0f, 0x0001020304050607);
   for (; i + 64 <= n; i += 64) {
     __m512i v = _mm512_loadu_si512(x + i);
     if (!little) v = _mm512_shuffle_epi8(v, reversed);
@@ -28,7 +29,8 @@ FI_INLINE void pack(const uint8_t* x, uint8_t* y, int64_t n, bool little) {
     __builtin_memcpy(y + i / 8, &bits, 8);
   }
 #elif FI_ISA_LEVEL == 1
-  const __m256i reversed = _mm256_set_epi64x(0x08090a0b0c0d0e0f, 0x0001020304050607, 0x08090a0b0c0d0e0f, 0x0001020304050607);
+  const __m256i reversed =
+      _mm256_set_epi64x(0x08090a0b0c0d0e0f, 0x0001020304050607, 0x08090a0b0c0d0e0f, 0x0001020304050607);
   for (; i + 32 <= n; i += 32) {
     __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
     if (!little) v = _mm256_shuffle_epi8(v, reversed);
@@ -63,7 +65,8 @@ void packbits(const PackBitsParams& p, const Parallel& parallel) {
   const int64_t mean = (p.input_indptr[p.num_segments] - p.input_indptr[0]) / p.num_segments;
   for_each_block(parallel, p.num_segments, elements / (mean + 64), [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s)
-      pack(p.input + p.input_indptr[s], p.output + p.output_indptr[s], p.input_indptr[s + 1] - p.input_indptr[s], p.little);
+      pack(p.input + p.input_indptr[s], p.output + p.output_indptr[s],
+           p.input_indptr[s + 1] - p.input_indptr[s], p.little);
   });
 }
 

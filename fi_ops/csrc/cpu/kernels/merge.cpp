@@ -1,5 +1,5 @@
-// Merging of attention states. A state whose log-sum-exp is -inf has weight exactly 0 and its output is not read, so that
-// whatever is there (NaN too) does no harm; where all are -inf the result is 0 and -inf.
+// Merging of attention states. A state whose log-sum-exp is -inf has weight exactly 0 and its output is not
+// read, so that whatever is there (NaN too) does no harm; where all are -inf the result is 0 and -inf.
 #include "fi/cpu/merge.h"
 
 #include "fi/cpu/rowops.h"
@@ -37,7 +37,9 @@ FI_INLINE void merge_pair(const MergeParams& p, int64_t token, int64_t head) {
     const float a = __builtin_exp2f(sa - top), b = __builtin_exp2f(sb - top), total = a + b;
     const float wa = a / total, wb = b / total;
     s = top + __builtin_log2f(total);
-    for_each_vec(n, [&](int64_t i, int64_t count) { store_n(y + i, fma(load_n(va + i, count), set1(wa), load_n(vb + i, count) * wb), count); });
+    for_each_vec(n, [&](int64_t i, int64_t count) {
+      store_n(y + i, fma(load_n(va + i, count), set1(wa), load_n(vb + i, count) * wb), count);
+    });
   }
 }
 
@@ -60,9 +62,12 @@ void merge_many(const MergeParams& p, int64_t token, int64_t head, float* sum) {
     const float weight = __builtin_exp2f(x - top);
     total += weight;
     const T* row = v + j * p.v_state_stride;
-    for_each_vec(n, [&](int64_t i, int64_t count) { store_n(sum + i, fma(load_n(row + i, count), set1(weight), load_n(sum + i, count)), count); });
+    for_each_vec(n, [&](int64_t i, int64_t count) {
+      store_n(sum + i, fma(load_n(row + i, count), set1(weight), load_n(sum + i, count)), count);
+    });
   }
-  p.s_out[token * p.s_out_strides[0] + head * p.s_out_strides[1]] = is_empty(top) ? -kInf : top + __builtin_log2f(total);
+  p.s_out[token * p.s_out_strides[0] + head * p.s_out_strides[1]] =
+      is_empty(top) ? -kInf : top + __builtin_log2f(total);
   const float scale = total == 0.0f ? 0.0f : 1.0f / total;
   for_each_vec(n, [&](int64_t i, int64_t count) { store_n(y + i, load_n(sum + i, count) * scale, count); });
 }
@@ -72,23 +77,27 @@ void merge_many(const MergeParams& p, int64_t token, int64_t head, float* sum) {
 void merge_state(const MergeParams& p, const Parallel& parallel) {
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
-    for_each_block(parallel, p.seq_len * p.num_heads, rows_per_task(p.head_dim), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t token = row / p.num_heads;
-        if (p.mask == nullptr || p.mask[token * p.mask_stride]) merge_pair<T>(p, token, row % p.num_heads);
-      }
-    });
+    for_each_block(parallel, p.seq_len * p.num_heads, rows_per_task(p.head_dim),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t row = begin; row < end; ++row) {
+                       const int64_t token = row / p.num_heads;
+                       if (p.mask == nullptr || p.mask[token * p.mask_stride])
+                         merge_pair<T>(p, token, row % p.num_heads);
+                     }
+                   });
   });
 }
 
 void merge_states(const MergeParams& p, const Parallel& parallel) {
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
-    for_each_block(parallel, p.seq_len * p.num_heads, rows_per_task(p.head_dim * (p.num_states + 1)), [&](int64_t begin, int64_t end) {
-      auto* sum = static_cast<float*>(__builtin_malloc(sizeof(float) * (p.head_dim + 1)));
-      for (int64_t row = begin; row < end; ++row) merge_many<T>(p, row / p.num_heads, row % p.num_heads, sum);
-      __builtin_free(sum);
-    });
+    for_each_block(parallel, p.seq_len * p.num_heads, rows_per_task(p.head_dim * (p.num_states + 1)),
+                   [&](int64_t begin, int64_t end) {
+                     auto* sum = static_cast<float*>(__builtin_malloc(sizeof(float) * (p.head_dim + 1)));
+                     for (int64_t row = begin; row < end; ++row)
+                       merge_many<T>(p, row / p.num_heads, row % p.num_heads, sum);
+                     __builtin_free(sum);
+                   });
   });
 }
 

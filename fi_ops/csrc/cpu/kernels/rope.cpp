@@ -18,9 +18,10 @@ FI_INLINE int64_t load_index(const void* p, DType dtype, int64_t i) {
 }
 
 FI_INLINE RopeAngles token_angles(const RopeParams& p, int64_t b, int64_t l, float* scratch) {
-  const int64_t row = p.positions == nullptr
-                          ? l
-                          : load_index(p.positions, p.position_dtype, b * p.position_strides[0] + l * p.position_strides[1]);
+  const int64_t row =
+      p.positions == nullptr
+          ? l
+          : load_index(p.positions, p.position_dtype, b * p.position_strides[0] + l * p.position_strides[1]);
   const int64_t size = size_of(p.angle_dtype);
   const auto* cos = static_cast<const char*>(p.cos) + size * (b * p.cos_strides[0] + row * p.cos_strides[1]);
   const auto* sin = static_cast<const char*>(p.sin) + size * (b * p.sin_strides[0] + row * p.sin_strides[1]);
@@ -33,13 +34,15 @@ FI_INLINE void rotate_one(const RopeParams& p, int64_t b, int64_t h, int64_t l, 
   const bool is_key = h >= p.query.num_heads;
   const RopeHeads& heads = is_key ? p.key : p.query;
   if (is_key) h -= p.query.num_heads;
-  const T* x = static_cast<const T*>(heads.input) + b * heads.input_strides[0] + h * heads.input_strides[1] + l * heads.input_strides[2];
-  T* y = static_cast<T*>(heads.output) + b * heads.output_strides[0] + h * heads.output_strides[1] + l * heads.output_strides[2];
+  const T* x = static_cast<const T*>(heads.input) + b * heads.input_strides[0] + h * heads.input_strides[1] +
+               l * heads.input_strides[2];
+  T* y = static_cast<T*>(heads.output) + b * heads.output_strides[0] + h * heads.output_strides[1] +
+         l * heads.output_strides[2];
   rotate_row(x, y, angles, p.rotary_dim, p.head_dim, p.interleaved);
 }
 
-// How [batch x len] tokens and all heads are split into tasks, and which of the two a task walks in its inner loop: the one
-// whose rows are neighbours in memory. Follows from shapes and strides alone.
+// How [batch x len] tokens and all heads are split into tasks, and which of the two a task walks in its inner
+// loop: the one whose rows are neighbours in memory. Follows from shapes and strides alone.
 struct Split {
   int64_t tokens, heads;  // of a task
   bool tokens_inner;
@@ -50,12 +53,14 @@ FI_INLINE Split split_of(const RopeParams& p) {
   const int64_t head_dim = at_least_1(p.head_dim);
   if (p.len == 1 || p.query.input_strides[1] <= p.query.input_strides[2])
     return {at_least_1(smaller(kTaskElements / (num_heads * head_dim), kMaxTokens)), num_heads, false};
-  const int64_t tokens = at_least_1(smaller(smaller(p.batch * p.len, kMaxTokens), kScratchFloats / at_least_1(rope_angle_floats(p.rotary_dim))));
+  const int64_t tokens = at_least_1(smaller(smaller(p.batch * p.len, kMaxTokens),
+                                            kScratchFloats / at_least_1(rope_angle_floats(p.rotary_dim))));
   return {tokens, smaller(num_heads, at_least_1(kTaskElements / (tokens * head_dim))), true};
 }
 
 template <class T>
-void rope_task(const RopeParams& p, bool tokens_inner, int64_t token, int64_t tokens_end, int64_t head, int64_t heads_end) {
+void rope_task(const RopeParams& p, bool tokens_inner, int64_t token, int64_t tokens_end, int64_t head,
+               int64_t heads_end) {
   const int64_t angle_floats = rope_angle_floats(p.rotary_dim);
   const int64_t kept = tokens_inner ? tokens_end - token : 1;
   auto* scratch = static_cast<float*>(__builtin_malloc(sizeof(float) * at_least_1(kept * angle_floats)));
@@ -64,7 +69,8 @@ void rope_task(const RopeParams& p, bool tokens_inner, int64_t token, int64_t to
     for (int64_t t = token; t < tokens_end; ++t)
       angles[t - token] = token_angles(p, t / p.len, t % p.len, scratch + (t - token) * angle_floats);
     for (int64_t h = head; h < heads_end; ++h)
-      for (int64_t t = token; t < tokens_end; ++t) rotate_one<T>(p, t / p.len, h, t % p.len, angles[t - token]);
+      for (int64_t t = token; t < tokens_end; ++t)
+        rotate_one<T>(p, t / p.len, h, t % p.len, angles[t - token]);
   } else {
     for (int64_t t = token; t < tokens_end; ++t) {
       const int64_t b = t / p.len, l = t % p.len;
@@ -84,7 +90,8 @@ constexpr int kLanesD = kLanes / 2;
 
 // cos and sin of |x| < 2^31, absolute error below 1e-11 before they are rounded to float.
 FI_INLINE void cos_sin(VecD x, VecD& cos, VecD& sin) {
-  // x = n pi/2 + r, |r| <= pi/4. pi/2 in parts of 22, 22 and 53 bits: n has 31 bits, so the first products are exact.
+  // x = n pi/2 + r, |r| <= pi/4. pi/2 in parts of 22, 22 and 53 bits: n has 31 bits, so the first products
+  // are exact.
   const double magic = 0x1.8p52;
   const VecD shifted = x * 0x1.45f306dc9c883p-1 + magic;
   const VecD n = shifted - magic;
@@ -119,7 +126,8 @@ FI_INLINE void cos_sin_row(double position, const double* frequencies, int64_t n
   for (; i + kLanesD <= n; i += kLanesD) {
     __builtin_memcpy(&angle, frequencies + i, sizeof(angle));
     cos_sin(angle * position, c, s);
-    const VecHalf cos_out = __builtin_convertvector(c, VecHalf), sin_out = __builtin_convertvector(s, VecHalf);
+    const VecHalf cos_out = __builtin_convertvector(c, VecHalf),
+                  sin_out = __builtin_convertvector(s, VecHalf);
     __builtin_memcpy(cos + i, &cos_out, sizeof(cos_out));
     __builtin_memcpy(sin + i, &sin_out, sizeof(sin_out));
   }
@@ -144,18 +152,21 @@ void rope(const RopeParams& p, const Parallel& parallel) {
     using T = decltype(t);
     for_each_task(parallel, token_tasks * head_tasks, [&](int64_t task) {
       const int64_t token = task / head_tasks * split.tokens, head = task % head_tasks * split.heads;
-      rope_task<T>(p, split.tokens_inner, token, smaller(token + split.tokens, num_tokens), head, smaller(head + split.heads, num_heads));
+      rope_task<T>(p, split.tokens_inner, token, smaller(token + split.tokens, num_tokens), head,
+                   smaller(head + split.heads, num_heads));
     });
   });
 }
 
 void rope_cos_sin(const RopeCosSinParams& p, const Parallel& parallel) {
-  for_each_block(parallel, p.position_rows.num_rows, rows_per_task(4 * p.num_pairs), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t position = load_index(p.positions, p.position_dtype, p.position_rows.offset(row));
-      cos_sin_row(double(position), p.frequencies, p.num_pairs, p.cos + row * p.num_pairs, p.sin + row * p.num_pairs);
-    }
-  });
+  for_each_block(
+      parallel, p.position_rows.num_rows, rows_per_task(4 * p.num_pairs), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t position = load_index(p.positions, p.position_dtype, p.position_rows.offset(row));
+          cos_sin_row(double(position), p.frequencies, p.num_pairs, p.cos + row * p.num_pairs,
+                      p.sin + row * p.num_pairs);
+        }
+      });
 }
 
 }  // namespace fi::FI_ISA

@@ -9,8 +9,8 @@
 namespace fi {
 
 struct ActivationParams {
-  const void* input;    // rows x (2 * hidden_size), of `dtype`
-  void* output;         // rows x hidden_size, contiguous, of `dtype`
+  const void* input;  // rows x (2 * hidden_size), of `dtype`
+  void* output;       // rows x hidden_size, contiguous, of `dtype`
   Rows input_rows;
   int64_t hidden_size;
   DType dtype;

@@ -1,4 +1,5 @@
-// Merging of attention states: partial outputs over parts of the keys, each with the base-2 log-sum-exp of its logits.
+// Merging of attention states: partial outputs over parts of the keys, each with the base-2 log-sum-exp of
+// its logits.
 #pragma once
 
 #include "fi/cpu/isa.h"
@@ -17,13 +18,13 @@ struct AttentionStates {
 
 struct MergeParams {
   AttentionStates a;
-  AttentionStates b;              // merge_state: the second state; merge_states: unused
-  int64_t num_states;             // merge_states: states of `a`, `v_state_stride`, `s_state_stride` apart
+  AttentionStates b;   // merge_state: the second state; merge_states: unused
+  int64_t num_states;  // merge_states: states of `a`, `v_state_stride`, `s_state_stride` apart
   int64_t v_state_stride, s_state_stride;
-  void* v_out;                    // of `dtype`; may be a.v
-  float* s_out;                   // may be a.s
+  void* v_out;   // of `dtype`; may be a.v
+  float* s_out;  // may be a.s
   int64_t v_out_strides[2], s_out_strides[2];
-  const bool* mask;               // [seq_len] or null: tokens to merge; the others are left as they are
+  const bool* mask;  // [seq_len] or null: tokens to merge; the others are left as they are
   int64_t mask_stride;
   int64_t seq_len, num_heads, head_dim;
   DType dtype;

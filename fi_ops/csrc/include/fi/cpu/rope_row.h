@@ -1,7 +1,9 @@
-// Rotary embedding of one head's row: the one implementation, used by the rope ops and by attention with RoPE fused in.
+// Rotary embedding of one head's row: the one implementation, used by the rope ops and by attention with RoPE
+// fused in.
 //
-// Two steps, because a token's angles serve all of its heads: load_rope_angles() turns a row of the caller's cos and sin into
-// fp32 in the form that the loop wants, rotate_row() applies it. With c, s of pair i (rotary_dim / 2 pairs):
+// Two steps, because a token's angles serve all of its heads: load_rope_angles() turns a row of the caller's
+// cos and sin into fp32 in the form that the loop wants, rotate_row() applies it. With c, s of pair i
+// (rotary_dim / 2 pairs):
 //   rotate-half: (x[i], x[half + i])  -> (a c - b s, b c + a s)
 //   interleaved: (x[2i], x[2i + 1])   -> (a c - b s, b c + a s)
 // Products in fp32, one rounding to the output's type; elements past rotary_dim are copied.
@@ -19,11 +21,11 @@ struct RopeAngles {
   const float* sin;  // rotate-half: [half]; interleaved: [rotary_dim], -s and +s
 };
 
-// `cos`, `sin`: the token's rows, of `dtype`, `width` wide: half (one value a pair) or rotary_dim (each value twice: halves
-// repeated for rotate-half, neighbours for interleaved). `scratch`: rope_angle_floats(rotary_dim) floats; the result may
-// point into it or at the caller's rows.
-FI_INLINE RopeAngles load_rope_angles(const void* cos, const void* sin, DType dtype, int64_t width, int64_t rotary_dim,
-                                      bool interleaved, float* scratch) {
+// `cos`, `sin`: the token's rows, of `dtype`, `width` wide: half (one value a pair) or rotary_dim (each value
+// twice: halves repeated for rotate-half, neighbours for interleaved). `scratch`:
+// rope_angle_floats(rotary_dim) floats; the result may point into it or at the caller's rows.
+FI_INLINE RopeAngles load_rope_angles(const void* cos, const void* sin, DType dtype, int64_t width,
+                                      int64_t rotary_dim, bool interleaved, float* scratch) {
   const int64_t half = rotary_dim / 2;
   if (!interleaved) {
     if (dtype == DType::f32) return {static_cast<const float*>(cos), static_cast<const float*>(sin)};
@@ -60,14 +62,17 @@ FI_INLINE Vec swap_pairs(Vec x) {
 #endif
 }
 
-// y = the rotated x, head_dim elements; y may be x (then nothing past rotary_dim is touched). T, O: float, bf16, f16.
+// y = the rotated x, head_dim elements; y may be x (then nothing past rotary_dim is touched). T, O: float,
+// bf16, f16.
 template <class T, class O>
-FI_INLINE void rotate_row(const T* x, O* y, const RopeAngles& angles, int64_t rotary_dim, int64_t head_dim, bool interleaved) {
+FI_INLINE void rotate_row(const T* x, O* y, const RopeAngles& angles, int64_t rotary_dim, int64_t head_dim,
+                          bool interleaved) {
   if (interleaved) {
     // rotary_dim is even and so is kLanes: no vector, the tail included, splits a pair.
     for_each_vec(rotary_dim, [&](int64_t i, int64_t count) {
       const Vec v = load_n(x + i, count);
-      store_n(y + i, fma(v, load_n(angles.cos + i, count), swap_pairs(v) * load_n(angles.sin + i, count)), count);
+      store_n(y + i, fma(v, load_n(angles.cos + i, count), swap_pairs(v) * load_n(angles.sin + i, count)),
+              count);
     });
   } else {
     const int64_t half = rotary_dim / 2;

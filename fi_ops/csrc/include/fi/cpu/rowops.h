@@ -1,4 +1,5 @@
-// What kernels that go over rows share: walking a row by vectors with a tail, loads by run-time dtype, how rows are split.
+// What kernels that go over rows share: walking a row by vectors with a tail, loads by run-time dtype, how
+// rows are split.
 #pragma once
 
 #include "fi/cpu/simd.h"
@@ -36,9 +37,12 @@ FI_INLINE void store_n(T* p, Vec x, int64_t n) {
 // n elements from element i of an array of float, bf16 or f16.
 FI_INLINE Vec load_as(const void* p, DType dtype, int64_t i, int64_t n) {
   switch (dtype) {
-    case DType::bf16: return load_n(static_cast<const bf16*>(p) + i, n);
-    case DType::f16: return load_n(static_cast<const f16*>(p) + i, n);
-    default: return load_n(static_cast<const float*>(p) + i, n);
+    case DType::bf16:
+      return load_n(static_cast<const bf16*>(p) + i, n);
+    case DType::f16:
+      return load_n(static_cast<const f16*>(p) + i, n);
+    default:
+      return load_n(static_cast<const float*>(p) + i, n);
   }
 }
 
@@ -46,9 +50,12 @@ FI_INLINE Vec load_as(const void* p, DType dtype, int64_t i, int64_t n) {
 template <class F>
 FI_INLINE void dispatch_float(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-    default: return f(float{});
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+    default:
+      return f(float{});
   }
 }
 

@@ -1,0 +1,29 @@
+"""Argument handling that the public functions share."""
+
+from __future__ import annotations
+
+import torch
+
+from .prefill import require
+
+
+def refuse_pdl(function: str, enable_pdl: bool | None) -> None:
+    """`enable_pdl` is in FlashInfer's signatures; True asks for a CUDA launch attribute that no kernel here has."""
+    require(
+        function,
+        not enable_pdl,
+        "enable_pdl must be None or False, got True; programmatic dependent launch is not there in this version, leave it out",
+    )
+
+
+def return_in(function: str, out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
+    """`result`, written into `out` where one is given (same shape, dtype and device)."""
+    if out is None:
+        return result
+    require(
+        function,
+        out.shape == result.shape and out.dtype == result.dtype and out.device == result.device,
+        f"out must be {list(result.shape)} of {result.dtype} on {result.device}, got {list(out.shape)} of {out.dtype} on "
+        f"{out.device}; leave it out to have it made",
+    )
+    return out.copy_(result)
