@@ -32,8 +32,8 @@ PREBUILT = Path(__file__).resolve().parent / "_lib"  # where `pip install .` put
 # The oldest torch whose stable ABI we call (2.11); a library built so runs under every later torch.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
-_X86_AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split()
-_X86_AVX2 = "-mavx2 -mfma -mf16c".split()
+_X86_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+_X86_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,20 @@ ISA_LEVELS = (
     IsaLevel("amx", 4, (*_X86_AVX2, *_X86_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")),
 )
 
-_COMMON_FLAGS = (
-    "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fno-math-errno -fno-trapping-math "
-    "-ffp-contract=fast -Wall -Wextra -Wno-unused-parameter -Wno-psabi"
-).split()
+_COMMON_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-psabi",
+]
 
 
 class BuildError(RuntimeError):
@@ -125,7 +135,9 @@ def torch_root() -> Path:
     """The installed torch's folder (its headers and libraries), found without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise BuildError("fi_ops: torch is not installed, and its headers are needed; `pip install torch` (2.11 or newer)")
+        raise BuildError(
+            "fi_ops: torch is not installed, and its headers are needed; `pip install torch` (2.11 or newer)"
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -177,7 +189,11 @@ def _key(source: Path, flags: tuple[str, ...]) -> str:
 def _variant_flags() -> tuple[str, ...]:
     """Flags of a non-standard build: FI_OPS_SANITIZE=address,undefined."""
     sanitize = os.environ.get("FI_OPS_SANITIZE")
-    return (f"-fsanitize={sanitize}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1") if sanitize else ()
+    return (
+        (f"-fsanitize={sanitize}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
+        if sanitize
+        else ()
+    )
 
 
 def cpu_jobs() -> list[Job]:
@@ -318,7 +334,7 @@ def _run_ninja(root: Path, jobs: list[Job], library: Path, verbose: bool, progre
         staging.unlink(missing_ok=True)
         text = "".join(log)
         start = text.find("FAILED:")
-        raise BuildError(f"fi_ops: the compiler failed ({cxx}); its output:\n{text[max(start, 0):][:6000]}")
+        raise BuildError(f"fi_ops: the compiler failed ({cxx}); its output:\n{text[max(start, 0) :][:6000]}")
     staging.with_suffix(staging.suffix + ".rsp").unlink(missing_ok=True)
     os.replace(staging, library)  # atomic: a reader sees all of it or nothing
     progress(f"fi_ops: built the CPU kernels in {time.monotonic() - started:.0f} s")

@@ -33,7 +33,10 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
             platform_tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             config_settings = {**(config_settings or {}), "--build-option": f"--plat-name={platform_tag}"}
         except _build.BuildError as e:
-            print(f"{e}\nfi_ops: making a wheel without the native library; it will be built on first use", file=sys.stderr)
+            print(
+                f"{e}\nfi_ops: making a wheel without the native library; it will be built on first use",
+                file=sys.stderr,
+            )
         return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
     finally:
         shutil.rmtree(_build.PREBUILT, ignore_errors=True)

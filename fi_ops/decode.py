@@ -50,7 +50,11 @@ def single_decode_with_kv_cache(
     Source: FlashInfer `single_decode_with_kv_cache`; Flash-Decoding (split KV).
     """
     name = "single_decode_with_kv_cache"
-    require(name, q.dim() == 2, f"q must be [num_qo_heads, head_dim], got {list(q.shape)}; for more tokens use single_prefill_with_kv_cache")
+    require(
+        name,
+        q.dim() == 2,
+        f"q must be [num_qo_heads, head_dim], got {list(q.shape)}; for more tokens use single_prefill_with_kv_cache",
+    )
     output, lse = attend_one_request(
         name, q[None], k, v, mask=None, causal=False, kv_layout=kv_layout, pos_encoding_mode=pos_encoding_mode,
         sm_scale=sm_scale, window_left=window_left, logits_soft_cap=logits_soft_cap, rope_scale=rope_scale, rope_theta=rope_theta,

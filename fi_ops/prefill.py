@@ -35,7 +35,11 @@ def _alibi_slope_values(num_heads: int) -> tuple[float, ...]:
 
 def get_alibi_slopes(num_heads: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The ALiBi slopes of `num_heads` heads, float32 `[num_heads]` (Press et al. 2022, "Train Short, Test Long")."""
-    require("get_alibi_slopes", num_heads > 0, f"num_heads must be positive, got {num_heads}; pass the number of query heads")
+    require(
+        "get_alibi_slopes",
+        num_heads > 0,
+        f"num_heads must be positive, got {num_heads}; pass the number of query heads",
+    )
     return torch.tensor(_alibi_slope_values(num_heads), dtype=torch.float32, device=device)
 
 
@@ -64,14 +68,22 @@ def attend_one_request(
     rope_theta, q_scale, k_scale, v_scale, return_lse,
 ):  # fmt: skip
     """What decode and prefill share: q `[qo_len, num_qo_heads, head_dim]` -> (output like q, LSE `[qo_len, num_qo_heads]`)."""
-    require(function, kv_layout in _KV_LAYOUTS, f"kv_layout must be one of {_KV_LAYOUTS}, got {kv_layout!r}; pass 'NHD' or 'HND'")
+    require(
+        function,
+        kv_layout in _KV_LAYOUTS,
+        f"kv_layout must be one of {_KV_LAYOUTS}, got {kv_layout!r}; pass 'NHD' or 'HND'",
+    )
     require(
         function,
         pos_encoding_mode in _POS_ENCODING_MODES,
         f"pos_encoding_mode must be one of {_POS_ENCODING_MODES}, got {pos_encoding_mode!r}; rotate q and k beforehand for others",
     )
     for name, t in (("q", q), ("k", k), ("v", v)):
-        require(function, t.dim() == 3, f"{name} must have 3 dimensions [len, heads, head_dim], got {list(t.shape)}; see the docstring")
+        require(
+            function,
+            t.dim() == 3,
+            f"{name} must have 3 dimensions [len, heads, head_dim], got {list(t.shape)}; see the docstring",
+        )
     query = q.transpose(0, 1)[None]
     key, value = (t.transpose(0, 1)[None] if kv_layout == "NHD" else t[None] for t in (k, v))
     qo_len, kv_len, num_qo_heads, head_dim = q.shape[0], key.shape[2], q.shape[1], q.shape[2]
@@ -102,7 +114,10 @@ def attend_one_request(
         )
         positions = torch.arange(kv_len, device=q.device)
         cos, sin = torch.ops.fi.rope_cos_sin(
-            positions, head_dim, rope_scale=1.0 if rope_scale is None else rope_scale, rope_theta=1e4 if rope_theta is None else rope_theta
+            positions,
+            head_dim,
+            rope_scale=1.0 if rope_scale is None else rope_scale,
+            rope_theta=1e4 if rope_theta is None else rope_theta,
         )
         inputs = (query, key, value, cos[None], sin[None], mask)
         op = torch.ops.fi.rope_attention_with_lse if return_lse else torch.ops.fi.rope_attention

@@ -39,7 +39,9 @@ class Deviation:
 
 def _same_where_not_finite(a: torch.Tensor, b: torch.Tensor) -> bool:
     special = ~torch.isfinite(b)
-    return bool(torch.equal(torch.isfinite(a), ~special) and torch.equal(a[special].nan_to_num(7.0), b[special].nan_to_num(7.0)))
+    return bool(
+        torch.equal(torch.isfinite(a), ~special) and torch.equal(a[special].nan_to_num(7.0), b[special].nan_to_num(7.0))
+    )
 
 
 def deviation(actual: torch.Tensor, expected: torch.Tensor, same_dtype: torch.Tensor) -> Deviation:
@@ -50,7 +52,9 @@ def deviation(actual: torch.Tensor, expected: torch.Tensor, same_dtype: torch.Te
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {list(actual.shape)}, expected {list(expected.shape)}")
     a, e, s = (t.detach().cpu().double() for t in (actual, expected, same_dtype))
-    in_range = expected.detach().cpu().to(actual.dtype).double()  # what the output's dtype can't hold is an infinity there
+    in_range = (
+        expected.detach().cpu().to(actual.dtype).double()
+    )  # what the output's dtype can't hold is an infinity there
     if not _same_where_not_finite(a, in_range):
         raise AssertionError("infinities or NaN differ from the reference's")
     finite = torch.isfinite(in_range)
@@ -65,7 +69,9 @@ def deviation(actual: torch.Tensor, expected: torch.Tensor, same_dtype: torch.Te
     return Deviation(gap.flatten()[index].item(), limit, position, a.flatten()[index].item(), e.flatten()[index].item())
 
 
-def assert_within_budget(actual: torch.Tensor, expected: torch.Tensor, same_dtype: torch.Tensor, what: str = "") -> None:
+def assert_within_budget(
+    actual: torch.Tensor, expected: torch.Tensor, same_dtype: torch.Tensor, what: str = ""
+) -> None:
     """AssertionError with the worst element's position unless `actual` is inside the budget (see the module)."""
     result = deviation(actual, expected, same_dtype)
     assert result.ok, f"{what}: {result}"
@@ -106,7 +112,11 @@ def canaries_intact(view: torch.Tensor) -> bool:
     offset = view.storage_offset()
     torch.as_strided(whole, view.shape, view.stride(), offset).fill_(_canary(view.dtype))
     expected = torch.full_like(whole, _canary(view.dtype))
-    return torch.equal(whole.nan_to_num(7.0), expected.nan_to_num(7.0)) if view.dtype.is_floating_point else torch.equal(whole, expected)
+    return (
+        torch.equal(whole.nan_to_num(7.0), expected.nan_to_num(7.0))
+        if view.dtype.is_floating_point
+        else torch.equal(whole, expected)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- an op against its spec
@@ -146,14 +156,20 @@ def assert_op_matches_reference(spec: OpSpec, sample: Sample, fn: Callable | Non
         if isinstance(value, torch.Tensor):
             assert canaries_intact(value), f"{where}: wrote outside {name}"
             if name not in spec.mutated:
-                assert torch.equal(value.nan_to_num(7.0), original[name].nan_to_num(7.0)), f"{where}: changed {name}, which it must not"
+                assert torch.equal(value.nan_to_num(7.0), original[name].nan_to_num(7.0)), (
+                    f"{where}: changed {name}, which it must not"
+                )
 
     same = outputs_of(spec, spec.reference, clone_sample(sample))
     exact = same if spec.exact else outputs_of(spec, spec.reference, clone_sample(sample).map_tensors(upcast))
     assert actual.keys() == same.keys(), f"{where}: produced {list(actual)}, the reference {list(same)}"
     for name, value in actual.items():
-        assert value.dtype == same[name].dtype, f"{where}: {name} is {value.dtype}, the reference's is {same[name].dtype}"
+        assert value.dtype == same[name].dtype, (
+            f"{where}: {name} is {value.dtype}, the reference's is {same[name].dtype}"
+        )
         if spec.exact or not value.dtype.is_floating_point:
-            assert value.shape == same[name].shape and torch.equal(value, same[name]), f"{where}: {name} differs from the reference"
+            assert value.shape == same[name].shape and torch.equal(value, same[name]), (
+                f"{where}: {name} differs from the reference"
+            )
         else:
             assert_within_budget(value, exact[name], same[name], f"{where}: {name}")

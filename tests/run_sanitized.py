@@ -29,7 +29,9 @@ def main() -> int:
     }
     folder = Path(__file__).resolve().parent
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(folder / "test_every_op.py")]
-    return subprocess.run([*command, "-k", "numerics or bad_input or thread_invariant or lower_isa", *sys.argv[1:]], env=env).returncode
+    return subprocess.run(
+        [*command, "-k", "numerics or bad_input or thread_invariant or lower_isa", *sys.argv[1:]], env=env
+    ).returncode
 
 
 if __name__ == "__main__":

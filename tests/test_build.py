@@ -192,9 +192,22 @@ def test_no_symbol_of_an_isa_file_can_replace_another():
 def test_wheel_carries_the_library(tmp_path):
     """`pip install --no-build-isolation .` makes a platform wheel with the library in it; it runs without a compiler."""
     source = tmp_path / "src"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "demo_model", "__pycache__"))
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "demo_model", "__pycache__")
+    )
     site = tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target", str(site), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "--target",
+        str(site),
+        str(source),
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert list((site / "fi_ops" / "_lib").glob("libfi_ops_cpu-*.so"))

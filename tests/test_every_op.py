@@ -34,10 +34,14 @@ def cases(*axes):
                 for dtype in spec.dtypes if "dtype" in axes else (None,):
                     reason = KNOWN_FAILURES.get((name, check))
                     marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-                    label = "-".join(filter(None, (name, str(device), str(dtype).removeprefix("torch.") if dtype else "")))
+                    label = "-".join(
+                        filter(None, (name, str(device), str(dtype).removeprefix("torch.") if dtype else ""))
+                    )
                     values = (spec, device, dtype) if "dtype" in axes else (spec, device)
                     params.append(pytest.param(*values, id=label, marks=marks))
-        return pytest.mark.parametrize(("spec", "device", "dtype") if "dtype" in axes else ("spec", "device"), params)(fn)
+        return pytest.mark.parametrize(("spec", "device", "dtype") if "dtype" in axes else ("spec", "device"), params)(
+            fn
+        )
 
     return decorate
 
@@ -122,8 +126,12 @@ def test_compile_fullgraph_dynamic(spec, device):
         expected = outputs_of(spec, spec.overload, clone_sample(trial))
         actual = outputs_of(spec, compiled, clone_sample(trial))
         for name, value in expected.items():
-            assert torch.equal(value.nan_to_num(7.0), actual[name].nan_to_num(7.0)), f"{name} differs under torch.compile"
-        compiles = compiles or count.frame_count  # the first call may try more than once (floats are specialised on a retry)
+            assert torch.equal(value.nan_to_num(7.0), actual[name].nan_to_num(7.0)), (
+                f"{name} differs under torch.compile"
+            )
+        compiles = (
+            compiles or count.frame_count
+        )  # the first call may try more than once (floats are specialised on a retry)
         assert count.frame_count == compiles, "a second size was compiled anew"
 
 
@@ -142,7 +150,9 @@ def test_bad_input(spec, device):
         tensors = [t for t in (*sample.args, *sample.kwargs.values()) if isinstance(t, torch.Tensor) and not t.is_meta]
         before = [t.detach().clone() for t in tensors]
         eager = _refusal(lambda s=sample: spec.overload(*s.args, **s.kwargs))
-        assert eager.startswith(f"fi::{spec.name}: ") and re.search(sample.match, eager), f"eager says: {eager}\nexpected: {sample.match}"
+        assert eager.startswith(f"fi::{spec.name}: ") and re.search(sample.match, eager), (
+            f"eager says: {eager}\nexpected: {sample.match}"
+        )
         for t, old in zip(tensors, before, strict=True):
             assert torch.equal(t.nan_to_num(7.0), old.nan_to_num(7.0)), f"wrote to an argument before refusing: {eager}"
         if not sample.needs_values:

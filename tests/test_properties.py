@@ -85,7 +85,12 @@ def append_calls(draw):
     positions = starts[:, None] + torch.arange(qo_len) if per_request else starts[0] + torch.arange(qo_len)
     if draw(st.booleans()):
         positions = positions.int()
-    options = {"interleaved": interleaved, "rotary_dim": rotary_dim, "causal": True, "window_left": draw(st.sampled_from([-1, 4]))}
+    options = {
+        "interleaved": interleaved,
+        "rotary_dim": rotary_dim,
+        "causal": True,
+        "window_left": draw(st.sampled_from([-1, 4])),
+    }
     return Sample((q, k, v, angles.cos().to(dtype), angles.sin().to(dtype), k_cache, v_cache, positions), options)
 
 
@@ -101,9 +106,19 @@ def row_calls(draw):
     dtype = draw(DTYPES)
     shape = (*draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)), draw(st.sampled_from([2, 8, 34, 96, 130])))
     x = draw(strided(shape, dtype))
-    spec = SPECS[draw(st.sampled_from(["rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm", "layernorm", "silu_and_mul", "gelu_and_mul"]))]
+    spec = SPECS[
+        draw(
+            st.sampled_from(
+                ["rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm", "layernorm", "silu_and_mul", "gelu_and_mul"]
+            )
+        )
+    ]
     names = [a.name for a in spec.parsed.arguments]
-    extra = {"residual": draw(strided(shape, dtype)), "weight": torch.randn(shape[-1]).to(dtype), "bias": torch.randn(shape[-1]).to(dtype)}
+    extra = {
+        "residual": draw(strided(shape, dtype)),
+        "weight": torch.randn(shape[-1]).to(dtype),
+        "bias": torch.randn(shape[-1]).to(dtype),
+    }
     return spec, Sample((x, *(extra[n] for n in names[1:] if n in extra)))
 
 

@@ -53,7 +53,9 @@ def causal_mask(qo_len, kv_len, window=-1):
 
 
 def check(actual, q, k, v, **options):
-    double = {n: (o.double() if isinstance(o, torch.Tensor) and o.is_floating_point() else o) for n, o in options.items()}
+    double = {
+        n: (o.double() if isinstance(o, torch.Tensor) and o.is_floating_point() else o) for n, o in options.items()
+    }
     expected = plain(q.double(), k.double(), v.double(), **double)
     same = plain(q, k, v, **options)
     for got, want, base in zip(actual, expected, same, strict=True):
@@ -77,7 +79,10 @@ def test_readme_example():
         for dtype in (torch.float64, torch.float32):
             qq, kk, vv = q[rows].to(dtype), k.to(dtype), v.to(dtype)
             if call.endswith("rope"):
-                qq, kk = (rope_formula(x, p).to(torch.float16 if dtype == torch.float32 else dtype).to(dtype) for x, p in ((qq, at), (kk, positions)))
+                qq, kk = (
+                    rope_formula(x, p).to(torch.float16 if dtype == torch.float32 else dtype).to(dtype)
+                    for x, p in ((qq, at), (kk, positions))
+                )
             results.append(plain(qq, kk, vv, allowed=allowed)[0])
         assert_within_budget(got[rows], results[0], results[1].half(), call)
         checked += 1
@@ -111,11 +116,16 @@ def test_prefill_options(layout, qo_len, kv_len):
 def test_rope_in_the_kernel(qo_len, kv_len):
     q, k, v = make(qo_len, kv_len)
     options = {"rope_scale": 2.0, "rope_theta": 5e5}
-    got = fi_ops.single_prefill_with_kv_cache(q, k, v, causal=True, pos_encoding_mode="ROPE_LLAMA", return_lse=True, **options)
+    got = fi_ops.single_prefill_with_kv_cache(
+        q, k, v, causal=True, pos_encoding_mode="ROPE_LLAMA", return_lse=True, **options
+    )
     positions = torch.arange(kv_len)
     turn = lambda x, at: rope_formula(x, at, 2.0, 5e5)  # noqa: E731
     expected = plain(
-        turn(q.double(), positions[kv_len - qo_len :]), turn(k.double(), positions), v.double(), allowed=causal_mask(qo_len, kv_len)
+        turn(q.double(), positions[kv_len - qo_len :]),
+        turn(k.double(), positions),
+        v.double(),
+        allowed=causal_mask(qo_len, kv_len),
     )
     same = plain(turn(q, positions[kv_len - qo_len :]), turn(k, positions), v, allowed=causal_mask(qo_len, kv_len))
     for a, e, s in zip(got, expected, same, strict=True):
@@ -124,7 +134,12 @@ def test_rope_in_the_kernel(qo_len, kv_len):
 
 def test_decode_is_prefill_of_one():
     q, k, v = make(1, 257, torch.bfloat16)
-    for options in ({}, {"pos_encoding_mode": "ROPE_LLAMA"}, {"window_left": 50}, {"logits_soft_cap": 3.0, "sm_scale": 0.2}):
+    for options in (
+        {},
+        {"pos_encoding_mode": "ROPE_LLAMA"},
+        {"window_left": 50},
+        {"logits_soft_cap": 3.0, "sm_scale": 0.2},
+    ):
         one, lse = fi_ops.single_decode_with_kv_cache(q[0], k, v, return_lse=True, **options)
         many, lses = fi_ops.single_prefill_with_kv_cache(q, k, v, return_lse=True, **options)
         assert torch.equal(one, many[0]) and torch.equal(lse, lses[0])
@@ -134,10 +149,14 @@ def test_decode_is_prefill_of_one():
 def test_scales_are_applied():
     q, k, v = make(3, 50)
     base = fi_ops.single_prefill_with_kv_cache(q * 0.5 * 2.0, k, v) * 3.0
-    assert torch.allclose(fi_ops.single_prefill_with_kv_cache(q, k, v, scale_q=0.5, scale_k=2.0, scale_v=3.0), base, atol=1e-5)
+    assert torch.allclose(
+        fi_ops.single_prefill_with_kv_cache(q, k, v, scale_q=0.5, scale_k=2.0, scale_v=3.0), base, atol=1e-5
+    )
     k_scale, v_scale = torch.tensor([0.5, 2.0]), torch.tensor([1.5, 3.0])
     expected = fi_ops.single_prefill_with_kv_cache(q, k * k_scale[:, None], v * v_scale[:, None])
-    assert torch.allclose(fi_ops.single_prefill_with_kv_cache(q, k, v, scale_k=k_scale, scale_v=v_scale), expected, atol=1e-5)
+    assert torch.allclose(
+        fi_ops.single_prefill_with_kv_cache(q, k, v, scale_k=k_scale, scale_v=v_scale), expected, atol=1e-5
+    )
     assert fi_ops.single_prefill_with_kv_cache(q, k, v, o_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
@@ -162,8 +181,14 @@ def test_alibi_slopes():
     [
         ({"kv_layout": "HDN"}, r"kv_layout must be one of .*got 'HDN'"),
         ({"pos_encoding_mode": "YARN"}, r"pos_encoding_mode must be one of .*got 'YARN'"),
-        ({"custom_mask": torch.ones(3, 51, dtype=torch.bool)}, r"custom_mask must be bool \[qo_len, kv_len\] = \[3, 50\]"),
-        ({"packed_custom_mask": torch.ones(3, dtype=torch.uint8)}, r"packed_custom_mask must be uint8 with at least 19 bytes"),
+        (
+            {"custom_mask": torch.ones(3, 51, dtype=torch.bool)},
+            r"custom_mask must be bool \[qo_len, kv_len\] = \[3, 50\]",
+        ),
+        (
+            {"packed_custom_mask": torch.ones(3, dtype=torch.uint8)},
+            r"packed_custom_mask must be uint8 with at least 19 bytes",
+        ),
         ({"window_left": -3}, r"window_left must be -1"),
         ({"backend": "fa9"}, r"backend must be one of"),
     ],

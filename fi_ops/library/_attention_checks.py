@@ -37,12 +37,20 @@ def check_query_key_value(op: str, query, key, value, key_name: str = "key", val
     batch, num_qo_heads, _, head_dim = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
     check_shape(op, key_name, key, (batch, num_kv_heads, kv_len, head_dim), "[batch, num_kv_heads, kv_len, head_dim]")
-    check_shape(op, value_name, value, (batch, num_kv_heads, kv_len, value.shape[3]), "[batch, num_kv_heads, kv_len, head_dim_vo]")
+    check_shape(
+        op,
+        value_name,
+        value,
+        (batch, num_kv_heads, kv_len, value.shape[3]),
+        "[batch, num_kv_heads, kv_len, head_dim_vo]",
+    )
     check(
         op,
         num_qo_heads % num_kv_heads == 0 if num_kv_heads else num_qo_heads == 0,
-        lambda: f"query must have a multiple of {key_name}'s {num_kv_heads} heads, got {num_qo_heads}; "
-        f"repeat or drop heads so that they divide",
+        lambda: (
+            f"query must have a multiple of {key_name}'s {num_kv_heads} heads, got {num_qo_heads}; "
+            f"repeat or drop heads so that they divide"
+        ),
     )
 
 
@@ -57,7 +65,11 @@ def check_mask(op: str, mask, query, kv_len) -> None:
         sizes = zip(mask.shape, (batch, heads, qo_len, kv_len), strict=True)
         ok = all_of(*(any_of(have == 1, have == want) for have, want in sizes))
     want = f"[batch, num_qo_heads, qo_len, kv_len] = [{batch}, {heads}, {qo_len}, {kv_len}]"
-    check(op, ok, lambda: f"mask must broadcast to {want}, got {shape_of(mask)}; check the sizes against the other arguments")
+    check(
+        op,
+        ok,
+        lambda: f"mask must broadcast to {want}, got {shape_of(mask)}; check the sizes against the other arguments",
+    )
 
 
 def check_per_head(op: str, name: str, t, query) -> None:
@@ -68,9 +80,21 @@ def check_per_head(op: str, name: str, t, query) -> None:
 
 
 def check_numbers(op: str, window_left, scale, logits_soft_cap) -> None:
-    check(op, window_left >= -1, lambda: f"window_left must be -1 (no window) or more, got {window_left}; pass -1 for none")
-    check(op, scale is None or scale == scale, lambda: "scale must be a number, got nan; leave it out for 1/sqrt(head_dim)")
-    check(op, logits_soft_cap >= 0, lambda: f"logits_soft_cap must be 0 (none) or more, got {number(logits_soft_cap)}; pass 0 for none")
+    check(
+        op,
+        window_left >= -1,
+        lambda: f"window_left must be -1 (no window) or more, got {window_left}; pass -1 for none",
+    )
+    check(
+        op,
+        scale is None or scale == scale,
+        lambda: "scale must be a number, got nan; leave it out for 1/sqrt(head_dim)",
+    )
+    check(
+        op,
+        logits_soft_cap >= 0,
+        lambda: f"logits_soft_cap must be 0 (none) or more, got {number(logits_soft_cap)}; pass 0 for none",
+    )
 
 
 def number(value: float) -> str:
@@ -105,7 +129,13 @@ def check_cos_sin(op: str, cos, sin, query, length, rotary_dim: int, length_name
             width_ok = any_of(t.shape[2] == pairs, t.shape[2] == 2 * pairs)
             ok = all_of(batch_ok, t.shape[1] == length, width_ok)
         want = f"[1 or batch, {length_name}, R or 2R] = [1 or {query.shape[0]}, {length}, {pairs} or {2 * pairs}]"
-        check(op, ok, lambda t=t, name=name, want=want: f"{name} must be {want}, got {shape_of(t)}; check rotary_dim and the lengths")
+        check(
+            op,
+            ok,
+            lambda t=t, name=name, want=want: (
+                f"{name} must be {want}, got {shape_of(t)}; check rotary_dim and the lengths"
+            ),
+        )
     check_same_dtype(op, "sin", sin, "cos", cos)
     check_shape(op, "sin", sin, cos.shape, "cos's shape")
 

@@ -29,11 +29,17 @@ def _masks(device, dtype, batch, heads, qo_len, kv_len):
     keep[:, :, 0] = False
     yield "bool mask, one row empty", keep
     yield "key padding mask", (torch.arange(kv_len, device=device) < kv_len // 3).view(1, 1, 1, kv_len)
-    yield "bool mask per head, strided", (torch.rand(batch, kv_len, qo_len, heads, device=device) > 0.5).permute(0, 3, 2, 1)
+    yield (
+        "bool mask per head, strided",
+        (torch.rand(batch, kv_len, qo_len, heads, device=device) > 0.5).permute(0, 3, 2, 1),
+    )
     additive = torch.zeros(batch, 1, qo_len, kv_len, device=device).masked_fill(~keep, -math.inf).to(dtype)
     yield "additive mask, -inf", additive
     low = torch.finfo(dtype).min
-    yield "additive mask, finfo.min", torch.zeros(1, 1, qo_len, kv_len, device=device).masked_fill(~keep[:1], low).to(dtype)
+    yield (
+        "additive mask, finfo.min",
+        torch.zeros(1, 1, qo_len, kv_len, device=device).masked_fill(~keep[:1], low).to(dtype),
+    )
     yield "additive float32 bias", torch.randn(1, heads, qo_len, kv_len, device=device)
 
 
@@ -51,7 +57,14 @@ def attention_samples(device, dtype):
     for name, mask in _masks(device, dtype, 2, heads, qo_len, kv_len):
         yield Sample((q, k, v, mask), name=name)
     mask = torch.rand(2, 1, qo_len, kv_len, device=device) > 0.3
-    everything = {"causal": True, "window_left": 40, "scale": 0.2, "logits_soft_cap": 20.0, "alibi_slopes": slopes, "sinks": sinks}
+    everything = {
+        "causal": True,
+        "window_left": 40,
+        "scale": 0.2,
+        "logits_soft_cap": 20.0,
+        "alibi_slopes": slopes,
+        "sinks": sinks,
+    }
     yield Sample((q, k, v, mask), everything, "all features at once")
     yield Sample(_qkv(device, dtype, 1, 8, 8, 1, 33, 80), name="decode, no groups, head_dim 80")
     yield Sample(_qkv(device, dtype, 1, 16, 1, 1, 700, 128), name="decode, one KV head, long")
@@ -162,24 +175,41 @@ def rope_append_attention_samples(device, dtype):
 def attention_errors(device):
     q, k, v = _qkv(device, torch.float32)
     yield ErrorSample((q.double(), k, v), r"query must be float32, bfloat16 or float16, got float64; convert")
-    yield ErrorSample((q[0], k, v), r"query must be \[batch, num_qo_heads, qo_len, head_dim\], got \[4, 5, 64\]; reshape")
+    yield ErrorSample(
+        (q[0], k, v), r"query must be \[batch, num_qo_heads, qo_len, head_dim\], got \[4, 5, 64\]; reshape"
+    )
     yield ErrorSample((q, k.half(), v), r"key must have query's dtype float32, got float16; convert")
-    yield ErrorSample((q, k[:1], v), r"key must be \[batch, num_kv_heads, kv_len, head_dim\] = \[2, 2, 70, 64\], got \[1, 2, 70, 64\]")
+    yield ErrorSample(
+        (q, k[:1], v), r"key must be \[batch, num_kv_heads, kv_len, head_dim\] = \[2, 2, 70, 64\], got \[1, 2, 70, 64\]"
+    )
     yield ErrorSample((q, k[..., :32], v), r"key must be .* = \[2, 2, 70, 64\], got \[2, 2, 70, 32\]")
     yield ErrorSample((q, k, v[:, :, :9]), r"value must be .* = \[2, 2, 70, 64\], got \[2, 2, 9, 64\]")
     yield ErrorSample((q[:, :3], k, v), r"query must have a multiple of key's 2 heads, got 3; repeat")
-    yield ErrorSample((q.transpose(2, 3).contiguous().transpose(2, 3), k, v), r"query must have a contiguous last dimension")
+    yield ErrorSample(
+        (q.transpose(2, 3).contiguous().transpose(2, 3), k, v), r"query must have a contiguous last dimension"
+    )
     mask = torch.ones(2, 1, 5, 71, dtype=torch.bool, device=device)
-    yield ErrorSample((q, k, v, mask), r"mask must broadcast to \[batch, num_qo_heads, qo_len, kv_len\] = \[2, 4, 5, 70\], got \[2, 1, 5, 71\]")
+    yield ErrorSample(
+        (q, k, v, mask),
+        r"mask must broadcast to \[batch, num_qo_heads, qo_len, kv_len\] = \[2, 4, 5, 70\], got \[2, 1, 5, 71\]",
+    )
     yield ErrorSample((q, k, v, mask[0, 0]), r"mask must broadcast to .*, got \[5, 71\]")
     yield ErrorSample((q, k, v, mask[..., :70].half()), r"mask must be bool or float32, got float16; convert")
-    yield ErrorSample((q, k, v), r"alibi_slopes must be \[num_qo_heads\] = \[4\], got \[3\]", {"alibi_slopes": torch.ones(3, device=device)})
+    yield ErrorSample(
+        (q, k, v),
+        r"alibi_slopes must be \[num_qo_heads\] = \[4\], got \[3\]",
+        {"alibi_slopes": torch.ones(3, device=device)},
+    )
     yield ErrorSample((q, k, v), r"sinks must be float32, got float16", {"sinks": torch.ones(4, device=device).half()})
     yield ErrorSample((q, k, v), r"window_left must be -1 \(no window\) or more, got -2; pass", {"window_left": -2})
     yield ErrorSample((q, k, v), r"scale must be a number, got nan; leave", {"scale": math.nan})
     yield ErrorSample((q, k, v), r"logits_soft_cap must be 0 \(none\) or more, got -1; pass", {"logits_soft_cap": -1.0})
-    yield ErrorSample((q, k, v), r"logits_soft_cap must be 0 \(none\) or more, got nan; pass", {"logits_soft_cap": math.nan})
-    yield ErrorSample((q.clone().requires_grad_(), k, v), r"has no backward, got an input that requires grad; call it under")
+    yield ErrorSample(
+        (q, k, v), r"logits_soft_cap must be 0 \(none\) or more, got nan; pass", {"logits_soft_cap": math.nan}
+    )
+    yield ErrorSample(
+        (q.clone().requires_grad_(), k, v), r"has no backward, got an input that requires grad; call it under"
+    )
 
 
 def rope_attention_errors(device):
@@ -190,8 +220,12 @@ def rope_attention_errors(device):
     yield ErrorSample((q, k, v, cos, sin[..., :40]), rf"sin must be {want}, got \[1, 70, 40\]; check rotary_dim")
     yield ErrorSample((q, k, v, cos, sin[..., :32]), r"sin must be cos's shape = \[1, 70, 64\], got \[1, 70, 32\]")
     yield ErrorSample((q, k, v, cos.half(), sin), r"cos must be float32, got float16; convert")
-    yield ErrorSample((q, k, v, cos, sin), r"rotary_dim must be even and at most head_dim 64, got 66; pass 0", {"rotary_dim": 66})
-    yield ErrorSample((q, k, v, cos, sin), r"rotary_dim must be even and at most head_dim 64, got 7; pass 0", {"rotary_dim": 7})
+    yield ErrorSample(
+        (q, k, v, cos, sin), r"rotary_dim must be even and at most head_dim 64, got 66; pass 0", {"rotary_dim": 66}
+    )
+    yield ErrorSample(
+        (q, k, v, cos, sin), r"rotary_dim must be even and at most head_dim 64, got 7; pass 0", {"rotary_dim": 7}
+    )
     yield ErrorSample((q, k[:1], v, cos, sin), r"key must be .* = \[2, 2, 70, 64\], got \[1, 2, 70, 64\]")
 
 
@@ -201,9 +235,13 @@ def append_kv_errors(device):
     want = r"positions must be \[qo_len\] or \[batch, qo_len\] = \[3\] or \[2, 3\]"
     yield ErrorSample((k_cache, v_cache, k, v, at[:2]), rf"{want}, got \[2\]; pass the cache slot")
     yield ErrorSample((k_cache, v_cache, k, v, at.float()), r"positions must be int32 or int64, got float32; convert")
-    yield ErrorSample((k_cache, v_cache, k.half(), v, at), r"key must have k_cache's dtype float32, got float16; convert")
+    yield ErrorSample(
+        (k_cache, v_cache, k.half(), v, at), r"key must have k_cache's dtype float32, got float16; convert"
+    )
     yield ErrorSample((k_cache, v_cache, k, v[:, :1], at), r"value must be .* = \[2, 2, 3, 64\], got \[2, 1, 3, 64\]")
-    yield ErrorSample((k_cache, v_cache[:, :, :9], k, v, at), r"v_cache must be .* = \[2, 2, 20, 64\], got \[2, 2, 9, 64\]")
+    yield ErrorSample(
+        (k_cache, v_cache[:, :, :9], k, v, at), r"v_cache must be .* = \[2, 2, 20, 64\], got \[2, 2, 9, 64\]"
+    )
     outside = r"positions must be in \[0, 20\), the cache's slots, got {}; grow the cache or fix the positions"
     yield ErrorSample((k_cache, v_cache, k, v, at + 13), outside.format(20), needs_values=True)
     yield ErrorSample((k_cache, v_cache, k, v, at - 5), outside.format(-1), needs_values=True)
@@ -213,12 +251,18 @@ def append_attention_errors(device):
     parts = _append_parts(device, torch.float32, 2, 4, 2, 1, 50, 64)
     q, k, v, k_cache, v_cache = parts
     at = torch.tensor([11], device=device)
-    yield ErrorSample((q, k, v, k_cache[..., :32], v_cache, at), r"k_cache must be .* = \[2, 2, 50, 64\], got \[2, 2, 50, 32\]")
+    yield ErrorSample(
+        (q, k, v, k_cache[..., :32], v_cache, at), r"k_cache must be .* = \[2, 2, 50, 64\], got \[2, 2, 50, 32\]"
+    )
     yield ErrorSample((q, k[:, :1], v, k_cache, v_cache, at), r"key must be .* = \[2, 2, 1, 64\], got \[2, 1, 1, 64\]")
-    yield ErrorSample((*parts, at[:0]), r"positions must be \[qo_len\] or \[batch, qo_len\] = \[1\] or \[2, 1\], got \[0\]")
+    yield ErrorSample(
+        (*parts, at[:0]), r"positions must be \[qo_len\] or \[batch, qo_len\] = \[1\] or \[2, 1\], got \[0\]"
+    )
     mask = torch.ones(1, 1, 1, 49, dtype=torch.bool, device=device)
     yield ErrorSample((*parts, at, mask), r"mask must broadcast to .* = \[2, 4, 1, 50\], got \[1, 1, 1, 49\]")
-    yield ErrorSample((*parts, at + 39), r"positions must be in \[0, 50\), the cache's slots, got 50; grow", needs_values=True)
+    yield ErrorSample(
+        (*parts, at + 39), r"positions must be in \[0, 50\), the cache's slots, got 50; grow", needs_values=True
+    )
 
 
 def rope_append_attention_errors(device):
@@ -229,4 +273,6 @@ def rope_append_attention_errors(device):
         (q, k, v, cos[..., :20], sin[..., :20], k_cache, v_cache, at),
         r"cos must be \[1 or batch, qo_len, R or 2R\] = \[1 or 2, 1, 32 or 64\], got \[1, 1, 20\]; check rotary_dim",
     )
-    yield ErrorSample((q, k, v, cos, sin, k_cache, v_cache, at - 12), r"positions must be in \[0, 50\), .* got -1", needs_values=True)
+    yield ErrorSample(
+        (q, k, v, cos, sin, k_cache, v_cache, at - 12), r"positions must be in \[0, 50\), .* got -1", needs_values=True
+    )

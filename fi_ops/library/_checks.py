@@ -65,7 +65,9 @@ def check_same_dtype(op: str, name: str, t: torch.Tensor, ref_name: str, ref: to
     check(
         op,
         t.dtype == ref.dtype,
-        lambda: f"{name} must have {ref_name}'s dtype {dtype_name(ref.dtype)}, got {dtype_name(t.dtype)}; convert it with .to()",
+        lambda: (
+            f"{name} must have {ref_name}'s dtype {dtype_name(ref.dtype)}, got {dtype_name(t.dtype)}; convert it with .to()"
+        ),
     )
 
 
@@ -87,7 +89,13 @@ def check_shape(op: str, name: str, t: torch.Tensor, shape: Sequence, layout: st
     if ok:
         ok = all_of(*(have == want for have, want in zip(t.shape, shape, strict=True)))
     want_text = "[" + ", ".join(str(s) for s in shape) + "]"
-    check(op, ok, lambda: f"{name} must be {layout} = {want_text}, got {shape_of(t)}; check the sizes against the other arguments")
+    check(
+        op,
+        ok,
+        lambda: (
+            f"{name} must be {layout} = {want_text}, got {shape_of(t)}; check the sizes against the other arguments"
+        ),
+    )
 
 
 def check_last_dim_contiguous(op: str, name: str, t: torch.Tensor) -> None:
@@ -98,13 +106,23 @@ def check_last_dim_contiguous(op: str, name: str, t: torch.Tensor) -> None:
 
     if t.dim() > 0:
         ok = guard_or_true(any_of(t.stride(-1) == 1, t.shape[-1] <= 1, t.numel() == 0))
-        check(op, ok, lambda: f"{name} must have a contiguous last dimension, got strides {strides()}; call .contiguous() on it")
+        check(
+            op,
+            ok,
+            lambda: f"{name} must have a contiguous last dimension, got strides {strides()}; call .contiguous() on it",
+        )
 
 
 def check_writable(op: str, name: str, t: torch.Tensor) -> None:
     """An argument that the op writes must have memory of its own for every element: no expanded dimension."""
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-    expanded = guard_or_false(any_of(*(all_of(stride == 0, size > 1) for size, stride in zip(t.shape, t.stride(), strict=True))))
+    expanded = guard_or_false(
+        any_of(*(all_of(stride == 0, size > 1) for size, stride in zip(t.shape, t.stride(), strict=True)))
+    )
     strides = "[" + ", ".join(str(s) for s in t.stride()) + "]"
-    check(op, not expanded, lambda: f"{name} is written and must not be expanded, got strides {strides}; call .contiguous() on it")
+    check(
+        op,
+        not expanded,
+        lambda: f"{name} is written and must not be expanded, got strides {strides}; call .contiguous() on it",
+    )

@@ -25,7 +25,9 @@ def attend(query, key, value, mask, positions, causal, window_left, scale, logit
     logits = q @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if logits_soft_cap > 0:
         logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
-    distance = torch.arange(key.shape[2], device=query.device) - positions[:, None, :, None].to(query.device)  # j - position
+    distance = torch.arange(key.shape[2], device=query.device) - positions[:, None, :, None].to(
+        query.device
+    )  # j - position
     if alibi_slopes is not None:
         logits = logits + alibi_slopes.to(dtype)[:, None, None] * distance
     excluded = torch.zeros((), dtype=torch.bool, device=query.device)

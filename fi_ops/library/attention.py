@@ -39,7 +39,8 @@ def attention_cost(query, key, value, *, causal=False, **_) -> Cost:
     pairs = qo_len * kv_len - (qo_len * (qo_len - 1) // 2 if causal else 0)
     output = batch * heads * qo_len * head_dim_vo * query.element_size()
     return Cost(
-        bytes=query.nbytes + key.nbytes + value.nbytes + output, flops=2 * batch * heads * pairs * (head_dim + head_dim_vo)
+        bytes=query.nbytes + key.nbytes + value.nbytes + output,
+        flops=2 * batch * heads * pairs * (head_dim + head_dim_vo),
     )
 
 
@@ -96,9 +97,7 @@ def attention_with_lse(
 ):  # fmt: skip
     """`attention`, and the base-2 log-sum-exp of each row's logits (sinks counted)."""
     positions = row_positions(query, key, q_offset)
-    return attend(
-        query, key, value, mask, positions, causal, window_left, scale, logits_soft_cap, alibi_slopes, sinks
-    )
+    return attend(query, key, value, mask, positions, causal, window_left, scale, logits_soft_cap, alibi_slopes, sinks)
 
 
 @op(f"{_ROPE} -> Tensor", fake=_rope_fake("rope_attention", False), **_ROPE_SPEC)

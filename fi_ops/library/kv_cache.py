@@ -64,8 +64,10 @@ def _check_new_tokens(op_name: str, k_cache, v_cache, key, value, positions, qo_
     check(
         op_name,
         ok,
-        lambda: f"positions must be [qo_len] or [batch, qo_len] = [{qo_len}] or [{batch}, {qo_len}], "
-        f"got {shape_of(positions)}; pass the cache slot of each new token",
+        lambda: (
+            f"positions must be [qo_len] or [batch, qo_len] = [{qo_len}] or [{batch}, {qo_len}], "
+            f"got {shape_of(positions)}; pass the cache slot of each new token"
+        ),
     )
 
 
@@ -78,12 +80,16 @@ def _append_kv_fake(k_cache, v_cache, key, value, positions):
     check_same_dtype(name, "v_cache", v_cache, "k_cache", k_cache)
     check_ndim(name, "v_cache", v_cache, 4, "[batch, num_kv_heads, max_len, head_dim]")
     check_last_dim_contiguous(name, "v_cache", v_cache)
-    check_shape(name, "v_cache", v_cache, (*k_cache.shape[:3], v_cache.shape[3]), "[batch, num_kv_heads, max_len, head_dim_vo]")
+    check_shape(
+        name, "v_cache", v_cache, (*k_cache.shape[:3], v_cache.shape[3]), "[batch, num_kv_heads, max_len, head_dim_vo]"
+    )
     check_ndim(name, "key", key, 4, "[batch, num_kv_heads, qo_len, head_dim]")
     _check_new_tokens(name, k_cache, v_cache, key, value, positions, key.shape[2])
 
 
-def _check_append_attention(name, query, key, value, k_cache, v_cache, positions, mask, window_left, scale, cap, alibi, sinks):
+def _check_append_attention(
+    name, query, key, value, k_cache, v_cache, positions, mask, window_left, scale, cap, alibi, sinks
+):
     check_query_key_value(name, query, k_cache, v_cache, "k_cache", "v_cache")
     _check_new_tokens(name, k_cache, v_cache, key, value, positions, query.shape[2])
     check_mask(name, mask, query, k_cache.shape[2])

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check, check_dtype, check_last_dim_contiguous, check_same_device, check_same_dtype, check_shape
+from ._checks import (
+    check,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_writable,
+)
 from ._spec import FLOATS, Cost, ErrorSample, Sample, op
 
 
@@ -42,6 +50,8 @@ def _fused_fake(name: str):
         check_shape(name, "residual", residual, input.shape, "input's shape")
         check_last_dim_contiguous(name, "residual", residual)
         _check_weight(name, input, weight)
+        check_writable(name, "input", input)
+        check_writable(name, "residual", residual)
 
     return fake
 
@@ -90,7 +100,9 @@ def _errors(device):
     yield ErrorSample((x.double(), w), r"input must be float32, bfloat16 or float16, got float64; convert")
     yield ErrorSample((x, w.half()), r"weight must be float32, got float16; convert")
     yield ErrorSample((x.t(), w[:2]), r"input must have a contiguous last dimension, got strides \[1, 8\]; call")
-    yield ErrorSample((x, w.clone().requires_grad_()), r"has no backward, got an input that requires grad; call it under")
+    yield ErrorSample(
+        (x, w.clone().requires_grad_()), r"has no backward, got an input that requires grad; call it under"
+    )
 
 
 def _fused_errors(device):
@@ -98,6 +110,9 @@ def _fused_errors(device):
     yield ErrorSample((x, x.half(), w), r"residual must have input's dtype float32, got float16; convert")
     yield ErrorSample((x, x[:1].clone(), w), r"residual must be input's shape = \[2, 8\], got \[1, 8\]; check")
     yield ErrorSample((x, x.clone(), w[:7]), r"weight must be \[hidden_size\] = \[8\], got \[7\]; check")
+    text = r"is written and must not be expanded, got strides \[0, 1\]; call"
+    yield ErrorSample((x[:1].expand(2, 8), x.clone(), w), f"input {text}")
+    yield ErrorSample((x, x[:1].expand(2, 8), w), f"residual {text}")
 
 
 def _layernorm_errors(device):
