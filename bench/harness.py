@@ -1,0 +1,253 @@
+"""One way to time: candidates take turns in one process, each is checked first, and the machine's ceiling stands beside.
+
+A bench yields `Case`s: the same job done by several `Candidate`s, its least cost (`fi_ops.library.Cost`), and a check of
+an output against float64. `run` checks every candidate, then times them in turns: a turn calls one candidate for about
+`turn` seconds, so that drift of the machine (clocks, neighbours) falls on all alike. Reported: the median over turns, the
+spread (half the distance between the quartiles), and in the last column the percentage of what this machine reached
+just before for reading memory or multiplying matrices, whichever bounds the job.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import fi_ops
+from fi_ops.library import Cost
+
+
+@dataclass
+class Candidate:
+    """One way to do a job. `fn` takes no arguments and returns the output."""
+
+    name: str
+    fn: Callable[[], object]
+    ours: bool = False
+
+
+@dataclass
+class Case:
+    """One job. `check(output)` returns "ok" or what is wrong; the first candidate that is not ours is the peer to beat."""
+
+    name: str
+    candidates: list[Candidate]
+    cost: Cost | None = None
+    check: Callable[[object], str] | None = None
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass
+class Options:
+    """What the command line sets."""
+
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    threads: int | None = None
+    quick: bool = False
+    batch: int | None = None
+    length: int | None = None
+    compiled: bool = True
+    turns: int = 15
+    turn: float = 0.03
+
+    def pick(self, default: torch.dtype) -> torch.dtype:
+        return self.dtype or default
+
+
+@dataclass
+class Row:
+    """One line of a table."""
+
+    bench: str
+    case: str
+    candidate: str
+    check: str
+    median_us: float
+    spread_us: float
+    ratio: float  # the peer's time over this one's
+    gb_s: float
+    gflop_s: float
+    percent: float  # of the ceiling that bounds the job
+    bound: str = ""
+
+
+@dataclass
+class Report:
+    rows: list[Row] = field(default_factory=list)
+    header: list[str] = field(default_factory=list)
+
+
+# ------------------------------------------------------------------------------------------------ the machine
+
+
+def describe() -> list[str]:
+    """What the numbers were taken on."""
+    model = platform.processor() or platform.machine()
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+        model = next(line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return [
+        f"{model}, {torch.get_num_threads()} threads, fi_ops ISA {fi_ops.cpu_isa()}",
+        f"torch {torch.__version__}, fi_ops {fi_ops.__version__}, Python {platform.python_version()}",
+    ]
+
+
+def _best(fn: Callable[[], object], seconds: float = 0.4) -> float:
+    fn()
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        fn()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+@functools.cache
+def read_ceiling() -> float:
+    """Bytes a second of reading memory once, with torch's threads: the best of several passes over 1 GiB."""
+    x = torch.ones(2**28, dtype=torch.float32)
+    return x.nbytes / _best(x.sum)
+
+
+@functools.cache
+def gemm_ceiling(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a 2048^3 product in torch."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    return 2 * 2048**3 / _best(lambda: a @ b)
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def within_budget(
+    expected: torch.Tensor, same_dtype: torch.Tensor, part: Callable = lambda t: t
+) -> Callable[[object], str]:
+    """Check by the package's error budget: at most twice the error of stock torch in the same dtype, plus a rounding."""
+    from fi_ops.testing import deviation
+
+    def check(output) -> str:
+        result = deviation(part(output), expected, same_dtype)
+        return "ok" if result.ok else f"error {result.error:.2g} over budget {result.limit:.2g}"
+
+    return check
+
+
+# ------------------------------------------------------------------------------------------------ timing
+
+
+def _calls_a_turn(fn: Callable[[], object], turn: float) -> int:
+    began = time.perf_counter()
+    fn()
+    return max(1, min(1000, int(turn / max(time.perf_counter() - began, 1e-7))))
+
+
+def run(bench: str, cases: Iterable[Case], options: Options, report: Report) -> None:
+    """Check, time and print each case as it is done."""
+    turns = max(5, options.turns // 3) if options.quick else options.turns
+    for case in cases:
+        checks, calls, failed = {}, {}, []
+        for candidate in case.candidates:
+            try:
+                output = candidate.fn()
+            except Exception as e:  # a peer that cannot do the job is a row too (torch.compile of some samplers)
+                checks[candidate.name] = f"fails: {type(e).__name__}"
+                failed.append(candidate)
+                continue
+            checks[candidate.name] = case.check(output) if case.check else "-"
+            del output
+            candidate.fn()
+            calls[candidate.name] = _calls_a_turn(candidate.fn, options.turn)
+        live = [c for c in case.candidates if c not in failed]
+        times: dict[str, list[float]] = {c.name: [] for c in live}
+        for _ in range(turns):
+            for candidate in live:
+                count = calls[candidate.name]
+                began = time.perf_counter()
+                for _ in range(count):
+                    candidate.fn()
+                times[candidate.name].append((time.perf_counter() - began) / count)
+        peer = next((statistics.median(times[c.name]) for c in live if not c.ours), float("nan"))
+        rows = []
+        for candidate in case.candidates:
+            if candidate in failed:
+                nan = float("nan")
+                rows.append(Row(bench, case.name, candidate.name, checks[candidate.name], nan, nan, nan, nan, nan, nan))
+                continue
+            rows.append(_row(bench, case, candidate, checks[candidate.name], times[candidate.name], peer))
+        report.rows += rows
+        print_rows(rows)
+
+
+def _row(bench: str, case: Case, candidate: Candidate, check: str, times: list[float], peer: float) -> Row:
+    median = statistics.median(times)
+    quartiles = statistics.quantiles(times, n=4)
+    cost = case.cost or Cost(0)
+    by_bytes, by_flops = cost.bytes / read_ceiling(), cost.flops / gemm_ceiling(case.dtype)
+    bound = "read" if by_bytes >= by_flops else "gemm"
+    percent = 100 * max(by_bytes, by_flops) / median if case.cost else float("nan")
+    return Row(
+        bench, case.name, candidate.name, check, median * 1e6, (quartiles[2] - quartiles[0]) / 2 * 1e6, peer / median,
+        cost.bytes / median / 1e9, cost.flops / median / 1e9, percent, bound if case.cost else "",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ output
+
+COLUMNS = ("candidate", "check", "median us", "+-", "stock / this", "GB/s", "GFLOP/s", "% of ceiling")
+
+
+def _number(x: float, digits: int = 1) -> str:
+    return "-" if x != x else f"{x:.{digits}f}"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    percent = _number(row.percent) + (f" {row.bound}" if row.percent == row.percent else "")
+    return (
+        row.candidate, row.check, _number(row.median_us), _number(row.spread_us), _number(row.ratio, 2),
+        _number(row.gb_s), _number(row.gflop_s), percent,
+    )  # fmt: skip
+
+
+def print_rows(rows: list[Row]) -> None:
+    if not rows:
+        return
+    print(f"\n{rows[0].bench}: {rows[0].case}")
+    table = [COLUMNS, *map(_cells, rows)]
+    widths = [max(len(r[i]) for r in table) for i in range(len(COLUMNS))]
+    for r in table:
+        left = f"  {r[0]:<{widths[0]}}  {r[1]:<{widths[1]}}"
+        print(left + "".join(f"  {cell:>{width}}" for cell, width in zip(r[2:], widths[2:], strict=True)))
+    sys.stdout.flush()
+
+
+def write_csv(report: Report, path: Path) -> None:
+    with path.open("w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(Row.__dataclass_fields__)
+        for row in report.rows:
+            writer.writerow(getattr(row, name) for name in Row.__dataclass_fields__)
+
+
+def write_markdown(report: Report, path: Path) -> None:
+    """A page for `bench/results/`: hardware, versions, command, one table a case."""
+    text = io.StringIO()
+    text.write(f"# {path.stem}\n\n" + "".join(f"{line}  \n" for line in report.header))
+    last = None
+    for row in report.rows:
+        if (row.bench, row.case) != last:
+            last = (row.bench, row.case)
+            text.write(f"\n**{row.bench}: {row.case}**\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n")
+        text.write(f"| {' | '.join(_cells(row))} |\n")
+    path.write_text(text.getvalue())
