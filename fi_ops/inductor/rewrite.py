@@ -58,7 +58,7 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> N
             plan = plan_attention(attention, order)
             unused = apply_attention(plan, emitter)
             erase_dead(graph, unused)
-            site.grade, site.pieces, site.reason = plan.grade, tuple(plan.pieces), plan.append_reason or plan.rope_reason
+            site.grade, site.pieces, site.reason = plan.grade, tuple(plan.pieces), plan.reason
             rope_site = _rope_site(plan, site)
         report.sites.append(site)
         if rope_site is not None:

@@ -68,6 +68,13 @@ def at_least(a, b) -> bool:
     return a is not None and b is not None and statically_known_true(a >= b)
 
 
+def divides(small, large) -> bool:
+    """The size `large` is known to be a multiple of `small`."""
+    if isinstance(small, int) and isinstance(large, int):
+        return small > 0 and large % small == 0
+    return same_size(small, large) or statically_known_true(large % small == 0)
+
+
 def dim_of(node: Node, dim: int) -> int:
     """A dimension argument counted from the front."""
     rank = len(shape(node))
@@ -120,10 +127,16 @@ def keeps_value(node: object) -> bool:
 
 
 def strip(node):
-    """The node that first computed this value."""
-    while keeps_value(node):
-        node = node.args[0]
-    return node
+    """The node that first computed this value: through what keeps it, and through two transposes that undo each other."""
+    while True:
+        if keeps_value(node):
+            node = node.args[0]
+            continue
+        found = permutation(node) if isinstance(node, Node) else None
+        inner = permutation(strip(found[0])) if found is not None else None
+        if inner is None or any(inner[1][d] != i for i, d in enumerate(found[1])):
+            return node
+        node = inner[0]
 
 
 def is_cast(node: object) -> bool:

@@ -10,6 +10,7 @@ A piece that does not fit lowers the grade and leaves its reason on the site; it
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +22,7 @@ from ..normalize.masks import check_mask, original_mask
 from ..normalize.repeat_kv import unrepeat_kv
 from ..normalize.rope import HEADS_FIRST, Rope, match_rope
 from ..sites import Declined
-from ..walk import aten, dim_of, is_call, same_size, same_value, shape, strip, value
+from ..walk import aten, dim_of, is_call, permutation, same_size, same_value, shape, strip, value
 from .emit import Emitter, replace
 
 KEY_TRANSPOSE = (0, 1, 3, 2)
@@ -50,6 +51,12 @@ class Plan:
     def grade(self) -> str:
         parts = [("rope", self.query_rope), ("append", self.key_write), ("attention", self.attention)]
         return " + ".join(name for name, part in parts if part is not None)
+
+    @property
+    def reason(self) -> str:
+        """Why it did not reach a higher grade."""
+        missing = [("append", self.append_reason), ("rope", self.rope_reason)]
+        return "; ".join(f"no {name}: {reason}" for name, reason in missing if reason)
 
 
 def permuted(tensor, dims: tuple[int, ...] | None):
@@ -113,17 +120,26 @@ def _plan_append(plan: Plan, order: dict[Node, int]) -> None:
     query_len = shape(plan.query)[2]
     if not same_size(shape(key_write.positions)[0], query_len):
         raise Declined(f"{key_write.positions.name}: {shape(key_write.positions)[0]} positions for {query_len} queries")
-    replaced = exclusive_to(attention.node)
+    kept = {plan.query, key_write.new, value_write.new, attention.mask, attention.scale, key_write.positions}
+    replaced = exclusive_to(attention.node, keep=kept)
     for write in (key_write, value_write):
         check_in_place(write)
-        for user in write.node.users:
-            if user not in replaced and order.get(user, -1) < order[attention.node]:
+        undone = transposes_undone(write)
+        for user in [*write.node.users, *(u for node in undone for u in node.users)]:
+            if user not in replaced and user not in undone and order.get(user, -1) < order[attention.node]:
                 raise Declined(f"{user.name}: reads the updated cache before the attention does")
         if value(write.new).dtype != value(write.cache).dtype:
             raise Declined(f"{write.new.name}: writes {value(write.new).dtype} to a cache of {value(write.cache).dtype}")
-        check_contiguous_last(write.cache.name, "cache", permuted(value(write.cache), write.dims))
+        check_contiguous_last(write.cache.name, "cache", permuted(value(write.cache), write.cache_dims))
     check_contiguous_last(value_write.new.name, "new value", value(value_write.new))
     plan.key_write, plan.value_write = key_write, value_write
+
+
+def transposes_undone(write: CacheWrite) -> list[Node]:
+    """Where a write goes through a transpose of the cache: the transposes of its result back to the cache's own layout."""
+    if write.through is None:
+        return []
+    return [user for user in write.node.users if permutation(user) == (write.node, write.through)]
 
 
 def _plan_rope(plan: Plan) -> None:
@@ -146,7 +162,10 @@ def _plan_rope(plan: Plan) -> None:
             raise Declined(f"{other.name}: {table} of the key is not that of the query, {mine.name}")
     if plan.key_write is None and not same_size(shape(plan.query)[2], permuted(value(key_rope.x), key_rope.dims).shape[2]):
         raise Declined(f"{plan.key.name}: more keys than queries, so their RoPE differs")
-    replaced = exclusive_to(plan.attention.node, *(w.node for w in (plan.key_write, plan.value_write) if w is not None))
+    writes = [w for w in (plan.key_write, plan.value_write) if w is not None]
+    kept = {query_rope.x, key_rope.x, query_rope.cos, query_rope.sin, plan.attention.mask, plan.attention.scale}
+    kept |= {plan.value_write.new, plan.key_write.positions} if writes else {plan.value}
+    replaced = exclusive_to(plan.attention.node, *(w.node for w in writes), keep=kept)
     for rope, which in ((query_rope, "query"), (key_rope, "key")):
         if strip(rope.node) not in replaced:
             user = next(u for u in strip(rope.node).users if u not in replaced)
@@ -155,12 +174,14 @@ def _plan_rope(plan: Plan) -> None:
     plan.query_rope, plan.key_rope = query_rope, key_rope
 
 
-def exclusive_to(*nodes: Node) -> set[Node]:
-    """`nodes` and all that only they use: what goes when they go."""
+def exclusive_to(*nodes: Node, keep: Collection = ()) -> set[Node]:
+    """`nodes` and all that only they use, but for what is kept: what goes when they go."""
     gone = set(nodes)
     pending = [n for node in nodes for n in node.all_input_nodes]
     while pending:
         node = pending.pop()
+        if node in keep:
+            continue
         if node.op == "call_function" and node not in gone and all(user in gone for user in node.users):
             gone.add(node)
             pending.extend(node.all_input_nodes)
@@ -212,12 +233,25 @@ def _apply_append(plan: Plan, options: dict, emitter: Emitter) -> list[Node]:
     )
     rotates = plan.query_rope is not None
     op = torch.ops.fi.rope_append_attention.default if rotates else torch.ops.fi.append_attention.default
-    mutated = {"k_cache": (key_write.cache, key_write.dims), "v_cache": (value_write.cache, value_write.dims)}
+    mutated = {
+        "k_cache": (key_write.cache, key_write.cache_dims),
+        "v_cache": (value_write.cache, value_write.cache_dims),
+    }
     result, new_key_cache, new_value_cache = emitter.mutating(op, mutated, **options)
     replace(plan.attention.node, result, emitter.fake_mode)
-    replace(key_write.node, new_key_cache, emitter.fake_mode)
-    replace(value_write.node, new_value_cache, emitter.fake_mode)
+    _replace_write(key_write, new_key_cache, emitter)
+    _replace_write(value_write, new_value_cache, emitter)
     return [plan.attention.node, key_write.node, value_write.node]
+
+
+def _replace_write(write: CacheWrite, updated: Node, emitter: Emitter) -> None:
+    """Let `updated` be the cache from here on. A write through a transpose is transposed back to be stored: that goes."""
+    if write.through is not None:
+        for node in transposes_undone(write):
+            node.replace_all_uses_with(updated)
+            node.graph.erase_node(node)
+        updated = emitter.call(aten.permute.default, updated, list(write.through))
+    replace(write.node, updated, emitter.fake_mode)
 
 
 def _positional(op, options: dict) -> list:

@@ -6,8 +6,9 @@ replacement's strides differ from what it replaces, the values of the views and 
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.fx import Graph, Node
@@ -81,8 +82,23 @@ class Emitter:
 
     def _evaluate(self, target, args, kwargs):
         args, kwargs = tree_map_only(Node, value, (args, kwargs))
-        with self.fake_mode, torch.no_grad():
+        with without_guards(self.fake_mode):
             return target(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_guards(fake_mode) -> Iterator[None]:
+    """Compute with fake tensors, and add no guard on symbolic sizes: a guard is a recompile that stock torch does not have.
+
+    What the recognisers could not prove, the ops check when they run.
+    """
+    shape_env = fake_mode.shape_env
+    with contextlib.ExitStack() as stack:
+        if shape_env is not None:
+            stack.enter_context(shape_env.suppress_guards())
+        stack.enter_context(fake_mode)
+        stack.enter_context(torch.no_grad())
+        yield
 
 
 def _fake_mode(graph: Graph):
@@ -114,7 +130,7 @@ def refresh(nodes: Iterable[Node], fake_mode) -> None:
         if node.target is aten.view.default:
             node.target = aten.reshape.default
         args, kwargs = tree_map_only(Node, value, (node.args, node.kwargs))
-        with fake_mode, torch.no_grad():
+        with without_guards(fake_mode):
             new = node.target(*args, **kwargs)
         if node.target is aten.reshape.default and _is_viewable(node.args[0], new):
             node.target = aten.view.default

@@ -22,6 +22,7 @@ from ..walk import (
     aten,
     commuted,
     dim_of,
+    divides,
     is_call,
     is_scalar,
     is_tensor,
@@ -261,13 +262,11 @@ def check_attention(attention: Attention, q, k, v) -> None:
             raise Declined(f"{name}: {which} has {tensor.dim()} dimensions, not 4")
     if value(attention.node).dtype != q.dtype:
         raise Declined(f"{name}: result is {value(attention.node).dtype}, query is {q.dtype}")
-    if not all(isinstance(n, int) for n in (q.shape[1], k.shape[1], q.shape[3], v.shape[3])):
-        raise Declined(f"{name}: heads or head_dim are symbolic")
     if not (same_size(q.shape[0], k.shape[0]) and same_size(q.shape[0], v.shape[0])):
         raise Declined(f"{name}: batch sizes {q.shape[0]}, {k.shape[0]}, {v.shape[0]} are not known to be equal")
-    if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:
+    if not same_size(k.shape[1], v.shape[1]) or not divides(k.shape[1], q.shape[1]):
         raise Declined(f"{name}: {q.shape[1]} query heads over {k.shape[1]} key heads and {v.shape[1]} value heads")
-    if not same_size(k.shape[2], v.shape[2]) or k.shape[3] != q.shape[3]:
+    if not same_size(k.shape[2], v.shape[2]) or not same_size(k.shape[3], q.shape[3]):
         raise Declined(f"{name}: key {tuple(k.shape)} does not fit query {tuple(q.shape)} and value {tuple(v.shape)}")
     if isinstance(attention.scale, Node):
         if attention.soft_cap:

@@ -20,16 +20,27 @@ from ..sites import Declined
 from ..walk import argument, aten, is_call, is_tensor, permutation, same_shape, same_size, shape, strip, value
 
 
+HEADS_FIRST = (0, 2, 1, 3)
+
+
 @dataclass
 class CacheWrite:
     node: Node
     """The write; its value is the updated cache."""
     cache: Node
+    """The tensor that is written to, maybe through a transpose."""
     new: Node
     """[B, Hkv, Lq, D], or [B, Lq, Hkv, D] where `dims` is given."""
     positions: Node
     dims: tuple[int, ...] | None = None
-    """The permutation that makes the cache [B, Hkv, Lmax, D], if it is not so already."""
+    """The permutation that makes the write's result [B, Hkv, Lmax, D], if it is not so already."""
+    through: tuple[int, ...] | None = None
+    """The permutation of `cache` that is written to."""
+
+    @property
+    def cache_dims(self) -> tuple[int, ...] | None:
+        """The permutation that makes `cache` [B, Hkv, Lmax, D]."""
+        return HEADS_FIRST if (self.dims is None) != (self.through is None) else None
 
 
 def match_cache_write(node: Node, dims: tuple[int, ...] | None = None) -> CacheWrite | None:
@@ -39,7 +50,7 @@ def match_cache_write(node: Node, dims: tuple[int, ...] | None = None) -> CacheW
         found = permutation(write)
         if found is not None:
             write, dims = strip(found[0]), found[1]
-    if dims not in (None, (0, 2, 1, 3)):
+    if dims not in (None, HEADS_FIRST):
         return None
     if is_call(write, aten.index_put.default):
         return _match_index_put(write, dims)
@@ -62,6 +73,9 @@ def _match_index_put(write: Node, dims: tuple[int, ...] | None) -> CacheWrite:
     new = with_leading_ones(new, expected)
     if not is_tensor(new) or not same_shape(shape(new), expected):
         raise Declined(f"{write.name}: writes {tuple(shape(new))} where {tuple(expected)} is the shape of the slots")
+    found = permutation(strip(cache))
+    if found is not None and found[1] == HEADS_FIRST:
+        return CacheWrite(write, strip(found[0]), new, positions, dims, HEADS_FIRST)
     return CacheWrite(write, cache, new, positions, dims)
 
 
@@ -85,13 +99,18 @@ def check_in_place(write: CacheWrite) -> None:
     for user in cache.users:
         if is_call(user, aten.copy_.default) and user.args[0] is cache:
             stored = True
-        elif user is not write.node and not is_call(user, aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default):
+        elif not _only_for(user, write.node) and not is_call(user, aten.sym_size.int, aten.sym_stride.int):
             raise Declined(f"{user.name}: reads {cache.name} as it was before the write {write.node.name}")
     if cache.op in ("placeholder", "get_attr"):
         if not stored:
             raise Declined(f"{cache.name}: the updated cache {write.node.name} is not stored back into it")
     elif not is_fresh(cache):
         raise Declined(f"{cache.name}: the cache is {cache.target}, neither a graph input nor made in the graph")
+
+
+def _only_for(node: Node, write: Node) -> bool:
+    """The node is the write, or a view of the cache that only the write uses."""
+    return node is write or (permutation(node) is not None and all(user is write for user in node.users))
 
 
 def is_fresh(node: Node) -> bool:

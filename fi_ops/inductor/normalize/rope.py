@@ -218,7 +218,7 @@ def component_of(node: Node) -> Component | None:
     if is_call(node, operator.getitem) and is_call(node.args[0], aten.split.Tensor):
         split = node.args[0]
         x, size = split.args[0], split.args[1]
-        if dim_of(x, argument(split, 2, "dim", 0)) != len(shape(x)) - 1 or not same_size(shape(x)[-1], 2 * size):
+        if dim_of(x, argument(split, 2, "dim", 0)) != len(shape(x)) - 1 or not same_size(shape(x)[-1], 2 * value(size)):
             return None
         return Component(strip_casts(x), node.args[1], HALF)
     if is_call(node, aten.slice.Tensor):

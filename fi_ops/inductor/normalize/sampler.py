@@ -270,17 +270,25 @@ def _past_top_p_descending(removed: Node, sort: Node) -> float | None:
         return None
     if argument(kept_first, 2, "dim", 0) != last or argument(kept_first, 3, "start", 0) not in (0, None):
         return None
+    if kept_first.target is aten.slice_scatter.default and argument(kept_first, 4, "end", None) != 1:
+        return None
     moved = strip(kept_first.args[0])
     if not is_call(moved, aten.slice_scatter.default) or moved.args[2] != last or moved.args[3] != 1:
         return None
     past = strip(moved.args[0])
-    source = slice_range(strip(moved.args[1]))
+    source = slice_range(_copied(moved.args[1]))
     if not is_call(past, aten.gt.Scalar, aten.ge.Scalar) or source is None:
         return None
     all_but_last = shape(past)[last] - 1 if isinstance(shape(past)[last], int) else -1
     if strip(source[0]) is not past or source[1] != last or source[2] != 0 or source[3] not in (-1, all_but_last):
         return None
     return float(past.args[1]) if _is_cumulated(past.args[0], sort) else None
+
+
+def _copied(node: Node) -> Node:
+    """What was written by `x[...] = node`: the copy into x's slice has its value."""
+    node = strip(node)
+    return strip(node.args[1]) if is_call(node, aten.copy.default) else node
 
 
 def _is_cumulated(node: Node, sort: Node) -> bool:

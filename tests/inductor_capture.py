@@ -1,0 +1,131 @@
+"""Helpers of the rewrite tests: compile without code generation, look at the graph, run it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._functorch.config
+import torch._inductor.config
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.compile_fx import compile_fx
+
+from fi_ops.inductor.manager import switched
+from fi_ops.inductor.sites import GraphReport, Site, recording
+
+
+@dataclass
+class Capture:
+    """Graphs as Inductor's joint passes leave them, and what the rewrites say about them."""
+
+    output: Any = None
+    graphs: list[torch.fx.Graph] = field(default_factory=list)
+    reports: list[GraphReport] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[Site]:
+        return [site for report in self.reports for site in report.sites]
+
+    def grades(self, kind: str = "attention") -> list[str]:
+        return [site.grade for site in self.sites if site.kind == kind]
+
+    def reasons(self) -> list[str]:
+        return [site.reason for site in self.sites if site.reason]
+
+    def targets(self) -> list[str]:
+        return [str(call_target(node)) for graph in self.graphs for node in graph.nodes if node.op == "call_function"]
+
+
+def compiled_for_capture(fn: Callable, capture: Capture, *, rewritten: bool = True, **options) -> Callable:
+    """`torch.compile(fn)` up to code generation; the graph then runs as it is, with the real kernels of fi ops."""
+
+    def run_graph(gm, example_inputs, **_):
+        capture.graphs.append(gm.graph)
+        return make_boxed_func(gm)
+
+    def backend(gm, example_inputs):
+        with switched(rewritten), recording() as reports, without_caches():
+            compiled = compile_fx(gm, example_inputs, inner_compile=run_graph)
+        capture.reports.extend(reports)
+        return compiled
+
+    return torch.compile(fn, backend=backend, fullgraph=True, **options)
+
+
+def without_caches():
+    return _Both(
+        torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False)
+    )
+
+
+class _Both:
+    def __init__(self, *managers):
+        self.managers = managers
+
+    def __enter__(self):
+        for manager in self.managers:
+            manager.__enter__()
+
+    def __exit__(self, *error):
+        for manager in reversed(self.managers):
+            manager.__exit__(*error)
+
+
+def capture(fn: Callable, *args, rewritten: bool = True, grad: bool = False, dynamic: bool | None = False, **kwargs) -> Capture:
+    """Compile and run `fn` once."""
+    torch._dynamo.reset()
+    result = Capture()
+    with torch.set_grad_enabled(grad):
+        result.output = compiled_for_capture(fn, result, rewritten=rewritten, dynamic=dynamic)(*args, **kwargs)
+    return result
+
+
+def call_target(node: torch.fx.Node):
+    """What a call computes; for a mutating op in functional form, that op."""
+    if node.target is torch.ops.higher_order.auto_functionalized_v2:
+        return node.args[0]
+    return node.target
+
+
+def graph_text(graph: torch.fx.Graph) -> str:
+    """The graph with names by position: the same text whatever torch calls its nodes."""
+    names = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            lines.append(f"{names[node]} = input {_type(node)}")
+            continue
+        if node.op == "output":
+            lines.append(f"return {_show(node.args[0], names)}")
+            continue
+        args = [_show(a, names) for a in node.args] + [f"{k}={_show(v, names)}" for k, v in node.kwargs.items() if v is not None]
+        lines.append(f"{names[node]} = {_target(node)}({', '.join(args)})")
+    return "\n".join(lines)
+
+
+def _type(node: torch.fx.Node) -> str:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return str(value)
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _target(node: torch.fx.Node) -> str:
+    if node.op != "call_function":
+        return f"{node.op}.{node.target}"
+    if node.target is operator.getitem:
+        return "getitem"
+    return str(node.target).removesuffix(".default")
+
+
+def _show(value: Any, names: dict) -> str:
+    if isinstance(value, torch.fx.Node):
+        return names[value]
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_show(v, names) for v in value) + "]"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value).removeprefix("torch.").removesuffix(".default")

@@ -1,0 +1,175 @@
+"""Static KV caches: written at the positions of the step, then attended to."""
+
+import torch
+import torch.nn.functional as F
+
+from . import FULL, snippet
+from .rope import D, gpt_fast_rotate, gpt_fast_table, rotate_half, tables_half
+
+B, H, HKV, LMAX = 2, 4, 2, 12
+APPEND = "append + attention"
+
+
+def step(length=3, start=4, batch=B):
+    q, k, v = (torch.randn(batch, h, length, D) for h in (H, HKV, HKV))
+    caches = (torch.randn(batch, HKV, LMAX, D), torch.randn(batch, HKV, LMAX, D))
+    positions = torch.arange(start, start + length)
+    mask = (torch.arange(LMAX) <= positions[:, None])[None, None]
+    return q, k, v, *caches, positions, mask
+
+
+def decode():
+    return step(1)
+
+
+def by_length():
+    q, k, v, kc, vc, positions, mask = step()
+    return (*(t.transpose(1, 2).contiguous() for t in (q, k, v, kc, vc)), positions, mask)
+
+
+def attend(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def repeat_kv(x):
+    return x[:, :, None].expand(*x.shape[:2], H // HKV, *x.shape[2:]).reshape(x.shape[0], H, *x.shape[2:])
+
+
+# Under dynamic=True torch does not know that an index and what it assigns are of one length, so neither do we.
+@snippet(step, grade=APPEND, dynamic_grade="attention")
+def index_put(q, k, v, kc, vc, positions, mask):
+    kc[:, :, positions] = k
+    vc[:, :, positions] = v
+    return attend(q, kc, vc, mask)
+
+
+@snippet(lambda: step(1, batch=1), grade=APPEND, dynamic_grade="attention")
+def index_put_one_row(q, k, v, kc, vc, positions, mask):
+    """Index assignment drops the leading 1 of what it writes."""
+    kc[:, :, positions] = k
+    vc[:, :, positions] = v
+    return attend(q, kc, vc, mask)
+
+
+@snippet(decode, grade=APPEND)
+def index_copy(q, k, v, kc, vc, positions, mask):
+    kc.index_copy_(2, positions, k)
+    vc.index_copy_(2, positions, v)
+    return attend(q, kc, vc, mask)
+
+
+@snippet(decode, grade=APPEND)
+def index_copy_repeat_kv(q, k, v, kc, vc, positions, mask):
+    kc.index_copy_(2, positions, k)
+    vc.index_copy_(2, positions, v)
+    return F.scaled_dot_product_attention(q, repeat_kv(kc), repeat_kv(vc), attn_mask=mask)
+
+
+@snippet(by_length, grade=APPEND, dynamic_grade="attention")
+def cache_laid_out_by_length(q, k, v, kc, vc, positions, mask):
+    kc[:, positions] = k
+    vc[:, positions] = v
+    return attend(*(t.transpose(1, 2) for t in (q, kc, vc)), mask)
+
+
+@snippet(step, grade=FULL, rotated=True)
+def huggingface(q, k, v, kc, vc, positions, mask):
+    cos, sin = (t.unsqueeze(1) for t in tables_half(positions, q))
+    q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+    kc.index_copy_(2, positions, k)
+    vc.index_copy_(2, positions, v)
+    return F.scaled_dot_product_attention(q, repeat_kv(kc), repeat_kv(vc), attn_mask=mask)
+
+
+@snippet(step, grade=FULL, rotated=True)
+def huggingface_eager(q, k, v, kc, vc, positions, mask):
+    cos, sin = (t.unsqueeze(1) for t in tables_half(positions, q))
+    q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+    kc.index_copy_(2, positions, k)
+    vc.index_copy_(2, positions, v)
+    scores = torch.matmul(q, repeat_kv(kc).transpose(2, 3)) * D**-0.5
+    scores = scores + torch.where(mask, 0.0, torch.finfo(torch.float32).min).to(q.dtype)
+    return torch.matmul(scores.softmax(-1), repeat_kv(vc))
+
+
+# dynamic=True writes through whole slices of the transposed cache, which end in a slice_scatter.
+@snippet(by_length, grade=FULL, dynamic_grade="attention")
+def gpt_fast(q, k, v, kc, vc, positions, mask):
+    freqs = gpt_fast_table(positions, q)
+    q, k = gpt_fast_rotate(q, freqs), gpt_fast_rotate(k, freqs)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    kc, vc = kc.transpose(1, 2), vc.transpose(1, 2)
+    kc[:, :, positions] = k
+    vc[:, :, positions] = v
+    return attend(q, kc, vc, mask)
+
+
+@snippet(step, grade=APPEND)
+def cache_read_after(q, k, v, kc, vc, positions, mask):
+    kc.index_copy_(2, positions, k)
+    vc.index_copy_(2, positions, v)
+    return attend(q, kc, vc, mask), kc.sum(), vc.mean(2)
+
+
+# ---- near misses ----
+
+
+@snippet(step, reason="as it was before the write")
+def cache_read_before_the_write(q, k, v, kc, vc, positions, mask):
+    before = kc.sum()
+    kc.index_copy_(2, positions, k)
+    vc.index_copy_(2, positions, v)
+    return attend(q, kc, vc, mask) + before
+
+
+@snippet(step, reason="before the attention does")
+def query_made_from_the_updated_cache(q, k, v, kc, vc, positions, mask):
+    kc.index_copy_(2, positions, k)
+    vc.index_copy_(2, positions, v)
+    return attend(q + kc.mean(), kc, vc, mask)
+
+
+@snippet(lambda: (*step(), torch.arange(5, 8)), reason="different positions")
+def key_and_value_at_different_positions(q, k, v, kc, vc, positions, mask, others):
+    kc.index_copy_(2, positions, k)
+    vc.index_copy_(2, others, v)
+    return attend(q, kc, vc, mask)
+
+
+@snippet(step, reason="accumulates")
+def accumulated(q, k, v, kc, vc, positions, mask):
+    kc.index_put_((torch.arange(B)[:, None], torch.arange(HKV)[None]), kc[:, :, :1].squeeze(2)[:, :, None] * 0, accumulate=True)
+    vc.index_copy_(2, positions, v)
+    return attend(q, kc, vc, mask)
+
+
+@snippet(step, reason="not stored back")
+def cache_updated_out_of_place(q, k, v, kc, vc, positions, mask):
+    return attend(q, kc.index_copy(2, positions, k), vc.index_copy(2, positions, v), mask)
+
+
+@snippet(step, reason="is_causal counts")
+def is_causal_over_a_cache(q, k, v, kc, vc, positions, mask):
+    kc.index_copy_(2, positions, k)
+    vc.index_copy_(2, positions, v)
+    return F.scaled_dot_product_attention(q, kc, vc, is_causal=True, enable_gqa=True)
+
+
+@snippet(lambda: (*step(), torch.randn(B, H, 2, D), torch.ones(1, 1, 2, LMAX, dtype=torch.bool)), reason="positions for")
+def other_queries_than_new_keys(q, k, v, kc, vc, positions, mask, others, keep):
+    kc.index_copy_(2, positions, k)
+    vc.index_copy_(2, positions, v)
+    return attend(others, kc, vc, keep)
+
+
+@snippet(step, reason="one cache|as it was")
+def keys_are_values(q, k, v, kc, vc, positions, mask):
+    kc.index_copy_(2, positions, k)
+    return attend(q, kc, kc, mask)
+
+
+@snippet(lambda: step(4), reason="not a write")
+def concatenated(q, k, v, kc, vc, positions, mask):
+    """A cache that grows: `DynamicCache`."""
+    k, v = torch.cat((kc, k), dim=2), torch.cat((vc, v), dim=2)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True), k, v
