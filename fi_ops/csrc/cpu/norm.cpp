@@ -61,6 +61,8 @@ void fused_add_rmsnorm_with(const char* op, Tensor& input, Tensor& residual, con
   check_shape_of(op, "residual", residual, input.sizes(), "input's shape");
   check_last_dim_contiguous(op, "residual", residual);
   check_weight(op, input, weight);
+  check_writable(op, "input", input);
+  check_writable(op, "residual", residual);
   NormParams p = common_params(op, input, weight, eps);
   p.weight_offset = weight_offset;
   p.output = input.mutable_data_ptr();

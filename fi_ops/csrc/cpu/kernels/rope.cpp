@@ -6,9 +6,11 @@
 namespace fi::FI_ISA {
 namespace {
 
-// Tokens whose angles are kept at hand while a task goes over its heads.
-constexpr int64_t kMaxTokens = 64;
-constexpr int64_t kScratchFloats = 16384;
+// Tokens whose angles are kept at hand while a task goes over its heads: few enough that they stay in L1
+// beside the rows.
+constexpr int64_t kKeptTokens = 16;
+// Tasks that are enough for any machine to share evenly.
+constexpr int64_t kManyTasks = 64;
 
 FI_INLINE int64_t at_least_1(int64_t x) { return x < 1 ? 1 : x; }
 FI_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -28,57 +30,70 @@ FI_INLINE RopeAngles token_angles(const RopeParams& p, int64_t b, int64_t l, flo
   return load_rope_angles(cos, sin, p.angle_dtype, p.width, p.rotary_dim, p.interleaved, scratch);
 }
 
-// One head's row; heads are numbered queries first, then keys.
+// Rows `head` to `heads_end` of one token; heads are numbered queries first, then keys.
 template <class T>
-FI_INLINE void rotate_one(const RopeParams& p, int64_t b, int64_t h, int64_t l, const RopeAngles& angles) {
-  const bool is_key = h >= p.query.num_heads;
-  const RopeHeads& heads = is_key ? p.key : p.query;
-  if (is_key) h -= p.query.num_heads;
-  const T* x = static_cast<const T*>(heads.input) + b * heads.input_strides[0] + h * heads.input_strides[1] +
-               l * heads.input_strides[2];
-  T* y = static_cast<T*>(heads.output) + b * heads.output_strides[0] + h * heads.output_strides[1] +
-         l * heads.output_strides[2];
-  rotate_row(x, y, angles, p.rotary_dim, p.head_dim, p.interleaved);
+FI_INLINE void rotate_heads(const RopeParams& p, const RopeHeads& heads, int64_t b, int64_t l, int64_t head,
+                            int64_t heads_end, const RopeAngles& angles) {
+  const T* x = static_cast<const T*>(heads.input) + b * heads.input_strides[0] + l * heads.input_strides[2];
+  T* y = static_cast<T*>(heads.output) + b * heads.output_strides[0] + l * heads.output_strides[2];
+  for (int64_t h = head; h < heads_end; ++h)
+    rotate_row(x + h * heads.input_strides[1], y + h * heads.output_strides[1], angles, p.rotary_dim,
+               p.head_dim, p.interleaved);
 }
 
-// How [batch x len] tokens and all heads are split into tasks, and which of the two a task walks in its inner
-// loop: the one whose rows are neighbours in memory. Follows from shapes and strides alone.
+struct Token {
+  int64_t b, l;
+  RopeAngles angles;
+};
+
+// A block of tokens and heads. Where a head's tokens are neighbours in memory, a few tokens' angles are
+// loaded and the inner loop goes over them; else it goes over the heads.
+template <class T>
+void rope_task(const RopeParams& p, bool tokens_inner, int64_t token, int64_t tokens_end, int64_t head,
+               int64_t heads_end) {
+  const int64_t angle_floats = rope_angle_floats(p.rotary_dim), num_queries = p.query.num_heads;
+  const int64_t kept = tokens_inner ? kKeptTokens : 1;
+  auto* scratch = static_cast<float*>(__builtin_malloc(sizeof(float) * at_least_1(kept * angle_floats)));
+  const int64_t queries_end = smaller(heads_end, num_queries);
+  const int64_t keys_begin = head > num_queries ? head - num_queries : 0, keys_end = heads_end - num_queries;
+  while (token < tokens_end) {
+    Token tokens[kKeptTokens];
+    const int64_t n = smaller(kept, tokens_end - token);
+    for (int64_t i = 0; i < n; ++i, ++token) {
+      const int64_t b = token / p.len, l = token % p.len;
+      tokens[i] = {b, l, token_angles(p, b, l, scratch + i * angle_floats)};
+    }
+    if (tokens_inner) {
+      for (int64_t h = head; h < queries_end; ++h)
+        for (int64_t i = 0; i < n; ++i)
+          rotate_heads<T>(p, p.query, tokens[i].b, tokens[i].l, h, h + 1, tokens[i].angles);
+      for (int64_t h = keys_begin; h < keys_end; ++h)
+        for (int64_t i = 0; i < n; ++i)
+          rotate_heads<T>(p, p.key, tokens[i].b, tokens[i].l, h, h + 1, tokens[i].angles);
+    } else {
+      rotate_heads<T>(p, p.query, tokens[0].b, tokens[0].l, head, queries_end, tokens[0].angles);
+      rotate_heads<T>(p, p.key, tokens[0].b, tokens[0].l, keys_begin, keys_end, tokens[0].angles);
+    }
+  }
+  __builtin_free(scratch);
+}
+
+// How [batch x len] tokens and all heads are split into tasks. Follows from shapes and strides alone.
 struct Split {
   int64_t tokens, heads;  // of a task
   bool tokens_inner;
 };
 
 FI_INLINE Split split_of(const RopeParams& p) {
-  const int64_t num_heads = at_least_1(p.query.num_heads + p.key.num_heads);
-  const int64_t head_dim = at_least_1(p.head_dim);
+  const int64_t num_tokens = p.batch * p.len, num_heads = p.query.num_heads + p.key.num_heads;
+  const int64_t rows = at_least_1(kTaskElements / p.head_dim);  // of a task, at the least
   if (p.len == 1 || p.query.input_strides[1] <= p.query.input_strides[2])
-    return {at_least_1(smaller(kTaskElements / (num_heads * head_dim), kMaxTokens)), num_heads, false};
-  const int64_t tokens = at_least_1(smaller(smaller(p.batch * p.len, kMaxTokens),
-                                            kScratchFloats / at_least_1(rope_angle_floats(p.rotary_dim))));
-  return {tokens, smaller(num_heads, at_least_1(kTaskElements / (tokens * head_dim))), true};
-}
-
-template <class T>
-void rope_task(const RopeParams& p, bool tokens_inner, int64_t token, int64_t tokens_end, int64_t head,
-               int64_t heads_end) {
-  const int64_t angle_floats = rope_angle_floats(p.rotary_dim);
-  const int64_t kept = tokens_inner ? tokens_end - token : 1;
-  auto* scratch = static_cast<float*>(__builtin_malloc(sizeof(float) * at_least_1(kept * angle_floats)));
-  if (tokens_inner) {
-    RopeAngles angles[kMaxTokens];
-    for (int64_t t = token; t < tokens_end; ++t)
-      angles[t - token] = token_angles(p, t / p.len, t % p.len, scratch + (t - token) * angle_floats);
-    for (int64_t h = head; h < heads_end; ++h)
-      for (int64_t t = token; t < tokens_end; ++t)
-        rotate_one<T>(p, t / p.len, h, t % p.len, angles[t - token]);
-  } else {
-    for (int64_t t = token; t < tokens_end; ++t) {
-      const int64_t b = t / p.len, l = t % p.len;
-      const RopeAngles angles = token_angles(p, b, l, scratch);
-      for (int64_t h = head; h < heads_end; ++h) rotate_one<T>(p, b, h, l, angles);
-    }
-  }
-  __builtin_free(scratch);
+    return {at_least_1(rows / num_heads), num_heads, false};
+  // Heads are split too where there are not many tokens.
+  const int64_t tokens = smaller(num_tokens, kKeptTokens * at_least_1(rows / (num_heads * kKeptTokens)));
+  const int64_t token_tasks = (num_tokens + tokens - 1) / tokens;
+  const int64_t for_work = rows / tokens, for_sharing = num_heads * token_tasks / kManyTasks;
+  return {tokens, smaller(num_heads, at_least_1(for_work > for_sharing ? for_work : for_sharing)), true};
 }
 
 // ---- cos and sin in double precision ----

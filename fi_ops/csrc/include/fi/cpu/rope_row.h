@@ -21,6 +21,42 @@ struct RopeAngles {
   const float* sin;  // rotate-half: [half]; interleaved: [rotary_dim], -s and +s
 };
 
+// Neighbouring lanes exchanged: 1 0 3 2 5 4 ...
+FI_INLINE Vec swap_pairs(Vec x) {
+#if FI_ISA_LEVEL >= 2
+  return _mm512_maskz_permute_ps(0xFFFF, x, 0xB1);  // the unmasked form makes GCC 12 warn
+#elif FI_ISA_LEVEL == 1
+  return _mm256_permute_ps(x, 0xB1);
+#else
+  return Vec{x[1], x[0], x[3], x[2]};
+#endif
+}
+
+// The even lanes, each twice: 0 0 2 2 4 4 ...
+FI_INLINE Vec double_even(Vec x) {
+#if FI_ISA_LEVEL >= 2
+  return _mm512_maskz_moveldup_ps(0xFFFF, x);
+#elif FI_ISA_LEVEL == 1
+  return _mm256_moveldup_ps(x);
+#else
+  return Vec{x[0], x[0], x[2], x[2]};
+#endif
+}
+
+// The lower half of the lanes, each twice: 0 0 1 1 2 2 ...
+FI_INLINE Vec double_low(Vec x) {
+#if FI_ISA_LEVEL >= 2
+  return _mm512_permutexvar_ps(_mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), x);
+#elif FI_ISA_LEVEL == 1
+  return _mm256_permutevar8x32_ps(x, _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0));
+#else
+  return Vec{x[0], x[0], x[1], x[1]};
+#endif
+}
+
+// -x in the even lanes, x in the odd ones.
+FI_INLINE Vec negate_even(Vec x) { return as_float(as_int(x) ^ ((~iota_i() & 1) << 31)); }
+
 // `cos`, `sin`: the token's rows, of `dtype`, `width` wide: half (one value a pair) or rotary_dim (each value
 // twice: halves repeated for rotate-half, neighbours for interleaved). `scratch`:
 // rope_angle_floats(rotary_dim) floats; the result may point into it or at the caller's rows.
@@ -35,31 +71,20 @@ FI_INLINE RopeAngles load_rope_angles(const void* cos, const void* sin, DType dt
     });
     return {scratch, scratch + half};
   }
-  const int64_t step = width == half ? 1 : 2;
   float* sin_out = scratch + rotary_dim;
-  dispatch_float(dtype, [&](auto t) {
-    using T = decltype(t);
-    const T* c = static_cast<const T*>(cos);
-    const T* s = static_cast<const T*>(sin);
-    for (int64_t i = 0; i < half; ++i) {
-      const float sine = to_float(s[step * i]);
-      scratch[2 * i] = scratch[2 * i + 1] = to_float(c[step * i]);
-      sin_out[2 * i] = -sine;
-      sin_out[2 * i + 1] = sine;
+  for_each_vec(rotary_dim, [&](int64_t i, int64_t count) {
+    Vec c, s;
+    if (width == half) {
+      c = double_low(load_as(cos, dtype, i / 2, count / 2));
+      s = double_low(load_as(sin, dtype, i / 2, count / 2));
+    } else {
+      c = double_even(load_as(cos, dtype, i, count));
+      s = double_even(load_as(sin, dtype, i, count));
     }
+    store_n(scratch + i, c, count);
+    store_n(sin_out + i, negate_even(s), count);
   });
   return {scratch, sin_out};
-}
-
-// Neighbouring lanes exchanged: 1 0 3 2 5 4 ...
-FI_INLINE Vec swap_pairs(Vec x) {
-#if FI_ISA_LEVEL >= 2
-  return _mm512_maskz_permute_ps(0xFFFF, x, 0xB1);  // the unmasked form makes GCC 12 warn
-#elif FI_ISA_LEVEL == 1
-  return _mm256_permute_ps(x, 0xB1);
-#else
-  return Vec{x[1], x[0], x[3], x[2]};
-#endif
 }
 
 // y = the rotated x, head_dim elements; y may be x (then nothing past rotary_dim is touched). T, O: float,

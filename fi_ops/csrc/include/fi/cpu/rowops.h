@@ -6,8 +6,9 @@
 
 namespace fi::FI_ISA {
 
-// Elements of a task: enough work to be worth handing out; an op that has less runs on the calling thread.
-inline constexpr int64_t kTaskElements = 16384;
+// Elements of a task: a few microseconds of work, which is what waking a thread costs; an op that has less
+// runs on the calling thread.
+inline constexpr int64_t kTaskElements = 32768;
 
 // Rows of a task. A function of the row's size alone, so that results don't depend on the thread count.
 FI_INLINE int64_t rows_per_task(int64_t row_size) { return 1 + kTaskElements / (row_size + 1); }
