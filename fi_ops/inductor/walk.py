@@ -55,6 +55,14 @@ def same_size(a, b) -> bool:
     return statically_known_true(a == b)
 
 
+def may_be_same_size(a, b) -> bool:
+    """Two sizes are not known to differ: for what a call demands of its arguments anyway, so that it holds when it runs."""
+    a, b = value(a), value(b)
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return a is not None and b is not None and not statically_known_true(a != b)
+
+
 def same_shape(a: Iterable, b: Iterable) -> bool:
     a, b = tuple(a), tuple(b)
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))

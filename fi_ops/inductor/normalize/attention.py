@@ -26,6 +26,7 @@ from ..walk import (
     is_call,
     is_scalar,
     is_tensor,
+    may_be_same_size,
     number,
     permutation,
     same_shape,
@@ -266,7 +267,7 @@ def check_attention(attention: Attention, q, k, v) -> None:
         raise Declined(f"{name}: batch sizes {q.shape[0]}, {k.shape[0]}, {v.shape[0]} are not known to be equal")
     if not same_size(k.shape[1], v.shape[1]) or not divides(k.shape[1], q.shape[1]):
         raise Declined(f"{name}: {q.shape[1]} query heads over {k.shape[1]} key heads and {v.shape[1]} value heads")
-    if not same_size(k.shape[2], v.shape[2]) or not same_size(k.shape[3], q.shape[3]):
+    if not may_be_same_size(k.shape[2], v.shape[2]) or not same_size(k.shape[3], q.shape[3]):
         raise Declined(f"{name}: key {tuple(k.shape)} does not fit query {tuple(q.shape)} and value {tuple(v.shape)}")
     if isinstance(attention.scale, Node):
         if attention.soft_cap:

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from ..sites import Declined
-from ..walk import aten, is_call, is_tensor, same_size, shape, strip, value
+from ..walk import aten, is_call, is_tensor, may_be_same_size, shape, strip, value
 
 
 def check_mask(mask: Node, query: Node, kv_len) -> None:
@@ -25,7 +25,7 @@ def check_mask(mask: Node, query: Node, kv_len) -> None:
         raise Declined(f"{mask.name}: mask has {tensor.dim()} dimensions")
     full = (q.shape[0], q.shape[1], q.shape[2], kv_len)[4 - tensor.dim() :]
     for have, want in zip(tensor.shape, full, strict=True):
-        if not same_size(have, 1) and not same_size(have, want):
+        if not may_be_same_size(have, 1) and not may_be_same_size(have, want):
             raise Declined(f"{mask.name}: mask {tuple(tensor.shape)} does not broadcast to {tuple(full)}")
 
 
