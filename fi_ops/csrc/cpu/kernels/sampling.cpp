@@ -68,7 +68,7 @@ struct Sampler {
       return {row.draw(all, d.uniform), true};
     }
     if (row.n <= 4 * kChunk) {
-      row.set_buckets(row.min);
+      row.set_buckets(row.max, row.min);
       return {among_candidates(kBuckets - 1), true};
     }
     if (use_top_k && d.top_k <= row.num_blocks() / 2) return {among_candidates(bucket_of_top_k()), true};
@@ -83,7 +83,7 @@ struct Sampler {
       const float x = scratch.block_max[block];
       if (x < low && x > -kInf) low = x;
     }
-    row.set_buckets(low);
+    row.set_buckets(row.max, low);
     __builtin_memset(scratch.counts, 0, sizeof(int32_t) * kBuckets);
     for (int64_t block = 0; block < row.num_blocks(); ++block) scratch.counts[row.first_bucket(block)] += 1;
     int64_t before;
@@ -118,9 +118,27 @@ struct Sampler {
     return c.ids[i];
   }
 
+  // The bucket in which the count (or weight) of tokens reaches `target`, `before` what is in front of it. A
+  // crowded bucket is cut into buckets of its own, twice at most (not for ties, which that doesn't part);
+  // sets `collected` back then.
+  template <bool ByCount>
+  int32_t find_end(int64_t target, int64_t& before, int32_t& collected) {
+    double crowd_before = 1e30;
+    for (int zooms = 0;; ++zooms) {
+      const int32_t b =
+          ByCount ? find_bucket(scratch.counts, target, before) : find_bucket(scratch.masses, target, before);
+      if (b == kBuckets || zooms == 2) return b;
+      const double crowd = ByCount ? double(scratch.counts[b]) : row.crowd(b, scratch.masses[b]);
+      if (crowd <= kCrowded || crowd > 0.5 * crowd_before || !row.zoom_into(b)) return b;
+      crowd_before = crowd;
+      row.template fill_histogram<ByCount>();
+      collected = kBuckets;
+    }
+  }
+
   int64_t by_histogram() {
     Candidates& c = scratch.candidates;
-    row.set_buckets(row.min);
+    row.set_buckets(row.max, row.min);
     use_top_k ? row.template fill_histogram<true>() : row.template fill_histogram<false>();
     int64_t mass = 0;  // top-p's whole
     for (int b = 0; b < kBuckets; ++b) mass += scratch.masses[b];
@@ -130,7 +148,7 @@ struct Sampler {
     int64_t kept = mass;           // the mass that top-k keeps
     if (use_top_k) {
       int64_t before;
-      const int32_t b = find_bucket(scratch.counts, d.top_k, before);
+      const int32_t b = find_end<true>(d.top_k, before, collected);
       if (b < kBuckets) {
         row.collect(b, b);
         collected = b;
@@ -143,7 +161,7 @@ struct Sampler {
       const int64_t target = mass_target(d.top_p, p.top_k_first ? kept : mass);
       if (target <= kept) {
         int64_t before;
-        const int32_t b = find_bucket(scratch.masses, target, before);
+        const int32_t b = find_end<false>(target, before, collected);
         if (b != collected) row.collect(b, b);
         collected = b;
         cut = select_prefix<false>(c, target - before, true, scratch.bins);

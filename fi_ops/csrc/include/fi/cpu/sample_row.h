@@ -15,6 +15,7 @@ namespace fi::FI_ISA {
 
 inline constexpr int64_t kBlock = 128, kChunk = 1024, kPart = 32768;
 inline constexpr int kBuckets = 2048;
+inline constexpr int64_t kCrowded = 8192;  // candidates worth another pass over the row to avoid
 
 FI_INLINE uint32_t mask_bits(VecI m) {
 #if FI_ISA_LEVEL >= 2
@@ -125,7 +126,7 @@ struct LogitRow {
   float exponent_scale = 0;  // log2(e) / temperature
   float fixed_scale = 0;     // 2^fraction_bits
   float eligible = kInf;     // logits below max - eligible weigh nothing (min-p)
-  float bucket_scale = 0;
+  float bucket_top = 0, bucket_scale = 0;
 
   int64_t num_blocks() const { return ceil_div(n, kBlock); }
   int64_t num_chunks() const { return ceil_div(n, kChunk); }
@@ -248,25 +249,45 @@ struct LogitRow {
     return select(distance <= eligible, w, zero());
   }
 
-  // ---- buckets: logits by distance from the maximum, in kBuckets even steps down to `low`; the last takes
-  // all the rest ----
+  // ---- buckets: logits in kBuckets even steps from `top` down to `low`; the first and the last also take
+  // all beyond ----
 
-  void set_buckets(float low) {
-    double range = double(max) - double(low);
+  void set_buckets(float top, float low) {
+    double range = double(top) - double(low);
     if (!(range < weightless())) range = weightless();
     const double scale = kBuckets / range;  // range 0: all logits are in bucket 0 whatever the scale
+    bucket_top = top;
     bucket_scale = float(scale > 0x1p127 ? 0x1p127 : scale < 0x1p-126 ? 0x1p-126 : scale);
   }
 
+  // New buckets for what is now bucket b (a little more: edges are rounded). False where it is too narrow for
+  // that.
+  bool zoom_into(int32_t b) {
+    const double width = 1.0 / double(bucket_scale);
+    const float high = b == 0 ? max : float(double(bucket_top) - (b - 0.01) * width);
+    const float low = b == kBuckets - 1 ? min : float(double(bucket_top) - (b + 1.01) * width);
+    if (max == min || !(low < high) || (b > 0 && b < kBuckets - 1 && double(high) - double(low) > 2 * width))
+      return false;
+    set_buckets(high, low);
+    return true;
+  }
+
   [[gnu::always_inline]] VecI bucket(Vec x) const {
-    return __builtin_convertvector(fi::FI_ISA::min((max - x) * bucket_scale, set1(float(kBuckets - 1))),
-                                   VecI);
+    const Vec scaled = fi::FI_ISA::max((bucket_top - x) * bucket_scale, zero());
+    return __builtin_convertvector(fi::FI_ISA::min(scaled, set1(float(kBuckets - 1))), VecI);
   }
 
   // The bucket of a block's largest logit: none of its logits is in an earlier one.
   [[gnu::always_inline]] int32_t first_bucket(int64_t block) const {
-    const float scaled = (max - scratch.block_max[block]) * bucket_scale;
-    return int32_t(scaled < float(kBuckets - 1) ? scaled : float(kBuckets - 1));
+    const float scaled = (bucket_top - scratch.block_max[block]) * bucket_scale;
+    return int32_t(!(scaled > 0.0f) ? 0.0f : scaled < float(kBuckets - 1) ? scaled : float(kBuckets - 1));
+  }
+
+  // About how many tokens weigh `mass` together in bucket b.
+  double crowd(int32_t b, int64_t mass) const {
+    const double distance = double(max) - double(bucket_top) + (b + 0.5) / double(bucket_scale);
+    const double weight = double(fixed_scale) * __builtin_exp2(-distance * double(exponent_scale));
+    return double(mass) / (weight > 1.0 ? weight : 1.0);
   }
 
   int64_t blocks_up_to(int32_t last_bucket) const {
