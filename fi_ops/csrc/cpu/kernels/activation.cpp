@@ -43,7 +43,7 @@ FI_INLINE void gated(const ActivationParams& p, const Parallel& parallel, const 
   const int64_t columns = n < kTaskElements ? n : kTaskElements;
   const int64_t rows = rows_per_task(columns);
   const int64_t column_tasks = (n + columns - 1) / columns, row_tasks = (num_rows + rows - 1) / rows;
-  for_each_task(parallel, row_tasks * column_tasks, [&](int64_t task) {
+  for_each_task(serial_if_small(parallel, 2 * n * num_rows), row_tasks * column_tasks, [&](int64_t task) {
     const int64_t first = task % column_tasks * columns, row_begin = task / column_tasks * rows;
     const int64_t count = n - first < columns ? n - first : columns;
     const int64_t row_end = row_begin + rows < num_rows ? row_begin + rows : num_rows;

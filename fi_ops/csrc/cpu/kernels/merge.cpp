@@ -77,27 +77,25 @@ void merge_many(const MergeParams& p, int64_t token, int64_t head, float* sum) {
 void merge_state(const MergeParams& p, const Parallel& parallel) {
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
-    for_each_block(parallel, p.seq_len * p.num_heads, rows_per_task(p.head_dim),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t row = begin; row < end; ++row) {
-                       const int64_t token = row / p.num_heads;
-                       if (p.mask == nullptr || p.mask[token * p.mask_stride])
-                         merge_pair<T>(p, token, row % p.num_heads);
-                     }
-                   });
+    for_each_row_block(parallel, p.seq_len * p.num_heads, 2 * p.head_dim, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t token = row / p.num_heads;
+        if (p.mask == nullptr || p.mask[token * p.mask_stride]) merge_pair<T>(p, token, row % p.num_heads);
+      }
+    });
   });
 }
 
 void merge_states(const MergeParams& p, const Parallel& parallel) {
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
-    for_each_block(parallel, p.seq_len * p.num_heads, rows_per_task(p.head_dim * (p.num_states + 1)),
-                   [&](int64_t begin, int64_t end) {
-                     auto* sum = static_cast<float*>(__builtin_malloc(sizeof(float) * (p.head_dim + 1)));
-                     for (int64_t row = begin; row < end; ++row)
-                       merge_many<T>(p, row / p.num_heads, row % p.num_heads, sum);
-                     __builtin_free(sum);
-                   });
+    for_each_row_block(parallel, p.seq_len * p.num_heads, p.head_dim * (p.num_states + 1),
+                       [&](int64_t begin, int64_t end) {
+                         auto* sum = static_cast<float*>(__builtin_malloc(sizeof(float) * (p.head_dim + 1)));
+                         for (int64_t row = begin; row < end; ++row)
+                           merge_many<T>(p, row / p.num_heads, row % p.num_heads, sum);
+                         __builtin_free(sum);
+                       });
   });
 }
 

@@ -67,22 +67,21 @@ void layernorm_rows(const NormParams& p, int64_t begin, int64_t end) {
 void rmsnorm(const NormParams& p, const Parallel& parallel) {
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
-    for_each_block(
-        parallel, p.input_rows.num_rows, rows_per_task(p.hidden_size), [&](int64_t begin, int64_t end) {
-          float* sum_row = p.residual != nullptr
-                               ? static_cast<float*>(__builtin_malloc(sizeof(float) * p.hidden_size))
-                               : nullptr;
-          rmsnorm_rows<T>(p, begin, end, sum_row);
-          __builtin_free(sum_row);
-        });
+    for_each_row_block(parallel, p.input_rows.num_rows, p.hidden_size, [&](int64_t begin, int64_t end) {
+      float* sum_row = p.residual != nullptr
+                           ? static_cast<float*>(__builtin_malloc(sizeof(float) * p.hidden_size))
+                           : nullptr;
+      rmsnorm_rows<T>(p, begin, end, sum_row);
+      __builtin_free(sum_row);
+    });
   });
 }
 
 void layernorm(const NormParams& p, const Parallel& parallel) {
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
-    for_each_block(parallel, p.input_rows.num_rows, rows_per_task(p.hidden_size),
-                   [&](int64_t begin, int64_t end) { layernorm_rows<T>(p, begin, end); });
+    for_each_row_block(parallel, p.input_rows.num_rows, p.hidden_size,
+                       [&](int64_t begin, int64_t end) { layernorm_rows<T>(p, begin, end); });
   });
 }
 

@@ -165,23 +165,24 @@ void rope(const RopeParams& p, const Parallel& parallel) {
   const int64_t token_tasks = (num_tokens + split.tokens - 1) / split.tokens;
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
-    for_each_task(parallel, token_tasks * head_tasks, [&](int64_t task) {
-      const int64_t token = task / head_tasks * split.tokens, head = task % head_tasks * split.heads;
-      rope_task<T>(p, split.tokens_inner, token, smaller(token + split.tokens, num_tokens), head,
-                   smaller(head + split.heads, num_heads));
-    });
+    for_each_task(serial_if_small(parallel, num_tokens * num_heads * p.head_dim), token_tasks * head_tasks,
+                  [&](int64_t task) {
+                    const int64_t token = task / head_tasks * split.tokens,
+                                  head = task % head_tasks * split.heads;
+                    rope_task<T>(p, split.tokens_inner, token, smaller(token + split.tokens, num_tokens),
+                                 head, smaller(head + split.heads, num_heads));
+                  });
   });
 }
 
 void rope_cos_sin(const RopeCosSinParams& p, const Parallel& parallel) {
-  for_each_block(
-      parallel, p.position_rows.num_rows, rows_per_task(4 * p.num_pairs), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-          const int64_t position = load_index(p.positions, p.position_dtype, p.position_rows.offset(row));
-          cos_sin_row(double(position), p.frequencies, p.num_pairs, p.cos + row * p.num_pairs,
-                      p.sin + row * p.num_pairs);
-        }
-      });
+  for_each_row_block(parallel, p.position_rows.num_rows, 4 * p.num_pairs, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t position = load_index(p.positions, p.position_dtype, p.position_rows.offset(row));
+      cos_sin_row(double(position), p.frequencies, p.num_pairs, p.cos + row * p.num_pairs,
+                  p.sin + row * p.num_pairs);
+    }
+  });
 }
 
 }  // namespace fi::FI_ISA
