@@ -188,6 +188,7 @@ void sample_one(const SamplingParams& p, int64_t i, const Parallel& parallel) {
   RowScratch scratch(p.vocab_size, LogitRow<T>::num_histograms(p.vocab_size, parallel));
   LogitRow<T> row{static_cast<const T*>(p.logits) + d.row * p.row_stride, p.vocab_size, parallel, scratch};
   const Outcome outcome = Sampler<T>{p, d, row, scratch, false, false, kInf}.run();
+  scratch.release();
   p.valid[i] = outcome.valid;
   if (p.sample_dtype == DType::i64) {
     static_cast<int64_t*>(p.samples)[i] = outcome.id;

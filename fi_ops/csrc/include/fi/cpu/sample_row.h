@@ -59,7 +59,7 @@ struct FixedSum {
 
 FI_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Scratch of one row: one allocation, touched only where a pass writes.
+// Scratch of one row: one allocation, touched only where a pass writes. To be released by whoever made it.
 struct RowScratch {
   float* block_max;       // [blocks]
   int64_t* chunk_sums;    // [chunks], weight that is kept
@@ -106,8 +106,8 @@ struct RowScratch {
     candidates.weights = reinterpret_cast<int64_t*>(base + offsets[10]);
     candidates.size = 0;
   }
-  ~RowScratch() { __builtin_free(memory); }
-  RowScratch(const RowScratch&) = delete;
+  // Not a destructor: unwinding code would bring in weak symbols, and nothing here throws.
+  void release() { __builtin_free(memory); }
 };
 
 template <class T>
