@@ -6,6 +6,8 @@ dtype or float32. Statistics in float32. The functions of FlashInfer's `norm` mo
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ._checks import (
@@ -33,10 +35,15 @@ def _check_weight(name: str, x: torch.Tensor, weight: torch.Tensor, arg: str = "
     check_last_dim_contiguous(name, arg, weight)
 
 
+def _check_eps(name: str, eps: float) -> None:
+    check(name, eps >= 0, lambda: f"eps must be 0 or more, got {eps:g}; pass the model's epsilon")
+
+
 def _rms_fake(name: str):
     def fake(input, weight, eps=1e-6):
         _check_input(name, input)
         _check_weight(name, input, weight)
+        _check_eps(name, eps)
         return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
     return fake
@@ -52,6 +59,7 @@ def _fused_fake(name: str):
         _check_weight(name, input, weight)
         check_writable(name, "input", input)
         check_writable(name, "residual", residual)
+        _check_eps(name, eps)
 
     return fake
 
@@ -60,6 +68,7 @@ def _layernorm_fake(input, weight, bias, eps=1e-6):
     _check_input("layernorm", input)
     _check_weight("layernorm", input, weight)
     _check_weight("layernorm", input, bias, "bias")
+    _check_eps("layernorm", eps)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
@@ -98,6 +107,8 @@ def _errors(device):
     x, w = torch.randn(2, 8, device=device), torch.randn(8, device=device)
     yield ErrorSample((x, w[:7]), r"weight must be \[hidden_size\] = \[8\], got \[7\]; check")
     yield ErrorSample((x.double(), w), r"input must be float32, bfloat16 or float16, got float64; convert")
+    yield ErrorSample((x, w), r"eps must be 0 or more, got nan; pass", {"eps": math.nan})
+    yield ErrorSample((x, w), r"eps must be 0 or more, got -1; pass", {"eps": -1.0})
     yield ErrorSample((x, w.half()), r"weight must be float32, got float16; convert")
     yield ErrorSample((x.t(), w[:2]), r"input must have a contiguous last dimension, got strides \[1, 8\]; call")
     yield ErrorSample(
@@ -109,6 +120,7 @@ def _fused_errors(device):
     x, w = torch.randn(2, 8, device=device), torch.randn(8, device=device)
     yield ErrorSample((x, x.half(), w), r"residual must have input's dtype float32, got float16; convert")
     yield ErrorSample((x, x[:1].clone(), w), r"residual must be input's shape = \[2, 8\], got \[1, 8\]; check")
+    yield ErrorSample((x, x.clone(), w), r"eps must be 0 or more, got nan; pass", {"eps": math.nan})
     yield ErrorSample((x, x.clone(), w[:7]), r"weight must be \[hidden_size\] = \[8\], got \[7\]; check")
     text = r"is written and must not be expanded, got strides \[0, 1\]; call"
     yield ErrorSample((x[:1].expand(2, 8), x.clone(), w), f"input {text}")

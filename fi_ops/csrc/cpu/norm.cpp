@@ -24,6 +24,7 @@ void check_weight(const char* op, const Tensor& input, const Tensor& weight, con
 }
 
 NormParams common_params(const char* op, const Tensor& input, const Tensor& weight, double eps) {
+  FI_CHECK(op, eps >= 0, "eps must be 0 or more, got ", eps, "; pass the model's epsilon");
   NormParams p{};
   p.input = input.const_data_ptr();
   p.weight = weight.const_data_ptr();
