@@ -17,12 +17,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import statistics
 import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,20 +48,14 @@ CHECKPOINT = HERE / "demo_model"
 sys.path.insert(0, str(HERE))
 from gpt_fast_model import ModelArgs, Transformer  # noqa: E402
 
-PROMPT = '''<|begin|>"""Read and write simple configuration files."""
+PROMPT = '''<|begin|>"""Utility functions for paths."""
 
 import os
-import sys
 
 
-class ConfigReader:
-    """Read a configuration file and return its values.
-
-    The file is a list of lines; each line has a name and a value.
-    """
-
-    def __init__(self, filename, encoding=None):
-'''
+def join(path, *paths):
+    """Join path components."""
+    path = os.fspath(path)'''
 STOCK, OURS = "torch.compile", "+ fi_ops"
 ONE_TOKEN = torch.zeros(1, 1, dtype=torch.long)
 
@@ -87,6 +80,12 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
             cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         print("  " + "  ".join(cells), flush=True)
+
+
+def typical(seconds: Iterable[float]) -> float:
+    """The lower quartile: what other work on the machine adds to some steps is not what is measured here."""
+    ordered = sorted(seconds)
+    return ordered[len(ordered) // 4]
 
 
 def ms(seconds: float) -> str:
@@ -163,7 +162,7 @@ class Greedy:
         return out
 
 
-def checkpoint_demo(new_tokens: int = 200, rounds: int = 5) -> bool:
+def checkpoint_demo(new_tokens: int = 200, rounds: int = 8) -> bool:
     heading("1. A real checkpoint: examples/demo_model, greedy, float32, static cache")
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     model = LlamaForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
@@ -201,8 +200,8 @@ def checkpoint_demo(new_tokens: int = 200, rounds: int = 5) -> bool:
 
     rows = []
     for name, generations in runs.items():
-        prefill = statistics.median(g.prefill for g in generations)
-        step = statistics.median(s for g in generations for s in g.steps)
+        prefill = typical(g.prefill for g in generations)
+        step = typical(s for g in generations for s in g.steps)
         rows.append((name, prefill, step))
     print_table(
         ["float32, batch 1, cache of 512", f"prefill of {ids.shape[1]}, ms", "decode, ms/token"],
@@ -328,20 +327,20 @@ class Timing:
 
     @property
     def step(self) -> float:
-        return statistics.median(self.steps)
+        return typical(self.steps)
 
     @property
     def matmul(self) -> float:
-        return statistics.median(self.matmuls)
+        return typical(self.matmuls)
 
     @property
     def rest(self) -> float:
-        return statistics.median(total - mm for total, mm in zip(self.profiled, self.matmuls, strict=True))
+        return typical(total - mm for total, mm in zip(self.profiled, self.matmuls, strict=True))
 
     def biggest(self, n: int = 3) -> str:
         """The operators that take most of the rest; what no operator accounts for is Inductor's generated code."""
         names = {name for ops in self.ops for name in ops} - MATMULS
-        medians = {name: statistics.median(ops.get(name, 0.0) for ops in self.ops) for name in names}
+        medians = {name: typical(ops.get(name, 0.0) for ops in self.ops) for name in names}
         medians["generated code and calls"] = self.rest - sum(medians.values())
         top = sorted(medians.items(), key=lambda item: -item[1])[:n]
         return ", ".join(f"{name} {ms(seconds)} ms" for name, seconds in top)
@@ -405,7 +404,7 @@ def check_real_shape(model, steps: dict[str, Callable], token: torch.Tensor) -> 
     return ok
 
 
-def real_shape_demo(batches: tuple[int, ...] = (1, 8), seconds_a_side: float = 4.0) -> bool:
+def real_shape_demo(batches: tuple[int, ...] = (1, 8), seconds_a_side: float = 5.0, rounds: int = 4) -> bool:
     heading(
         f"2. A real shape: {LAYERS} layers of Llama-3.2-1B's (32/8 heads x 64, dim 2048, vocab {VOCAB:,}), bfloat16, "
         f"{IN_CACHE:,} tokens in a cache of {CACHE_LEN:,}, temperature {TEMPERATURE}, top-k {TOP_K}, top-p {TOP_P}"
@@ -429,12 +428,12 @@ def real_shape_demo(batches: tuple[int, ...] = (1, 8), seconds_a_side: float = 4
                     fi_ops.explain(model.step(), token, *model.position())
             with torch.compiler.set_stance("fail_on_recompile"):
                 ok &= check_real_shape(model, steps, token)
-                for _ in range(2):
+                for _ in range(rounds):
                     for name, step in steps.items():
                         once = min(run_steps(model, step, token, 2))
-                        count = max(3, min(40, int(seconds_a_side / 2 / once)))
+                        count = max(2, min(20, int(seconds_a_side / 2 / rounds / once)))
                         timings[name].steps += run_steps(model, step, token, count)
-                        profile_steps(model, step, token, min(count, 8), timings[name])
+                        profile_steps(model, step, token, count, timings[name])
             for name, timing in timings.items():
                 matmul, rest = timing.matmul, timing.rest
                 rows.append([f"{make.name}, B={batch}, {name}", ms(timing.step), ms(matmul), ms(rest)])
@@ -449,7 +448,7 @@ def real_shape_demo(batches: tuple[int, ...] = (1, 8), seconds_a_side: float = 4
     print(
         "\nmatmuls: the operators that multiply with weights, by torch.profiler. The rest: the profiled step less that;"
         "\nit is attention, RoPE, cache writes and sampling, and also the norms, SwiGLU, embedding and call overhead"
-        "\nthat both sides have. Largest in the rest:"
+        "\nthat both sides have. Lower quartiles of steps taken in turns. Largest in the rest:"
     )
     for note in notes:
         print(f"  {note}")
