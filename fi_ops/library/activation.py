@@ -6,6 +6,8 @@ inside, rounded once. The functions of FlashInfer's `activation` module.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -66,7 +68,7 @@ def _gated(input: torch.Tensor, act) -> torch.Tensor:
     return (act(gate) * up).to(input.dtype)
 
 
-_SPEC = {"samples": _samples, "errors": _errors, "cost": _cost}
+_SPEC: dict[str, Any] = {"samples": _samples, "errors": _errors, "cost": _cost}
 
 
 @op("(Tensor input) -> Tensor", fake=_fake("silu_and_mul"), **_SPEC)

@@ -154,7 +154,7 @@ def packbits(x, bitorder="big"):
     **_SPEC,
 )
 def segment_packbits(x, input_indptr, output_indptr, output_len, bitorder="big"):
-    """Each segment `x[input_indptr[i] : input_indptr[i + 1]]` packed by itself into bytes `output_indptr[i] : output_indptr[i + 1]`.
+    """Segment `x[input_indptr[i] : input_indptr[i + 1]]` packed by itself into bytes `output_indptr[i] : output_indptr[i + 1]`.
 
     indptr: int32 or int64 `[num_segments + 1]`. A segment takes `ceil(length / 8)` bytes, so `output_indptr` is the running sum
     of these and `output_len` its last value (an argument, so that the output's size is known without reading tensor data).

@@ -235,7 +235,7 @@ def merge_state(v_a, s_a, v_b, s_b):
     cost=_pair_cost,
 )
 def merge_state_in_place(v, s, v_other, s_other, mask=None):
-    """`merge_state` of (v, s) and the other into (v, s), where `mask` (bool, `[seq_len]`) says so; other tokens stay as they are."""
+    """`merge_state` of (v, s) and the other into (v, s), where `mask` (bool, `[seq_len]`) says so; other tokens stay."""
     merged_v, merged_s = _merge(torch.stack((v, v_other), 1), torch.stack((s, s_other), 1))
     if mask is not None:
         merged_v = torch.where(mask[:, None, None], merged_v, v)
@@ -252,6 +252,6 @@ def merge_state_in_place(v, s, v_other, s_other, mask=None):
     cost=_states_cost,
 )
 def merge_states(v, s):
-    """All states of dim 1 (v `[seq_len, num_states, num_heads, head_dim]`, s `[seq_len, num_states, num_heads]`) merged into one."""
+    """All states of dim 1 merged into one: v `[seq_len, num_states, num_heads, head_dim]`, s `[seq_len, num_states, num_heads]`."""
     merged_v, merged_s = _merge(v, s)
     return merged_v.to(v.dtype), merged_s.to(s.dtype)
