@@ -74,7 +74,9 @@ class _Both:
             manager.__exit__(*error)
 
 
-def capture(fn: Callable, *args, rewritten: bool = True, grad: bool = False, dynamic: bool | None = False, **kwargs) -> Capture:
+def capture(
+    fn: Callable, *args, rewritten: bool = True, grad: bool = False, dynamic: bool | None = False, **kwargs
+) -> Capture:
     """Compile and run `fn` once."""
     torch._dynamo.reset()
     result = Capture()
@@ -101,7 +103,9 @@ def graph_text(graph: torch.fx.Graph) -> str:
         if node.op == "output":
             lines.append(f"return {_show(node.args[0], names)}")
             continue
-        args = [_show(a, names) for a in node.args] + [f"{k}={_show(v, names)}" for k, v in node.kwargs.items() if v is not None]
+        args = [_show(a, names) for a in node.args] + [
+            f"{k}={_show(v, names)}" for k, v in node.kwargs.items() if v is not None
+        ]
         lines.append(f"{names[node]} = {_target(node)}({', '.join(args)})")
     return "\n".join(lines)
 

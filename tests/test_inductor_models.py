@@ -189,7 +189,11 @@ def gpt_fast_logits(model, forward):
     clear(model)
     ids = torch.randint(0, 96, (2, 6), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        return [forward(ids, torch.arange(6)), forward(ids[:, :1], torch.tensor([6])), forward(ids[:, 1:2], torch.tensor([7]))]
+        return [
+            forward(ids, torch.arange(6)),
+            forward(ids[:, :1], torch.tensor([6])),
+            forward(ids[:, 1:2], torch.tensor([7])),
+        ]
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])

@@ -64,7 +64,9 @@ def test_filters_in_another_order_are_not_exchanged(temperature_first):
         return torch.multinomial(torch.softmax(x, -1), 1)
 
     result = capture(fn, *samplers.logits())
-    assert sampler_pieces(result) == [("multinomial", "temperature", "top-p") if temperature_first else ("multinomial", "temperature")]
+    assert sampler_pieces(result) == [
+        ("multinomial", "temperature", "top-p") if temperature_first else ("multinomial", "temperature")
+    ]
 
 
 def test_fallback_random_is_honoured():

@@ -70,7 +70,11 @@ def lower(graph: Graph, node: Node) -> None:
                 substitution[inner] = sizes[size]
                 continue
             copy = graph.node_copy(inner, substitution.__getitem__)
-            copy.meta.update((k, node.meta[k]) for k in ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr") if k in node.meta)
+            copy.meta.update(
+                (k, node.meta[k])
+                for k in ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
+                if k in node.meta
+            )
             substitution[inner] = copy
             copies.append(copy)
             if size is not None:

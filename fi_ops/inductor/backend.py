@@ -10,7 +10,9 @@ import torch
 from .manager import switched
 
 
-def fi(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict | None = None):
+def fi(
+    graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict | None = None
+):
     """The backend. `mode` and `options` are those of the inductor backend, and may be given together."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx

@@ -73,13 +73,17 @@ def explain(fn: Callable, *args, **kwargs) -> Explanation:
     target = _uncompiled(fn)
     args, kwargs = _copied((args, kwargs))
     with recording() as reports, switched(True), _without_caches():
-        compiled = torch.compile(_with_own_code(target), backend=lambda gm, inputs: _analyse(gm, inputs, explanation), dynamic=None)
+        compiled = torch.compile(
+            _with_own_code(target), backend=lambda gm, inputs: _analyse(gm, inputs, explanation), dynamic=None
+        )
         compiled(*args, **kwargs)
     explanation.graphs = reports
     if not was_enabled:
         explanation.notes.append("fi_ops is not enabled: this is what fi_ops.enable() would do")
     if target is not fn:
-        explanation.notes.append("a function that was compiled before fi_ops.enable() keeps its code until it is compiled again")
+        explanation.notes.append(
+            "a function that was compiled before fi_ops.enable() keeps its code until it is compiled again"
+        )
     print(explanation)
     return explanation
 
@@ -87,7 +91,10 @@ def explain(fn: Callable, *args, **kwargs) -> Explanation:
 @contextlib.contextmanager
 def _without_caches() -> Iterator[None]:
     inductor, functorch = torch._inductor.config, torch._functorch.config
-    with inductor.patch(fx_graph_cache=False, fx_graph_remote_cache=False), functorch.patch(enable_autograd_cache=False):
+    with (
+        inductor.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        functorch.patch(enable_autograd_cache=False),
+    ):
         yield
 
 
@@ -139,7 +146,9 @@ def _analyse(graph_module: GraphModule, inputs: list, explanation: Explanation) 
     explanation.notes.extend(_cuda_graph_notes(graph_module, written))
 
     def run(*real):
-        return graph_module(*(x.clone() if i in written and isinstance(x, torch.Tensor) else x for i, x in enumerate(real)))
+        return graph_module(
+            *(x.clone() if i in written and isinstance(x, torch.Tensor) else x for i, x in enumerate(real))
+        )
 
     return run
 
@@ -176,5 +185,3 @@ def _is_plain_argument(node: Node) -> bool:
     if not isinstance(tensor, torch.Tensor) or isinstance(tensor, torch.nn.Parameter):
         return False
     return "_dynamo_static_input_type" not in (node.meta.get("tensor_dict") or {})
-
-

@@ -20,7 +20,6 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import torch._inductor.config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
@@ -97,7 +96,9 @@ def _rewrite(graph: Graph) -> None:
 def _verify(graph: Graph) -> None:
     left = [n for n in graph.nodes if is_call(n, anchors.SDPA)]
     if left:
-        warn_once("anchor left", f"fi_ops: {len(left)} SDPA calls were not lowered and run in eager; please report this")
+        warn_once(
+            "anchor left", f"fi_ops: {len(left)} SDPA calls were not lowered and run in eager; please report this"
+        )
 
 
 _SLOTS = {

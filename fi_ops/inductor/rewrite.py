@@ -79,5 +79,3 @@ def _rope_site(plan, attention_site: Site) -> Site | None:
     if plan.query_is_rope:
         return Site("rope", plan.query.name, source_line(plan.query), reason=plan.rope_reason)
     return None
-
-

@@ -49,7 +49,9 @@ def attempt(site: Site) -> Iterator[None]:
     except Declined as declined:
         site.reason = str(declined)
     except Exception as error:
-        log.warning("fi_ops: left %s (%s) as it is: %r", site.name, site.line, error, exc_info=log.isEnabledFor(logging.DEBUG))
+        log.warning(
+            "fi_ops: left %s (%s) as it is: %r", site.name, site.line, error, exc_info=log.isEnabledFor(logging.DEBUG)
+        )
         site.reason = f"{site.name}: internal error: {error}"
 
 

@@ -138,7 +138,9 @@ def key_and_value_at_different_positions(q, k, v, kc, vc, positions, mask, other
 
 @snippet(step, reason="accumulates")
 def accumulated(q, k, v, kc, vc, positions, mask):
-    kc.index_put_((torch.arange(B)[:, None], torch.arange(HKV)[None]), kc[:, :, :1].squeeze(2)[:, :, None] * 0, accumulate=True)
+    kc.index_put_(
+        (torch.arange(B)[:, None], torch.arange(HKV)[None]), kc[:, :, :1].squeeze(2)[:, :, None] * 0, accumulate=True
+    )
     vc.index_copy_(2, positions, v)
     return attend(q, kc, vc, mask)
 
@@ -155,7 +157,9 @@ def is_causal_over_a_cache(q, k, v, kc, vc, positions, mask):
     return F.scaled_dot_product_attention(q, kc, vc, is_causal=True, enable_gqa=True)
 
 
-@snippet(lambda: (*step(), torch.randn(B, H, 2, D), torch.ones(1, 1, 2, LMAX, dtype=torch.bool)), reason="positions for")
+@snippet(
+    lambda: (*step(), torch.randn(B, H, 2, D), torch.ones(1, 1, 2, LMAX, dtype=torch.bool)), reason="positions for"
+)
 def other_queries_than_new_keys(q, k, v, kc, vc, positions, mask, others, keep):
     kc.index_copy_(2, positions, k)
     vc.index_copy_(2, positions, v)

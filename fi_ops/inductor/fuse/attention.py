@@ -1,7 +1,7 @@
 """Attention in its canonical form becomes one fi op, of the highest grade that its surroundings allow.
 
-    rope + append + attention    %out, %k, %v = auto_functionalized_v2(fi.rope_append_attention, q, k, v, cos, sin, positions, mask, ...)
-    append + attention           %out, %k, %v = auto_functionalized_v2(fi.append_attention, q, k, v, positions, mask, ...)
+    rope + append + attention    %out, %k, %v = auto_functionalized_v2(fi.rope_append_attention, q, k, v, cos, sin, ...)
+    append + attention           %out, %k, %v = auto_functionalized_v2(fi.append_attention, q, k, v, positions, ...)
     rope + attention             %out = fi.rope_attention(q, k, v, cos, sin, mask, ...)
     attention                    %out = fi.attention(q, k, v, mask, ...)
 
@@ -20,7 +20,7 @@ from ..normalize.attention import Attention, check_attention, check_contiguous_l
 from ..normalize.cache_update import CacheWrite, check_in_place, match_cache_write
 from ..normalize.masks import check_mask, original_mask
 from ..normalize.repeat_kv import unrepeat_kv
-from ..normalize.rope import HEADS_FIRST, Rope, match_rope
+from ..normalize.rope import Rope, match_rope
 from ..sites import Declined
 from ..walk import aten, dim_of, is_call, permutation, same_size, same_value, shape, strip, value
 from .emit import Emitter, replace
@@ -110,7 +110,9 @@ def _plan_append(plan: Plan, order: dict[Node, int]) -> None:
         missing = plan.key if key_write is None else plan.value
         raise Declined(f"{missing.name}: {target_name(missing)} is not a write to a static cache")
     if attention.causal:
-        raise Declined(f"{attention.node.name}: is_causal counts from the cache's start, not from the positions written")
+        raise Declined(
+            f"{attention.node.name}: is_causal counts from the cache's start, not from the positions written"
+        )
     if key_write.dims != value_write.dims:
         raise Declined(f"{value_write.node.name}: key and value caches differ in layout")
     if key_write.cache is value_write.cache:
@@ -129,7 +131,9 @@ def _plan_append(plan: Plan, order: dict[Node, int]) -> None:
             if user not in replaced and user not in undone and order.get(user, -1) < order[attention.node]:
                 raise Declined(f"{user.name}: reads the updated cache before the attention does")
         if value(write.new).dtype != value(write.cache).dtype:
-            raise Declined(f"{write.new.name}: writes {value(write.new).dtype} to a cache of {value(write.cache).dtype}")
+            raise Declined(
+                f"{write.new.name}: writes {value(write.new).dtype} to a cache of {value(write.cache).dtype}"
+            )
         check_contiguous_last(write.cache.name, "cache", permuted(value(write.cache), write.cache_dims))
     check_contiguous_last(value_write.new.name, "new value", value(value_write.new))
     plan.key_write, plan.value_write = key_write, value_write
@@ -160,7 +164,9 @@ def _plan_rope(plan: Plan) -> None:
         mine, other = getattr(query_rope, table), getattr(key_rope, table)
         if query_rope.dims != key_rope.dims or not same_value(mine, other):
             raise Declined(f"{other.name}: {table} of the key is not that of the query, {mine.name}")
-    if plan.key_write is None and not same_size(shape(plan.query)[2], permuted(value(key_rope.x), key_rope.dims).shape[2]):
+    if plan.key_write is None and not same_size(
+        shape(plan.query)[2], permuted(value(key_rope.x), key_rope.dims).shape[2]
+    ):
         raise Declined(f"{plan.key.name}: more keys than queries, so their RoPE differs")
     writes = [w for w in (plan.key_write, plan.value_write) if w is not None]
     kept = {query_rope.x, key_rope.x, query_rope.cos, query_rope.sin, plan.attention.mask, plan.attention.scale}
@@ -211,7 +217,9 @@ def apply_attention(plan: Plan, emitter: Emitter) -> list[Node]:
     if plan.key_write is None:
         key = plan.key_rope.x if plan.key_rope is not None else plan.key
         key_dims = plan.key_rope.dims if plan.key_rope is not None else plan.key_dims
-        options.update(key=_heads_first(key, key_dims, emitter), value=_heads_first(plan.value, plan.value_dims, emitter))
+        options.update(
+            key=_heads_first(key, key_dims, emitter), value=_heads_first(plan.value, plan.value_dims, emitter)
+        )
         # torch's is_causal is top-left aligned; rows of cos and sin start with the first query and the first key.
         options["q_offset"] = 0 if attention.causal or plan.query_rope is not None else None
         op = torch.ops.fi.rope_attention.default if plan.query_rope is not None else torch.ops.fi.attention.default

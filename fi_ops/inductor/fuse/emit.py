@@ -123,7 +123,11 @@ def refresh(nodes: Iterable[Node], fake_mode) -> None:
     while pending:
         node = pending.pop(0)
         old = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(old, torch.Tensor) or not isinstance(node.target, torch._ops.OpOverload):
+        if (
+            node.op != "call_function"
+            or not isinstance(old, torch.Tensor)
+            or not isinstance(node.target, torch._ops.OpOverload)
+        ):
             continue
         if node.target._schema.is_mutable:
             continue
@@ -149,7 +153,8 @@ def _is_viewable(source: Node, result: torch.Tensor) -> bool:
 def is_view(node: Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and (
-        torch.Tag.inplace_view in target.tags or any(a.alias_info is not None and not a.alias_info.is_write for a in target._schema.arguments)
+        torch.Tag.inplace_view in target.tags
+        or any(a.alias_info is not None and not a.alias_info.is_write for a in target._schema.arguments)
     )
 
 

@@ -64,7 +64,9 @@ def apply_sampler(sampler: Sampler, emitter: Emitter) -> None:
         logits = emitter.call(aten.clone.default, logits, memory_format=torch.contiguous_format)
     rows = shape(logits)[0]
     batch = rows if isinstance(rows, int) else emitter.call(aten.sym_size.int, logits, 0)
-    uniform = emitter.call(aten.rand.default, [batch], dtype=torch.float32, device=value(logits).device, pin_memory=False)
+    uniform = emitter.call(
+        aten.rand.default, [batch], dtype=torch.float32, device=value(logits).device, pin_memory=False
+    )
     draw = emitter.call(
         torch.ops.fi.top_k_top_p_sampling_from_logits.default,
         logits,
@@ -82,5 +84,3 @@ def apply_sampler(sampler: Sampler, emitter: Emitter) -> None:
     elif not keeps_dim and not has_batch:
         ids = emitter.call(aten.select.int, ids, 0, 0)
     replace(node, ids, emitter.fake_mode)
-
-

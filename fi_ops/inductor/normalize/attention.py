@@ -284,4 +284,3 @@ def check_contiguous_last(node_name: str, which: str, tensor) -> None:
 
 def is_anchor(node: Node) -> bool:
     return is_call(node, anchors.SDPA)
-

@@ -13,12 +13,10 @@ import operator
 from dataclasses import dataclass
 
 import torch
-import torch
 from torch.fx import Node
 
 from ..sites import Declined
 from ..walk import argument, aten, is_call, is_tensor, permutation, same_shape, same_size, shape, strip, value
-
 
 HEADS_FIRST = (0, 2, 1, 3)
 
@@ -67,7 +65,9 @@ def _match_index_put(write: Node, dims: tuple[int, ...] | None) -> CacheWrite:
     positions = indices[length_dim]
     index = value(positions)
     if index.dtype not in (torch.int64, torch.int32) or index.dim() != 1:
-        raise Declined(f"{positions.name}: positions are {index.dtype} with {index.dim()} dimensions, not a 1-D integer tensor")
+        raise Declined(
+            f"{positions.name}: positions are {index.dtype} with {index.dim()} dimensions, not a 1-D integer tensor"
+        )
     expected = list(shape(cache))
     expected[length_dim] = index.shape[0]
     new = with_leading_ones(new, expected)
@@ -85,7 +85,9 @@ def with_leading_ones(node: Node, expected: list) -> Node:
     if missing <= 0 or not all(same_size(d, 1) for d in expected[:missing]):
         return node
     source = strip(node)
-    while is_call(source, aten.view.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.reshape.default):
+    while is_call(
+        source, aten.view.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.reshape.default
+    ):
         source = strip(source.args[0])
         if same_shape(shape(source), expected):
             return source
@@ -118,5 +120,10 @@ def is_fresh(node: Node) -> bool:
     if is_call(node, operator.getitem) and is_call(node.args[0], torch.ops.higher_order.auto_functionalized_v2):
         return True
     return is_call(
-        node, aten.full.default, aten.zeros.default, aten.empty.memory_format, aten.index_put.default, aten.clone.default
+        node,
+        aten.full.default,
+        aten.zeros.default,
+        aten.empty.memory_format,
+        aten.index_put.default,
+        aten.clone.default,
     )

@@ -7,7 +7,6 @@ not asked: the kernels read it and skip what it excludes, so any mask is exact, 
 from __future__ import annotations
 
 import torch
-import torch
 from torch.fx import Node
 
 from ..sites import Declined

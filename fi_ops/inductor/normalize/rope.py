@@ -16,7 +16,6 @@ import operator
 from dataclasses import dataclass
 
 import torch
-import torch
 from torch.fx import Node
 
 from ..sites import Declined
@@ -163,7 +162,9 @@ def _match_rotated(top: Node):
                 if is_tensor(straight_x) and is_tensor(cos) and same_value(strip_casts(straight_x), x):
                     for table in (cos, sin):
                         if not repeats(table, order):
-                            raise Declined(f"{table.name}: is not known to repeat its values for the two members of a pair")
+                            raise Declined(
+                                f"{table.name}: is not known to repeat its values for the two members of a pair"
+                            )
                     return x, cos, sin, order, shape(x)[-1]
             raise Declined(f"{straight.name}: does not multiply {x.name}, which {turned.name} rotates")
     return None
@@ -209,7 +210,11 @@ def component_of(node: Node) -> Component | None:
     node = strip_casts(node)
     if is_call(node, aten.select.int):
         pairs, dim, index = strip_casts(node.args[0]), node.args[1], node.args[2]
-        if not is_call(pairs, *VIEWS) or dim_of(pairs, dim) != len(shape(pairs)) - 1 or not same_size(shape(pairs)[-1], 2):
+        if (
+            not is_call(pairs, *VIEWS)
+            or dim_of(pairs, dim) != len(shape(pairs)) - 1
+            or not same_size(shape(pairs)[-1], 2)
+        ):
             return None
         x = strip_casts(pairs.args[0])
         if len(shape(pairs)) != len(shape(x)) + 1 or not same_shape(shape(pairs)[:-2], shape(x)[:-1]):
@@ -294,12 +299,15 @@ def repeats(node: Node, order: str, depth: int = 24) -> bool:
     if node.target in _POINTWISE_BINARY:
         operands = [n for n in node.args[:2] if is_tensor(n) and not is_scalar(n)]
         return bool(operands) and all(
-            same_size(shape(n)[-1], 1) and not same_size(shape(node)[-1], 1) or repeats(n, order, depth - 1) for n in operands
+            (same_size(shape(n)[-1], 1) and not same_size(shape(node)[-1], 1)) or repeats(n, order, depth - 1)
+            for n in operands
         )
     if node.target is aten.unsqueeze.default:
         return dim_of(node, node.args[1]) != last and repeats(source, order, depth - 1)
     if node.target in (aten.slice.Tensor, aten.select.int):
-        return dim_of(source, argument(node, 1, "dim", 0)) != len(shape(source)) - 1 and repeats(source, order, depth - 1)
+        return dim_of(source, argument(node, 1, "dim", 0)) != len(shape(source)) - 1 and repeats(
+            source, order, depth - 1
+        )
     if node.target is aten.squeeze.dim:
         return dim_of(source, node.args[1]) != len(shape(source)) - 1 and repeats(source, order, depth - 1)
     if node.target is aten.expand.default:
@@ -349,11 +357,14 @@ def _check_tables(rope: Rope) -> None:
         if not same_size(padded[head_dim], 1):
             raise Declined(f"{table.name}: cos or sin of shape {tuple(tensor.shape)} differs between heads")
         if not same_size(padded[length_dim], x.shape[length_dim]):
-            raise Declined(f"{table.name}: cos or sin of shape {tuple(tensor.shape)} does not have the length of {rope.x.name}")
+            raise Declined(
+                f"{table.name}: cos or sin of shape {tuple(tensor.shape)} does not have the length of {rope.x.name}"
+            )
         if not same_size(padded[0], 1) and not same_size(padded[0], x.shape[0]):
-            raise Declined(f"{table.name}: cos or sin of shape {tuple(tensor.shape)} does not have the batch of {rope.x.name}")
+            raise Declined(
+                f"{table.name}: cos or sin of shape {tuple(tensor.shape)} does not have the batch of {rope.x.name}"
+            )
     if cos.dtype != sin.dtype or not same_shape(cos.shape, sin.shape):
         raise Declined(f"{rope.cos.name}: cos is {cos.dtype} {tuple(cos.shape)}, sin is {sin.dtype} {tuple(sin.shape)}")
     if cos.shape[-1] not in (rope.rotary_dim, rope.rotary_dim // 2):
         raise Declined(f"{rope.cos.name}: cos has {cos.shape[-1]} columns for a rotary width of {rope.rotary_dim}")
-

@@ -116,9 +116,11 @@ def is_exponential(node: Node, race: Node) -> bool:
     node = strip_casts(node)
     if is_call(node, aten.exponential.default):
         raise Declined(f"{node.name}: config.fallback_random asks for torch's own random numbers")
-    if is_call(node, aten.neg.default):
-        inner = strip_casts(node.args[0])
-    elif is_call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(number(node.args[1]), (int, float)) and number(node.args[1]) < 0:
+    if is_call(node, aten.neg.default) or (
+        is_call(node, aten.mul.Tensor, aten.div.Tensor)
+        and isinstance(number(node.args[1]), (int, float))
+        and number(node.args[1]) < 0
+    ):
         inner = strip_casts(node.args[0])
     else:
         return False
@@ -230,7 +232,11 @@ def _top_p_of(condition: Node, kept: Node) -> float | None:
     if dim_of(kept, dim) != len(shape(kept)) - 1 or not same_value(base, removed):
         return None
     ids = strip(ids)
-    if not is_call(ids, operator.getitem) or ids.args[1] != 1 or not is_call(ids.args[0], aten.sort.default, aten.sort.stable):
+    if (
+        not is_call(ids, operator.getitem)
+        or ids.args[1] != 1
+        or not is_call(ids.args[0], aten.sort.default, aten.sort.stable)
+    ):
         return None
     sort = ids.args[0]
     if strip(sort.args[0]) is not kept:
@@ -266,7 +272,9 @@ def _past_top_p_descending(removed: Node, sort: Node) -> float | None:
             return None
         return float(removed.args[1]) if _is_sorted_softmax(before.args[1], sort) else None
     kept_first = strip(removed)
-    if not is_call(kept_first, aten.slice_scatter.default, aten.select_scatter.default) or not _is_false(kept_first.args[1]):
+    if not is_call(kept_first, aten.slice_scatter.default, aten.select_scatter.default) or not _is_false(
+        kept_first.args[1]
+    ):
         return None
     if argument(kept_first, 2, "dim", 0) != last or argument(kept_first, 3, "start", 0) not in (0, None):
         return None
@@ -338,5 +346,3 @@ def _check_logits(sampler: Sampler) -> None:
     if len(weights.users) > 1:
         other = next((u for u in weights.users if u is not node and not is_call(u, aten.div.Tensor)), None)
         raise Declined(f"{(other or weights).name}: uses the probabilities too, so they are computed anyway")
-
-
