@@ -4,7 +4,8 @@ A bench yields `Case`s: the same job done by several `Candidate`s, its least cos
 an output against float64. `run` checks every candidate, then times them in turns: a turn calls one candidate for about
 `turn` seconds, so that drift of the machine (clocks, neighbours) falls on all alike. Reported: the median over turns, the
 spread (half the distance between the quartiles), and in the last column the percentage of what this machine reached
-just before for reading memory or multiplying matrices, whichever bounds the job.
+just before for reading memory or multiplying matrices, whichever bounds the job. The best turn stands there too: on a
+machine that others use it says more than the median, and the header says how loaded the machine was.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import os
 import platform
 import statistics
 import sys
@@ -72,6 +74,7 @@ class Row:
     case: str
     candidate: str
     check: str
+    best_us: float
     median_us: float
     spread_us: float
     ratio: float  # the peer's time over this one's
@@ -99,7 +102,8 @@ def describe() -> list[str]:
     except (OSError, StopIteration):
         pass
     return [
-        f"{model}, {torch.get_num_threads()} threads, fi_ops ISA {fi_ops.cpu_isa()}",
+        f"{model}, {torch.get_num_threads()} threads, fi_ops ISA {fi_ops.cpu_isa()}; load average before: "
+        f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
         f"torch {torch.__version__}, fi_ops {fi_ops.__version__}, Python {platform.python_version()}",
     ]
 
@@ -183,7 +187,7 @@ def run(bench: str, cases: Iterable[Case], options: Options, report: Report) -> 
         for candidate in case.candidates:
             if candidate in failed:
                 nan = float("nan")
-                rows.append(Row(bench, case.name, candidate.name, checks[candidate.name], nan, nan, nan, nan, nan, nan))
+                rows.append(Row(bench, case.name, candidate.name, checks[candidate.name], *[nan] * 7))
                 continue
             rows.append(_row(bench, case, candidate, checks[candidate.name], times[candidate.name], peer))
         report.rows += rows
@@ -198,14 +202,14 @@ def _row(bench: str, case: Case, candidate: Candidate, check: str, times: list[f
     bound = "read" if by_bytes >= by_flops else "gemm"
     percent = 100 * max(by_bytes, by_flops) / median if case.cost else float("nan")
     return Row(
-        bench, case.name, candidate.name, check, median * 1e6, (quartiles[2] - quartiles[0]) / 2 * 1e6, peer / median,
+        bench, case.name, candidate.name, check, min(times) * 1e6, median * 1e6, (quartiles[2] - quartiles[0]) / 2 * 1e6, peer / median,
         cost.bytes / median / 1e9, cost.flops / median / 1e9, percent, bound if case.cost else "",
     )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ output
 
-COLUMNS = ("candidate", "check", "median us", "+-", "stock / this", "GB/s", "GFLOP/s", "% of ceiling")
+COLUMNS = ("candidate", "check", "best us", "median us", "+-", "stock / this", "GB/s", "GFLOP/s", "% of ceiling")
 
 
 def _number(x: float, digits: int = 1) -> str:
@@ -215,7 +219,7 @@ def _number(x: float, digits: int = 1) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     percent = _number(row.percent) + (f" {row.bound}" if row.percent == row.percent else "")
     return (
-        row.candidate, row.check, _number(row.median_us), _number(row.spread_us), _number(row.ratio, 2),
+        row.candidate, row.check, _number(row.best_us), _number(row.median_us), _number(row.spread_us), _number(row.ratio, 2),
         _number(row.gb_s), _number(row.gflop_s), percent,
     )  # fmt: skip
 
