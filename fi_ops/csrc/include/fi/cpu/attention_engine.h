@@ -17,17 +17,21 @@ FI_INLINE constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) 
 template <class T>
 struct Stream {
   using Query = typename StreamDot<T>::Query;
-  using Weight = float;
+  using Weight = Query;
   static constexpr bool kPacked = false;
   static constexpr int64_t kMaxRows = 16;  // above, converting and reducing per query row costs more than packing
   static constexpr int64_t kStepRows = 1;
   static constexpr int64_t kStepCols = kLanes;
   static constexpr int64_t kStepDepth = StreamDot<T>::kStep;
   static constexpr int64_t kStart = 1;            // a tile may be entered at any column
-  static constexpr int64_t kMinChunkTiles = 4;    // 256 keys: a chunk's state is small against them
+  static constexpr int64_t kMinChunkTiles = 4;    // a chunk's state is small against its keys
 
   static int64_t block_rows(int64_t rows) { return rows; }
-  static int64_t tile(int64_t, int64_t) { return 64; }  // K and V rows of a tile stay in L1 between the passes
+  // K and V rows of a tile, about 16 KB each, stay in L1 between the passes.
+  static int64_t tile(int64_t head_dim, int64_t) {
+    const int64_t t = 16384 / (head_dim * int64_t(sizeof(T)) + 1) / 16 * 16;
+    return t < 16 ? 16 : t > 128 ? 128 : t;
+  }
   static void begin() {}
   static void end() {}
 };
@@ -45,9 +49,10 @@ struct Packed {
   static constexpr int64_t kMinChunkTiles = 1;
 
   static int64_t block_rows(int64_t rows) { return rows < 128 ? round_up(rows, kStepRows) : 128; }
-  // A tile's K, V, logits and the block's Q and output stay within about half a megabyte of L2.
+  // A tile's K, V, logits and the block's Q and output stay in L2: about 600 KB with AMX (whose machines have 2 MB), 400 KB
+  // else.
   static int64_t tile(int64_t head_dim, int64_t kv_len) {
-    int64_t t = 32768 / (head_dim < 64 ? 64 : head_dim) / 32 * 32;
+    int64_t t = (FI_ISA_LEVEL >= 4 ? 65536 : 32768) / (head_dim < 64 ? 64 : head_dim) / 32 * 32;
     t = t < 64 ? 64 : t;
     const int64_t all = round_up(kv_len, 32);
     return all < t ? all : t;

@@ -51,11 +51,10 @@ class AttentionCall {
     depth = round_up(p.head_dim_qk, Engine::kStepDepth);
     q_stride = depth + (Engine::kPacked ? 64 / int64_t(sizeof(Query)) : 0);  // off powers of two: no cache set conflicts
     s_stride = round_up(tile, Engine::kStepCols) + 16;
-    o_stride = round_up(p.head_dim_vo, kLanes) + (Engine::kPacked ? 16 : 0);
+    o_stride = round_up(p.head_dim_vo, 2 * kLanes) + (Engine::kPacked ? 16 : 0);
     k_tile_size = round_up(tile, kLanes) * depth;
     v_tile_size = tile * round_up(p.head_dim_vo, kLanes);
     pack_once = Engine::kPacked && num_blocks > 1;
-    plain = !p.mask && p.logits_soft_cap == 0.0f && !p.alibi_slopes && p.scale >= 0.0f;
   }
 
   void run() {
@@ -389,20 +388,21 @@ class AttentionCall {
         for (int64_t i = 0; i < m * o_stride; ++i) w.acc[i] = 0.0f;
       }
       const T* next_keys = next >= 0 ? key_rows(k.b, k.kv_head, next) : nullptr;
-      stream_values<T>(w.acc, o_stride, w.s, s_stride, m, values, p.v_stride_n, n, p.head_dim_vo, next_keys, p.k_stride_n,
-                       p.head_dim_qk);
+      stream_values(w.acc, o_stride, reinterpret_cast<const Weight*>(w.s), s_stride * int64_t(sizeof(float) / sizeof(Weight)),
+                    m, values, p.v_stride_n, n, p.head_dim_vo, next_keys, p.k_stride_n, p.head_dim_qk);
     }
   }
 
   // Products in w.s to weights; moves the running maxima and sums and rescales what has been accumulated.
   void softmax_rows(const Block& k, Range r, int64_t n, int64_t cols, bool masked, bool accumulate, Worker& w) {
-    const bool fast = plain || (!masked && p.logits_soft_cap == 0.0f && !p.alibi_slopes && p.scale >= 0.0f);
+    // Nothing but a positive scale: it joins the exponent's FMA instead of taking a pass of its own.
+    const bool plain = !masked && p.logits_soft_cap == 0.0f && !p.alibi_slopes && p.scale > 0.0f;
     int64_t staged_i = -1, staged_h = -1;
     for (int64_t row = 0; row < k.row_end - k.row_begin; ++row) {
       const int64_t i = (k.row_begin + row) / group, h = k.kv_head * group + (k.row_begin + row) % group;
       float* s = w.s + row * s_stride;
       float scale2 = p.scale * kLog2e;
-      if (!fast) {
+      if (!plain) {
         const int64_t mask_i = p.mask_stride_q == 0 ? 0 : i, mask_h = p.mask_stride_h == 0 ? 0 : h;
         if (masked && (mask_i != staged_i || mask_h != staged_h)) {
           stage_mask(w.additive, p, k.b, mask_h, mask_i, r.begin, n);
@@ -415,10 +415,18 @@ class AttentionCall {
         scale2 = 1.0f;
       }
       const Range allowed = w.allowed[row];
-      const int64_t begin = allowed.begin > r.begin ? allowed.begin - r.begin : 0;
-      const int64_t end = allowed.end < r.end ? allowed.end - r.begin : n;
-      if (begin > 0 || end < cols) exclude_outside(s, cols, begin, end < 0 ? 0 : end);
-      const float rescale = softmax_row(s, reinterpret_cast<Weight*>(s), cols, scale2, w.row_max[row], w.row_sum[row]);
+      const Range seen = visible_columns(s, cols, allowed.begin > r.begin ? allowed.begin - r.begin : 0,
+                                         allowed.end < r.end ? allowed.end - r.begin : n);
+      Weight* weights = reinterpret_cast<Weight*>(s);
+      constexpr bool kMayRound = __is_same(Weight, bf16);
+      float& row_max = w.row_max[row];
+      float& row_sum = w.row_sum[row];
+      const int64_t width = seen.end - seen.begin;
+      const float rescale =
+          kMayRound && !p.lse ? softmax_row<kMayRound>(s + seen.begin, weights + seen.begin, width, scale2, row_max, row_sum)
+                              : softmax_row<false>(s + seen.begin, weights + seen.begin, width, scale2, row_max, row_sum);
+      for (int64_t j = 0; j < seen.begin; ++j) weights[j] = Weight{};
+      for (int64_t j = seen.end; j < cols; ++j) weights[j] = Weight{};
       if (accumulate && rescale != 1.0f) {
         float* acc = w.acc + row * o_stride;
         for (int64_t d = 0; d < round_up(p.head_dim_vo, kLanes); d += kLanes) store(acc + d, load(acc + d) * rescale);
@@ -478,7 +486,7 @@ class AttentionCall {
   const Parallel& parallel;
   int64_t group, rows, block_rows, num_blocks, tile, num_tiles, depth;
   int64_t q_stride, s_stride, o_stride, k_tile_size, v_tile_size;
-  bool pack_once, plain;
+  bool pack_once;
   int64_t mask_batches = 1, mask_heads = 1;
   int32_t* lists = nullptr;       // [mask_batches][mask_heads][num_blocks][num_tiles]: live tiles, where there is a mask
   int64_t* list_sizes = nullptr;  // [mask_batches][mask_heads][num_blocks]

@@ -70,20 +70,24 @@ FI_INLINE void stage_mask(float* dst, const AttentionParams& p, int64_t b, int64
   }
 }
 
-// Sets columns outside [begin, end) of n (a multiple of kLanes) to -inf.
-FI_INLINE void exclude_outside(float* s, int64_t n, int64_t begin, int64_t end) {
-  if (begin > n) begin = n;
-  if (end < begin) end = begin;
-  for (int64_t j = 0; j < begin; ++j) s[j] = -kInf;
-  for (int64_t j = end; j < n; ++j) s[j] = -kInf;
+// The columns of a row, of `cols` in all, that hold a key it may see, widened to whole vectors; the columns that this adds
+// are set to -inf. Only these need a softmax.
+FI_INLINE Range visible_columns(float* s, int64_t cols, int64_t begin, int64_t end) {
+  if (begin >= end) return {0, 0};
+  Range wide{begin / kLanes * kLanes, (end + kLanes - 1) / kLanes * kLanes};
+  if (wide.end > cols) wide.end = cols;
+  for (int64_t j = wide.begin; j < begin; ++j) s[j] = -kInf;
+  for (int64_t j = end; j < wide.end; ++j) s[j] = -kInf;
+  return wide;
 }
 
 // The maximum so far that may be subtracted: 0 while nothing was attended to.
 FI_INLINE float usable_max(float m) { return m == -kInf ? 0.0f : m; }
 
-// One row of one tile: s (n logits / scale2, n a multiple of kLanes) becomes weights of type P, written over it, and the
-// running (max, sum) moves on. Returns the factor for what the row has accumulated so far.
-template <class P>
+// One row of one tile: n logits / scale2 at s (n a multiple of kLanes) become `weights`, which may lie over s but not
+// beyond what has been read, and the running (max, sum) moves on. Returns the factor for what the row has accumulated so far.
+// kRounded: exponentials to bf16 precision, enough for bf16 weights but not for an LSE.
+template <bool kRounded, class P>
 FI_INLINE float softmax_row(float* s, P* weights, int64_t n, float scale2, float& row_max, float& row_sum) {
   Vec top0 = set1(-kInf), top1 = top0;
   int64_t j = 0;
@@ -98,15 +102,14 @@ FI_INLINE float softmax_row(float* s, P* weights, int64_t n, float scale2, float
   const Vec factor = set1(scale2);
   Vec sum0 = zero(), sum1 = zero();
   for (j = 0; j + 2 * kLanes <= n; j += 2 * kLanes) {
-    const Vec w0 = exp2_nonpositive(fma(load(s + j), factor, shift));
-    const Vec w1 = exp2_nonpositive(fma(load(s + j + kLanes), factor, shift));
+    const Vec w0 = exp2_nonpositive<kRounded>(fma(load(s + j), factor, shift));
+    const Vec w1 = exp2_nonpositive<kRounded>(fma(load(s + j + kLanes), factor, shift));
     sum0 += w0;
     sum1 += w1;
-    store(weights + j, w0);
-    store(weights + j + kLanes, w1);
+    store_pair(weights + j, w0, w1);
   }
   if (j < n) {
-    const Vec w = exp2_nonpositive(fma(load(s + j), factor, shift));
+    const Vec w = exp2_nonpositive<kRounded>(fma(load(s + j), factor, shift));
     sum0 += w;
     store(weights + j, w);
   }

@@ -161,6 +161,19 @@ FI_INLINE void store(f16* p, Vec x) {
   __builtin_memcpy(p, &h, sizeof(h));
 }
 
+// Two vectors next to each other; for bf16 one instruction converts both where there is one.
+template <class T>
+FI_INLINE void store_pair(T* p, Vec x, Vec y) {
+#if FI_ISA_LEVEL >= 3
+  if constexpr (__is_same(T, bf16)) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+    return;
+  }
+#endif
+  store(p, x);
+  store(p + kLanes, y);
+}
+
 FI_INLINE Vec load_partial(const float* p, int64_t n) {
 #if FI_ISA_LEVEL >= 2
   return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1u), p);
@@ -290,14 +303,24 @@ FI_INLINE Vec exp2(Vec x) {
   return scale2(exp2_poly(x - n), n);
 }
 
-// 2^x for x <= 0 where results under 2^-126 may be 0 (also x = -inf): what a softmax needs.
+// 2^f for f in [-0.5, 0.5], relative error below 2^-13: for weights that are rounded to bf16 anyway.
+FI_INLINE Vec exp2_poly_bf16(Vec f) {
+  Vec p = set1(5.500893e-2f);
+  p = fma(p, f, set1(2.4221097e-1f));
+  p = fma(p, f, set1(6.9328293e-1f));
+  return fma(p, f, set1(1.0f));
+}
+
+// 2^x for x <= 0, what a softmax needs: the exponent is added to the polynomial's as an integer. Results under 2^-126
+// lose digits, x <= -127 (also -inf) is 0, NaN stays NaN. kRounded: to about bf16 precision.
+template <bool kRounded = false>
 FI_INLINE Vec exp2_nonpositive(Vec x) {
-  const Vec clamped = max(set1(-127.0f), x);
   const float magic = 0x1.8p23f;
-  const Vec shifted = clamped + magic;  // the low bits now hold round(x)
-  const Vec p = exp2_poly(clamped - (shifted - magic));
-  const VecI scaled = as_int(p) + (as_int(shifted) << 23);
-  return select(x < -126.0f, zero(), as_float(scaled));
+  x = max(set1(-127.0f), x);
+  const Vec shifted = x + magic;  // the low bits now hold round(x)
+  const Vec f = x - (shifted - magic);
+  const Vec p = kRounded ? exp2_poly_bf16(f) : exp2_poly(f);
+  return as_float(as_int(p) + (as_int(shifted) << 23));
 }
 
 // e^x over the whole range; ln 2 is subtracted in two parts so that large |x| keeps its digits.
