@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and turns")
     parser.add_argument("--turns", type=int, default=15, help="turns of each candidate (default 15)")
+    parser.add_argument("--turn", type=float, default=0.03, help="seconds of a turn (default 0.03)")
     parser.add_argument("--csv", type=Path, help="write all rows to this file")
     parser.add_argument("--markdown", type=Path, help="write a page for bench/results/")
     args = parser.parse_args(argv)
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     options = harness.Options(
         device=args.device, dtype=DTYPES.get(args.dtype), threads=args.threads, quick=args.quick, batch=args.batch,
-        length=args.length, compiled=not args.no_compile, turns=args.turns,
+        length=args.length, compiled=not args.no_compile, turns=args.turns, turn=args.turn,
     )  # fmt: skip
     torch.manual_seed(0)
     command = "python -m bench " + " ".join(sys.argv[1:] if argv is None else argv)

@@ -201,8 +201,9 @@ def _row(bench: str, case: Case, candidate: Candidate, check: str, times: list[f
     by_bytes, by_flops = cost.bytes / read_ceiling(), cost.flops / gemm_ceiling(case.dtype)
     bound = "read" if by_bytes >= by_flops else "gemm"
     percent = 100 * max(by_bytes, by_flops) / median if case.cost else float("nan")
+    spread = (quartiles[2] - quartiles[0]) / 2
     return Row(
-        bench, case.name, candidate.name, check, min(times) * 1e6, median * 1e6, (quartiles[2] - quartiles[0]) / 2 * 1e6, peer / median,
+        bench, case.name, candidate.name, check, min(times) * 1e6, median * 1e6, spread * 1e6, peer / median,
         cost.bytes / median / 1e9, cost.flops / median / 1e9, percent, bound if case.cost else "",
     )  # fmt: skip
 
