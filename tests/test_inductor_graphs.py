@@ -1,3 +1,4 @@
+# ruff: noqa: E402, E501 (graphs have long lines)
 """The graphs that rewrites leave, written out. `EXPECTTEST_ACCEPT=1 pytest tests/test_inductor_graphs.py` updates them."""
 
 from __future__ import annotations

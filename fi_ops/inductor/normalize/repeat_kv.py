@@ -6,6 +6,9 @@ is what `x[:, :, None].expand(...).reshape(...)` and `x.repeat_interleave(n, dim
 h // n of x, which is how the attention ops read grouped heads. `x.repeat(1, n, 1, 1)` is another order and does not match.
 """
 
+# The arguments of fx calls have no types that mypy could follow.
+# mypy: disable-error-code="arg-type,assignment,attr-defined,index,misc,operator,return-value,str-unpack,union-attr"
+
 from __future__ import annotations
 
 from torch.fx import Node
