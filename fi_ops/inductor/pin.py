@@ -13,10 +13,8 @@ from torch.fx import Graph, Node
 
 from . import anchors
 from .sites import Declined, Site, set_aside
+from .support import DEVICES, DTYPES
 from .walk import source_line
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ("cpu", "cuda")
 
 _SDPA_FUNCTIONS = (
     torch.nn.functional.scaled_dot_product_attention,

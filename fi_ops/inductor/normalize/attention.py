@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from .. import anchors
-from ..pin import DEVICES, DTYPES
 from ..sites import Declined
+from ..support import DEVICES, DTYPES
 from ..walk import (
     argument,
     aten,

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from ..sites import Declined
+from ..support import DEVICES, DTYPES
 from ..walk import (
     argument,
     aten,
@@ -41,8 +42,6 @@ from ..walk import (
     value,
 )
 from .attention import match_softmax
-
-LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -339,7 +338,9 @@ def _is_false(node: object) -> bool:
 
 def _check_logits(sampler: Sampler) -> None:
     logits, node = value(sampler.logits), sampler.node
-    if logits.dtype not in LOGITS_DTYPES:
+    if logits.device.type not in DEVICES:
+        raise Declined(f"{sampler.logits.name}: logits are on {logits.device}")
+    if logits.dtype not in DTYPES:
         raise Declined(f"{sampler.logits.name}: logits are {logits.dtype}")
     if logits.dim() not in (1, 2):
         raise Declined(f"{sampler.logits.name}: logits have {logits.dim()} dimensions")
