@@ -173,7 +173,8 @@ def checkpoint_demo(new_tokens: int = 200, rounds: int = 8) -> bool:
     sides = {}
     for name, ours in ((STOCK, False), (OURS, True)):
         sides[name] = Greedy(model, cache_len=512)
-        progress(f"compiled prefill and decode, {name}: {sides[name].compile(ids, ours):.1f} s")
+        first = "" if ours else " (with what Inductor builds once)"
+        progress(f"compiled prefill and decode, {name}: {sides[name].compile(ids, ours):.1f} s{first}")
     progress("what fi_ops rewrote in the decode step:")
     sides[OURS].cache.reset()
     with enabled():
@@ -464,7 +465,9 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    print(f"torch {torch.__version__}, fi_ops {fi_ops.__version__}, {torch.get_num_threads()} threads")
+    threads, isa = torch.get_num_threads(), fi_ops.cpu_isa()
+    print(f"torch {torch.__version__}, fi_ops {fi_ops.__version__} ({isa} kernels), {threads} threads")
+    print(f"{STOCK}: stock. {OURS}: the same torch.compile of the same model, after fi_ops.enable()")
     ok = True
     with torch.no_grad():
         if args.only != "real-shape":
