@@ -140,6 +140,17 @@ def check_cos_sin(op: str, cos, sin, query, length, rotary_dim: int, length_name
     check_shape(op, "sin", sin, cos.shape, "cos's shape")
 
 
+def check_rows_in_table(op: str, qo_len, kv_len, q_offset) -> None:
+    """Query i takes row i + q_offset of cos and sin, which have kv_len rows."""
+    first = kv_len - qo_len if q_offset is None else q_offset
+    check(
+        op,
+        all_of(first >= 0, first + qo_len <= kv_len),
+        lambda: f"q_offset must place the {qo_len} query rows among the {kv_len} rows of cos and sin, got {first}; "
+        f"pass longer keys or fewer queries",
+    )
+
+
 def empty_output(query, head_dim_vo) -> torch.Tensor:
     batch, heads, qo_len, _ = query.shape
     return torch.empty((batch, qo_len, heads, head_dim_vo), dtype=query.dtype, device=query.device).transpose(1, 2)

@@ -74,9 +74,26 @@ def attention_samples(device, dtype):
     bshd = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
     yield Sample(tuple(bshd), {"causal": True}, "[batch, len, heads, head_dim] strides")
     yield Sample((q, k[:, :, ::2], v[:, :, ::2]), name="strided cache")
+    yield Sample((q, k, v), {"scale": 0.0, "causal": True}, "scale 0")
+    yield Sample((q, k, v), {"scale": -0.3}, "negative scale")
+    yield from _long_mask_samples(device, dtype)
     yield Sample((q[:, :, :0], k, v), name="no query rows")
     yield Sample((q, k[:, :, :0], v[:, :, :0]), name="no keys")
     yield Sample((q, k[:, :, :3], v[:, :, :3]), {"causal": True}, "more queries than keys")
+
+
+def _long_mask_samples(device, dtype):
+    """Keys enough for several tiles, masks that leave some of them out whole."""
+    at = torch.arange(900, device=device)
+    keep = ((at > 130) & (at < 140)) | (at > 700)
+    few, many = _qkv(device, dtype, 2, 4, 2, 2, 900), _qkv(device, dtype, 1, 66, 2, 3, 900)
+    yield Sample((*few, keep.view(1, 1, 1, -1)), name="few rows, mask with holes")
+    yield Sample((*many, keep.view(1, 1, 1, -1)), {"causal": True}, "33 heads a group, mask with holes, causal")
+    low = torch.zeros(900, device=device).masked_fill(~keep, torch.finfo(dtype).min).to(dtype)
+    yield Sample((*few, low.view(1, 1, 1, -1)), name="few rows, finfo.min with holes")
+    yield Sample((*many, low.view(1, 1, 1, -1).expand(1, 66, 3, -1)), {"window_left": 500}, "finfo.min, window, broadcast")
+    starts = torch.tensor([250, 0], device=device).view(2, 1, 1, 1)
+    yield Sample((*_qkv(device, dtype, 2, 2, 2, 40, 300), at[:300] >= starts), {"causal": True}, "left padding")
 
 
 def _tables(device, dtype, length, pairs, batch=1, full=True, interleaved=False):
@@ -227,6 +244,9 @@ def rope_attention_errors(device):
         (q, k, v, cos, sin), r"rotary_dim must be even and at most head_dim 64, got 7; pass 0", {"rotary_dim": 7}
     )
     yield ErrorSample((q, k[:1], v, cos, sin), r"key must be .* = \[2, 2, 70, 64\], got \[1, 2, 70, 64\]")
+    outside = r"q_offset must place the 5 query rows among the 70 rows of cos and sin, got {}; pass"
+    yield ErrorSample((q, k, v, cos, sin), outside.format(66), {"q_offset": 66})
+    yield ErrorSample((q, k, v, cos, sin), outside.format(-1), {"q_offset": -1})
 
 
 def append_kv_errors(device):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from ._attention_checks import check_attention, check_cos_sin, empty_lse, empty_output
+from ._attention_checks import check_attention, check_cos_sin, check_rows_in_table, empty_lse, empty_output
 from ._attention_samples import attention_errors, attention_samples, rope_attention_errors, rope_attention_samples
 from ._reference import attend, rotate
 from ._spec import Cost, op
@@ -72,9 +72,10 @@ def _plain_fake(name: str, with_lse: bool):
 def _rope_fake(name: str, with_lse: bool):
     plain = _plain_fake(name, with_lse)
 
-    def fake(query, key, value, cos, sin, mask=None, *, interleaved=False, rotary_dim=0, **options):
-        outputs = plain(query, key, value, mask, **options)
+    def fake(query, key, value, cos, sin, mask=None, *, interleaved=False, rotary_dim=0, q_offset=None, **options):
+        outputs = plain(query, key, value, mask, q_offset=q_offset, **options)
         check_cos_sin(name, cos, sin, query, key.shape[2], rotary_dim, "kv_len")
+        check_rows_in_table(name, query.shape[2], key.shape[2], q_offset)
         return outputs
 
     return fake
