@@ -54,9 +54,15 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     torch.manual_seed(0)
     command = "python -m bench " + " ".join(sys.argv[1:] if argv is None else argv)
-    gb_s, gflop_s = harness.read_ceiling() / 1e9, harness.gemm_ceiling(options.pick(torch.bfloat16)) / 1e9
-    ceilings = f"measured ceilings: read {gb_s:.1f} GB/s, GEMM {gflop_s:.0f} GFLOP/s ({args.dtype or 'bfloat16'})"
-    report = harness.Report(header=[*harness.describe(), ceilings, f"`{command}`"])
+    dtype = options.pick(torch.bfloat16)
+    ceilings = harness.Ceilings(dtype)
+    for _ in range(20):
+        ceilings.probe()
+    gb_s, gflop_s = ceilings.rate("read") / 1e9, ceilings.rate("gemm") / 1e9
+    measured = (
+        f"ceilings at the start: read {gb_s:.1f} GB/s, GEMM {gflop_s:.0f} GFLOP/s ({str(dtype).removeprefix('torch.')})"
+    )
+    report = harness.Report(header=[*harness.describe(), measured, f"`{command}`"])
     print("\n".join(report.header))
     with torch.no_grad():
         for name in BENCHES if args.bench == "all" else [args.bench]:

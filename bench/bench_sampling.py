@@ -44,9 +44,9 @@ def cases(options: Options) -> Iterator[Case]:
     for batch in (options.batch,) if options.batch else (1, 16):
         for name, top_k, top_p, spread in rows:
             logits = _logits(batch, vocab, spread, dtype)
-            peers = stock.eager_and_compiled("Hugging Face", stock.hf_sample, (logits, top_k, top_p), options)
+            peers = stock.eager_and_compiled("Hugging Face", stock.hf_sample, [(logits, top_k, top_p)], options)
             if top_p == 1.0:
-                peers = stock.eager_and_compiled("gpt-fast", stock.gpt_fast_sample, (logits, top_k), options)
+                peers = stock.eager_and_compiled("gpt-fast", stock.gpt_fast_sample, [(logits, top_k)], options)
 
             def ours(logits=logits, top_k=top_k, top_p=top_p):
                 return fi_ops.top_k_top_p_sampling_from_logits(logits, top_k, top_p)

@@ -4,8 +4,8 @@ A bench yields `Case`s: the same job done by several `Candidate`s, its least cos
 an output against float64. `run` checks every candidate, then times them in turns: a turn calls one candidate for about
 `turn` seconds, so that drift of the machine (clocks, neighbours) falls on all alike. Reported: the median over turns, the
 spread (half the distance between the quartiles), and in the last column the percentage of what this machine reached
-just before for reading memory or multiplying matrices, whichever bounds the job. The best turn stands there too: on a
-machine that others use it says more than the median, and the header says how loaded the machine was.
+between the same turns for reading memory or multiplying matrices in torch, whichever bounds the job. The best turn
+stands there too: on a machine that others use it says more than the median, and the header says how loaded it was.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import itertools
 import os
 import platform
 import statistics
@@ -108,28 +109,54 @@ def describe() -> list[str]:
     ]
 
 
-def _best(fn: Callable[[], object], seconds: float = 0.4) -> float:
-    fn()
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        fn()
-        best = min(best, time.perf_counter() - began)
-    return best
+@functools.cache
+def _read_probe() -> tuple[Callable[[], object], int]:
+    """(a pass over 256 MiB with torch's threads, its bytes): much more than any cache holds."""
+    x = torch.ones(2**26, dtype=torch.float32)
+    return x.sum, x.nbytes
 
 
 @functools.cache
-def read_ceiling() -> float:
-    """Bytes a second of reading memory once, with torch's threads: the best of several passes over 1 GiB."""
-    x = torch.ones(2**28, dtype=torch.float32)
-    return x.nbytes / _best(x.sum)
+def _gemm_probe(dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """(a 1024 x 2048 x 2048 product in torch, its floating-point operations)."""
+    a, b = torch.randn(1024, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    return lambda: a @ b, 2 * 1024 * 2048 * 2048
 
 
-@functools.cache
-def gemm_ceiling(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a 2048^3 product in torch."""
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
-    return 2 * 2048**3 / _best(lambda: a @ b)
+class Ceilings:
+    """What the machine does at the moment: bytes read and floating-point operations a second, probed between the turns.
+
+    A shared machine's bus gives half as much from one minute to the next, so a ceiling measured once says little.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        self.probes = {"read": _read_probe(), "gemm": _gemm_probe(dtype)}
+        self.times: dict[str, list[float]] = {name: [] for name in self.probes}
+        for fn, _ in self.probes.values():
+            fn()
+
+    def probe(self) -> None:
+        for name, (fn, _) in self.probes.items():
+            began = time.perf_counter()
+            fn()
+            self.times[name].append(time.perf_counter() - began)
+
+    def rate(self, name: str) -> float:
+        """Units a second, by the median probe."""
+        return self.probes[name][1] / statistics.median(self.times[name])
+
+
+def cold(copies: list[tuple], fn: Callable[..., object]) -> Callable[[], object]:
+    """`fn` over the argument tuples in turn, so that no call finds its inputs in a cache. See `copies_beyond_caches`."""
+    turns = itertools.cycle(copies)
+    return lambda: fn(*next(turns))
+
+
+def copies_beyond_caches(arguments: tuple, nbytes: int, beyond: int = 2**28) -> list[tuple]:
+    """`arguments` and as many copies of their tensors as are `beyond` bytes together (256 MiB)."""
+    count = max(1, -(-beyond // max(nbytes, 1)))
+    clones = [tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments) for _ in range(count - 1)]
+    return [arguments, *clones]
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -175,7 +202,9 @@ def run(bench: str, cases: Iterable[Case], options: Options, report: Report) -> 
             calls[candidate.name] = _calls_a_turn(candidate.fn, options.turn)
         live = [c for c in case.candidates if c not in failed]
         times: dict[str, list[float]] = {c.name: [] for c in live}
+        ceilings = Ceilings(case.dtype)
         for _ in range(turns):
+            ceilings.probe()
             for candidate in live:
                 count = calls[candidate.name]
                 began = time.perf_counter()
@@ -189,16 +218,18 @@ def run(bench: str, cases: Iterable[Case], options: Options, report: Report) -> 
                 nan = float("nan")
                 rows.append(Row(bench, case.name, candidate.name, checks[candidate.name], *[nan] * 7))
                 continue
-            rows.append(_row(bench, case, candidate, checks[candidate.name], times[candidate.name], peer))
+            rows.append(_row(bench, case, candidate, checks[candidate.name], times[candidate.name], peer, ceilings))
         report.rows += rows
         print_rows(rows)
 
 
-def _row(bench: str, case: Case, candidate: Candidate, check: str, times: list[float], peer: float) -> Row:
+def _row(
+    bench: str, case: Case, candidate: Candidate, check: str, times: list[float], peer: float, ceilings: Ceilings
+) -> Row:
     median = statistics.median(times)
     quartiles = statistics.quantiles(times, n=4)
     cost = case.cost or Cost(0)
-    by_bytes, by_flops = cost.bytes / read_ceiling(), cost.flops / gemm_ceiling(case.dtype)
+    by_bytes, by_flops = cost.bytes / ceilings.rate("read"), cost.flops / ceilings.rate("gemm")
     bound = "read" if by_bytes >= by_flops else "gemm"
     percent = 100 * max(by_bytes, by_flops) / median if case.cost else float("nan")
     spread = (quartiles[2] - quartiles[0]) / 2

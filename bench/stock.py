@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .harness import Candidate, Options
+from .harness import Candidate, Options, cold
 
 
 def own_code(fn: Callable) -> Callable:
@@ -16,12 +16,12 @@ def own_code(fn: Callable) -> Callable:
     return types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
 
 
-def eager_and_compiled(name: str, fn: Callable, args: tuple, options: Options) -> list[Candidate]:
-    """Both ways to run a stock function."""
-    both = [Candidate(f"{name}, eager", lambda: fn(*args))]
+def eager_and_compiled(name: str, fn: Callable, copies: list[tuple], options: Options) -> list[Candidate]:
+    """Both ways to run a stock function, over argument tuples in turn."""
+    both = [Candidate(f"{name}, eager", cold(copies, fn))]
     if options.compiled:
         compiled = torch.compile(own_code(fn), dynamic=False)
-        both.append(Candidate(f"{name}, compiled", lambda: compiled(*args)))
+        both.append(Candidate(f"{name}, compiled", cold(copies, compiled)))
     return both
 
 
@@ -46,7 +46,7 @@ def gpt_fast_sample(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return torch.argmax(probs / torch.empty_like(probs).exponential_(1), dim=-1)
 
 
-def sdpa(query, key, value, causal: bool) -> torch.Tensor:
+def sdpa(query, key, value, causal: bool = False) -> torch.Tensor:
     """torch's flash kernel; GQA by its own flag."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
 

@@ -14,10 +14,9 @@ from bench import harness
 
 
 @pytest.fixture(autouse=True)
-def _no_ceilings(monkeypatch):
-    """Measuring them takes seconds and a GiB."""
-    monkeypatch.setattr(harness, "read_ceiling", lambda: 1e10)
-    monkeypatch.setattr(harness, "gemm_ceiling", lambda dtype: 1e11)
+def _small(monkeypatch):
+    """No 256 MiB of copies for a smoke test."""
+    monkeypatch.setattr(harness.copies_beyond_caches, "__defaults__", (2**16,))
 
 
 @pytest.mark.parametrize(
