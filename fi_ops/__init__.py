@@ -14,8 +14,8 @@ import torch as _torch
 if tuple(int(part) for part in _torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     raise ImportError(f"fi_ops needs torch 2.11 or newer, got {_torch.__version__}; pip install 'torch>=2.11'")
 
-from . import library
-from ._load import cpu_isa
+from . import library as library
+from ._load import cpu_isa as cpu_isa
 from .activation import *  # noqa: F403
 from .cascade import *  # noqa: F403
 from .decode import *  # noqa: F403

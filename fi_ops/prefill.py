@@ -119,7 +119,7 @@ def attend_one_request(
             rope_scale=1.0 if rope_scale is None else rope_scale,
             rope_theta=1e4 if rope_theta is None else rope_theta,
         )
-        inputs = (query, key, value, cos[None], sin[None], mask)
+        inputs: tuple = (query, key, value, cos[None], sin[None], mask)
         op = torch.ops.fi.rope_attention_with_lse if return_lse else torch.ops.fi.rope_attention
     else:
         inputs = (query, key, value, mask)

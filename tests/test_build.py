@@ -211,7 +211,8 @@ def test_wheel_carries_the_library(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert list((site / "fi_ops" / "_lib").glob("libfi_ops_cpu-*.so"))
-    script = "import torch, fi_ops; print(fi_ops.__file__); print(torch.ops.fi.rmsnorm(torch.ones(2, 8), torch.ones(8)).sum().item())"
+    call = "torch.ops.fi.rmsnorm(torch.ones(2, 8), torch.ones(8)).sum().item()"
+    script = f"import torch, fi_ops; print(fi_ops.__file__); print({call})"
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(site), "PATH": "", "FI_OPS_CACHE_DIR": str(tmp_path / "empty")},

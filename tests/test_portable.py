@@ -1,4 +1,4 @@
-"""Architectures other than x86-64 compile the baseline level and work: here aarch64, by cross compiler and emulator where installed."""
+"""Architectures other than x86-64 compile the baseline level and work: here aarch64, by cross compiler and emulator."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ._checks import (
@@ -129,13 +131,8 @@ def check_cos_sin(op: str, cos, sin, query, length, rotary_dim: int, length_name
             width_ok = any_of(t.shape[2] == pairs, t.shape[2] == 2 * pairs)
             ok = all_of(batch_ok, t.shape[1] == length, width_ok)
         want = f"[1 or batch, {length_name}, R or 2R] = [1 or {query.shape[0]}, {length}, {pairs} or {2 * pairs}]"
-        check(
-            op,
-            ok,
-            lambda t=t, name=name, want=want: (
-                f"{name} must be {want}, got {shape_of(t)}; check rotary_dim and the lengths"
-            ),
-        )
+        text = f"{name} must be {want}, got {shape_of(t)}; check rotary_dim and the lengths"
+        check(op, ok, functools.partial(str, text))
     check_same_dtype(op, "sin", sin, "cos", cos)
     check_shape(op, "sin", sin, cos.shape, "cos's shape")
 
@@ -146,8 +143,10 @@ def check_rows_in_table(op: str, qo_len, kv_len, q_offset) -> None:
     check(
         op,
         all_of(first >= 0, first + qo_len <= kv_len),
-        lambda: f"q_offset must place the {qo_len} query rows among the {kv_len} rows of cos and sin, got {first}; "
-        f"pass longer keys or fewer queries",
+        lambda: (
+            f"q_offset must place the {qo_len} query rows among the {kv_len} rows of cos and sin, got {first}; "
+            f"pass longer keys or fewer queries"
+        ),
     )
 
 

@@ -14,6 +14,8 @@ Sources: FlashAttention-2 (online softmax), Flash-Decoding (split KV), FlashInfe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ._attention_checks import check_attention, check_cos_sin, check_rows_in_table, empty_lse, empty_output
@@ -81,8 +83,8 @@ def _rope_fake(name: str, with_lse: bool):
     return fake
 
 
-_PLAIN_SPEC = dict(samples=attention_samples, errors=attention_errors, cost=_plain_cost)
-_ROPE_SPEC = dict(samples=rope_attention_samples, errors=rope_attention_errors, cost=_rope_cost)
+_PLAIN_SPEC: dict[str, Any] = dict(samples=attention_samples, errors=attention_errors, cost=_plain_cost)
+_ROPE_SPEC: dict[str, Any] = dict(samples=rope_attention_samples, errors=rope_attention_errors, cost=_rope_cost)
 
 
 @op(f"{_PLAIN} -> Tensor", fake=_plain_fake("attention", False), **_PLAIN_SPEC)

@@ -7,6 +7,7 @@ dtype or float32. Statistics in float32. The functions of FlashInfer's `norm` mo
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -148,8 +149,8 @@ def _normalize(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.d
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
 
 
-_RMS = dict(samples=_samples, errors=_errors, cost=_cost)
-_FUSED = dict(samples=_fused_samples, errors=_fused_errors, cost=_fused_cost)
+_RMS: dict[str, Any] = dict(samples=_samples, errors=_errors, cost=_cost)
+_FUSED: dict[str, Any] = dict(samples=_fused_samples, errors=_fused_errors, cost=_fused_cost)
 
 
 @op("(Tensor input, Tensor weight, float eps=1e-6) -> Tensor", fake=_rms_fake("rmsnorm"), **_RMS)
