@@ -120,6 +120,16 @@ def is_full_slice(node: Node) -> bool:
     return parts is not None and same_size(parts[2], 0) and parts[3] is None
 
 
+def is_full_scatter(node: object) -> bool:
+    """A slice_scatter over the whole of a dimension: nothing is left of what it scatters into."""
+    if not is_call(node, aten.slice_scatter.default):
+        return False
+    base, dim = node.args[0], dim_of(node.args[0], argument(node, 2, "dim", 0))
+    start, end = argument(node, 3, "start", None), argument(node, 4, "end", None)
+    whole = end is None or (isinstance(end, int) and end == END) or at_least(end, shape(base)[dim])
+    return argument(node, 5, "step", 1) == 1 and (start is None or same_size(start, 0)) and whole
+
+
 def keeps_value(node: object) -> bool:
     """The node computes its first argument over again: same shape, dtype and elements (strides may differ)."""
     if not isinstance(node, Node) or node.op != "call_function":
@@ -142,6 +152,9 @@ def strip(node):
     while True:
         if keeps_value(node):
             node = node.args[0]
+            continue
+        if is_full_scatter(node):
+            node = node.args[1]
             continue
         found = permutation(node) if isinstance(node, Node) else None
         inner = permutation(strip(found[0])) if found is not None else None

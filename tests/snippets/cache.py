@@ -35,15 +35,14 @@ def repeat_kv(x):
     return x[:, :, None].expand(*x.shape[:2], H // HKV, *x.shape[2:]).reshape(x.shape[0], H, *x.shape[2:])
 
 
-# Under dynamic=True torch does not know that an index and what it assigns are of one length, so neither do we.
-@snippet(step, grade=APPEND, dynamic_grade="attention")
+@snippet(step, grade=APPEND)
 def index_put(q, k, v, kc, vc, positions, mask):
     kc[:, :, positions] = k
     vc[:, :, positions] = v
     return attend(q, kc, vc, mask)
 
 
-@snippet(lambda: step(1, batch=1), grade=APPEND, dynamic_grade="attention")
+@snippet(lambda: step(1, batch=1), grade=APPEND)
 def index_put_one_row(q, k, v, kc, vc, positions, mask):
     """Index assignment drops the leading 1 of what it writes."""
     kc[:, :, positions] = k
@@ -65,7 +64,7 @@ def index_copy_repeat_kv(q, k, v, kc, vc, positions, mask):
     return F.scaled_dot_product_attention(q, repeat_kv(kc), repeat_kv(vc), attn_mask=mask)
 
 
-@snippet(by_length, grade=APPEND, dynamic_grade="attention")
+@snippet(by_length, grade=APPEND)
 def cache_laid_out_by_length(q, k, v, kc, vc, positions, mask):
     kc[:, positions] = k
     vc[:, positions] = v
@@ -109,6 +108,49 @@ def cache_read_after(q, k, v, kc, vc, positions, mask):
     kc.index_copy_(2, positions, k)
     vc.index_copy_(2, positions, v)
     return attend(q, kc, vc, mask), kc.sum(), vc.mean(2)
+
+
+def slice_step():
+    q, k, v, kc, vc, _, mask = step()
+    return q, k, v, kc, vc, 4, mask
+
+
+@snippet(slice_step, grade=APPEND)
+def slice_copy(q, k, v, kc, vc, start, mask):
+    kc[:, :, start : start + k.shape[2]] = k
+    vc[:, :, start : start + k.shape[2]].copy_(v)
+    return attend(q, kc, vc, mask)
+
+
+@snippet(slice_step, reason="different positions")
+def slice_copy_to_different_positions(q, k, v, kc, vc, start, mask):
+    kc[:, :, start : start + k.shape[2]] = k
+    vc[:, :, start + 1 : start + 1 + k.shape[2]] = v
+    return attend(q, kc, vc, mask)
+
+
+@snippet(slice_step, grade=APPEND, dynamic_grade="attention")
+def slice_copy_broadcast(q, k, v, kc, vc, start, mask):
+    kc[:, :, start : start + 3] = k[:, :, :1]
+    vc[:, :, start : start + 3] = v[:, :, :1]
+    return attend(q, kc, vc, mask)
+
+
+@snippet(slice_step, reason="is not a write|as it was")
+def slice_copy_then_prefix_read(q, k, v, kc, vc, start, mask):
+    """Meta's llama: attention over the filled part only. The write is left to Inductor, in place as well."""
+    kc[:, :, start : start + k.shape[2]] = k
+    vc[:, :, start : start + k.shape[2]] = v
+    end = start + k.shape[2]
+    return attend(q, kc[:, :, :end], vc[:, :, :end], mask[..., :end])
+
+
+@snippet(step, reason="negative positions")
+def last_slot_by_a_negative_index(q, k, v, kc, vc, positions, mask):
+    last = torch.tensor([-1])
+    kc[:, :, last] = k[:, :, :1]
+    vc[:, :, last] = v[:, :, :1]
+    return attend(q[:, :, :1], kc, vc, mask[:, :, :1])
 
 
 # ---- near misses ----

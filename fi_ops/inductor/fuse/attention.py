@@ -20,12 +20,25 @@ import torch
 from torch.fx import Node
 
 from ..normalize.attention import Attention, check_attention, check_contiguous_last
-from ..normalize.cache_update import CacheWrite, check_in_place, match_cache_write
+from ..normalize.cache_update import CacheWrite, check_in_place, match_cache_write, same_positions
 from ..normalize.masks import check_mask, original_mask
 from ..normalize.repeat_kv import unrepeat_kv
 from ..normalize.rope import Rope, match_rope
 from ..sites import Declined
-from ..walk import aten, dim_of, is_call, permutation, same_size, same_value, shape, strip, value
+from ..walk import (
+    aten,
+    dim_of,
+    erase_dead,
+    is_call,
+    is_full_scatter,
+    permutation,
+    prims,
+    same_size,
+    same_value,
+    shape,
+    strip,
+    value,
+)
 from .emit import Emitter, replace
 
 KEY_TRANSPOSE = (0, 1, 3, 2)
@@ -120,18 +133,18 @@ def _plan_append(plan: Plan, order: dict[Node, int]) -> None:
         raise Declined(f"{value_write.node.name}: key and value caches differ in layout")
     if key_write.cache is value_write.cache:
         raise Declined(f"{key_write.cache.name}: key and value are written to one cache")
-    if not same_value(key_write.positions, value_write.positions):
-        raise Declined(f"{value_write.positions.name}: key and value are written at different positions")
-    query_len = shape(plan.query)[2]
-    if not same_size(shape(key_write.positions)[0], query_len):
-        raise Declined(f"{key_write.positions.name}: {shape(key_write.positions)[0]} positions for {query_len} queries")
+    if not same_positions(key_write, value_write):
+        raise Declined(f"{value_write.node.name}: key and value are written at different positions")
+    query_len, new_len = shape(plan.query)[2], shape(key_write.new)[2 if key_write.dims is None else 1]
+    if not same_size(new_len, query_len):
+        raise Declined(f"{key_write.node.name}: {new_len} positions for {query_len} queries")
     kept = {plan.query, key_write.new, value_write.new, attention.mask, attention.scale, key_write.positions}
     replaced = exclusive_to(attention.node, keep=kept)
     for write in (key_write, value_write):
         check_in_place(write)
-        undone = transposes_undone(write)
-        for user in [*write.node.users, *(u for node in undone for u in node.users)]:
-            if user not in replaced and user not in undone and order.get(user, -1) < order[attention.node]:
+        whole = updated_caches(write)
+        for user in [*write.node.users, *(u for node in whole for u in node.users)]:
+            if user not in replaced and user not in whole and order.get(user, -1) < order[attention.node]:
                 raise Declined(f"{user.name}: reads the updated cache before the attention does")
         if value(write.new).dtype != value(write.cache).dtype:
             raise Declined(
@@ -142,11 +155,21 @@ def _plan_append(plan: Plan, order: dict[Node, int]) -> None:
     plan.key_write, plan.value_write = key_write, value_write
 
 
-def transposes_undone(write: CacheWrite) -> list[Node]:
-    """Where a write goes through a transpose of the cache: the transposes of its result back to the cache's own layout."""
-    if write.through is None:
-        return []
-    return [user for user in write.node.users if permutation(user) == (write.node, write.through)]
+def updated_caches(write: CacheWrite) -> list[Node]:
+    """The nodes besides the write that are the whole updated cache in its own layout: where the write goes through a
+    transpose or through whole slices of the cache, its result is transposed or scattered back."""
+    found = []
+    for user in write.node.users:
+        if write.through is not None and permutation(user) == (write.node, write.through):
+            found.append(user)
+    pending = [write.node] if write.through is None else list(found)
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if is_full_scatter(user) and user.args[1] is node and user not in found:
+                found.append(user)
+                pending.append(user)
+    return found
 
 
 def _plan_rope(plan: Plan) -> None:
@@ -240,7 +263,7 @@ def _apply_append(plan: Plan, options: dict, emitter: Emitter) -> list[Node]:
     options.update(
         key=_heads_first(key, key_dims, emitter),
         value=_heads_first(value_write.new, value_write.dims, emitter),
-        positions=key_write.positions,
+        positions=_emit_positions(key_write, emitter),
     )
     rotates = plan.query_rope is not None
     op = torch.ops.fi.rope_append_attention.default if rotates else torch.ops.fi.append_attention.default
@@ -255,12 +278,25 @@ def _apply_append(plan: Plan, options: dict, emitter: Emitter) -> list[Node]:
     return [plan.attention.node, key_write.node, value_write.node]
 
 
+def _emit_positions(write: CacheWrite, emitter: Emitter) -> Node:
+    """The slots written, one number each; a slice has only a start, the same for all layers."""
+    if write.positions is not None:
+        return write.positions
+    length_dim = 2 if write.dims is None else 1
+    length = shape(write.new)[length_dim]
+    if not isinstance(length, int):
+        length = emitter.call(aten.sym_size.int, write.new, length_dim)
+    options = dict(step=1, dtype=torch.int64, device=value(write.new).device, requires_grad=False)
+    return emitter.shared(prims.iota.default, length, start=write.start, **options)
+
+
 def _replace_write(write: CacheWrite, updated: Node, emitter: Emitter) -> None:
-    """Let `updated` be the cache from here on. A write through a transpose is transposed back to be stored: that goes."""
+    """Let `updated` be the cache from here on. What brought a write through a view back into the cache's layout goes."""
+    whole = updated_caches(write)
+    for node in whole:
+        node.replace_all_uses_with(updated)
+    erase_dead(write.node.graph, whole)
     if write.through is not None:
-        for node in transposes_undone(write):
-            node.replace_all_uses_with(updated)
-            node.graph.erase_node(node)
         updated = emitter.call(aten.permute.default, updated, list(write.through))
     replace(write.node, updated, emitter.fake_mode)
 

@@ -75,13 +75,21 @@ class Emitter:
         for index, (name, (base, dims)) in enumerate(mutated.items()):
             arguments[f"_{name}_base_index"] = index
             if dims is not None:
-                view = value(base).permute(dims)
-                arguments[f"_{name}_size"] = tuple(view.shape)
-                arguments[f"_{name}_stride"] = tuple(view.stride())
-                arguments[f"_{name}_storage_offset"] = view.storage_offset()
+                base_value = value(base)
+                arguments[f"_{name}_size"] = [
+                    self._number(base_value.shape[d], aten.sym_size.int, base, d) for d in dims
+                ]
+                arguments[f"_{name}_stride"] = [
+                    self._number(base_value.stride(d), aten.sym_stride.int, base, d) for d in dims
+                ]
+                arguments[f"_{name}_storage_offset"] = base_value.storage_offset()
         arguments["_all_bases"] = [base for base, _ in mutated.values()]
         call = self.call(torch.ops.higher_order.auto_functionalized_v2, op, **arguments)
         return tuple(self.item(call, i) for i in range(1 + len(mutated)))
+
+    def _number(self, known, target, *args):
+        """A size or stride as an argument: the int that it is, or a node that computes it."""
+        return known if isinstance(known, int) else self.shared(target, *args)
 
     def _evaluate(self, target, args, kwargs):
         args, kwargs = tree_map_only(Node, value, (args, kwargs))

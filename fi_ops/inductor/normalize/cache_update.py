@@ -16,10 +16,26 @@ import operator
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from ..sites import Declined
-from ..walk import argument, aten, is_call, is_tensor, permutation, same_shape, same_size, shape, strip, value
+from ..walk import (
+    argument,
+    at_least,
+    aten,
+    dim_of,
+    is_call,
+    is_full_scatter,
+    is_tensor,
+    permutation,
+    same_shape,
+    same_size,
+    same_value,
+    shape,
+    strip,
+    value,
+)
 
 HEADS_FIRST = (0, 2, 1, 3)
 
@@ -32,7 +48,9 @@ class CacheWrite:
     """The tensor that is written to, maybe through a transpose."""
     new: Node
     """[B, Hkv, Lq, D], or [B, Lq, Hkv, D] where `dims` is given."""
-    positions: Node
+    positions: Node | None
+    """[Lq] slots, or None where `start` says where a run of slots begins."""
+    start: object = 0
     dims: tuple[int, ...] | None = None
     """The permutation that makes the write's result [B, Hkv, Lmax, D], if it is not so already."""
     through: tuple[int, ...] | None = None
@@ -55,7 +73,39 @@ def match_cache_write(node: Node, dims: tuple[int, ...] | None = None) -> CacheW
         return None
     if is_call(write, aten.index_put.default):
         return _match_index_put(write, dims)
+    if is_call(write, aten.slice_scatter.default):
+        return _match_slice_copy(write, dims)
     return None
+
+
+def _match_slice_copy(write: Node, dims: tuple[int, ...] | None) -> CacheWrite:
+    cache, new = write.args[:2]
+    length_dim = 2 if dims is None else 1
+    start, end = argument(write, 3, "start", None), argument(write, 4, "end", None)
+    if dim_of(cache, argument(write, 2, "dim", 0)) != length_dim or argument(write, 5, "step", 1) != 1:
+        raise Declined(f"{write.name}: writes a slice of another dimension than the length (dim {length_dim})")
+    start = 0 if start is None else start
+    if not at_least(start, 0):
+        raise Declined(f"{write.name}: starts at {value(start)}, which may count from the end")
+    if is_call(new, aten.copy.default):  # cache[...] = new: a copy into the slice
+        place, new = new.args[:2]
+        if not is_tensor(new) or not same_shape(shape(new), shape(place)):
+            raise Declined(f"{write.name}: what it writes is broadcast to the slots")
+    expected = list(shape(cache))
+    expected[length_dim] = shape(new)[length_dim] if len(shape(new)) == len(expected) else 0
+    if (
+        not same_shape(shape(new), expected)
+        or end is None
+        or not same_size(value(end) - value(start), expected[length_dim])
+    ):
+        raise Declined(f"{write.name}: writes {tuple(shape(new))} to slots {value(start)} to {value(end)}")
+    return CacheWrite(write, strip(cache), new, None, start, dims)
+
+
+def same_positions(a: CacheWrite, b: CacheWrite) -> bool:
+    if a.positions is None or b.positions is None:
+        return a.positions is b.positions and same_size(a.start, b.start)
+    return same_value(a.positions, b.positions)
 
 
 def _match_index_put(write: Node, dims: tuple[int, ...] | None) -> CacheWrite:
@@ -67,6 +117,8 @@ def _match_index_put(write: Node, dims: tuple[int, ...] | None) -> CacheWrite:
         raise Declined(f"{write.name}: indexes other dimensions than the length (dim {length_dim})")
     positions = indices[length_dim]
     index = value(positions)
+    if may_be_negative(positions):
+        raise Declined(f"{positions.name}: has negative positions, which count from the end")
     if index.dtype not in (torch.int64, torch.int32) or index.dim() != 1:
         raise Declined(
             f"{positions.name}: positions are {index.dtype} with {index.dim()} dimensions, not a 1-D integer tensor"
@@ -78,8 +130,8 @@ def _match_index_put(write: Node, dims: tuple[int, ...] | None) -> CacheWrite:
         raise Declined(f"{write.name}: writes {tuple(shape(new))} where {tuple(expected)} is the shape of the slots")
     found = permutation(strip(cache))
     if found is not None and found[1] == HEADS_FIRST:
-        return CacheWrite(write, strip(found[0]), new, positions, dims, HEADS_FIRST)
-    return CacheWrite(write, cache, new, positions, dims)
+        return CacheWrite(write, strip(found[0]), new, positions, 0, dims, HEADS_FIRST)
+    return CacheWrite(write, strip(cache), new, positions, 0, dims)
 
 
 def with_leading_ones(node: Node, expected: list) -> Node:
@@ -109,13 +161,32 @@ def check_in_place(write: CacheWrite) -> None:
     if cache.op in ("placeholder", "get_attr"):
         if not stored:
             raise Declined(f"{cache.name}: the updated cache {write.node.name} is not stored back into it")
+    elif not isinstance(value(cache).storage_offset(), int):
+        raise Declined(f"{cache.name}: the cache starts at a symbolic offset")
     elif not is_fresh(cache):
         raise Declined(f"{cache.name}: the cache is {cache.target}, neither a graph input nor made in the graph")
 
 
+def may_be_negative(positions: Node) -> bool:
+    """Constant positions below 0. Those that only come at run time are refused by the op, not wrapped around."""
+    source = strip(positions)
+    if is_call(source, aten.full.default):
+        return not isinstance(source.args[1], int) or source.args[1] < 0
+    if source.op != "get_attr":
+        return False
+    constant = getattr(source.graph.owning_module, str(source.target), None)
+    with unset_fake_temporarily():
+        return isinstance(constant, torch.Tensor) and bool((constant < 0).any())
+
+
 def _only_for(node: Node, write: Node) -> bool:
     """The node is the write, or a view of the cache that only the write uses."""
-    return node is write or (permutation(node) is not None and all(user is write for user in node.users))
+    if node is write or is_full_scatter(node):
+        return True
+    if is_call(node, aten.copy.default):  # `cache[...] = new` reads no more of the slice than its shape
+        return all(user is write for user in node.users)
+    is_view = is_call(node, aten.slice.Tensor) or permutation(node) is not None
+    return is_view and all(_only_for(user, write) for user in node.users)
 
 
 def is_fresh(node: Node) -> bool:
