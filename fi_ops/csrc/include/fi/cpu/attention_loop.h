@@ -14,8 +14,12 @@
 
 namespace fi::FI_ISA {
 
-// Enough tasks to keep many threads busy and even out causal blocks; more would only add merging.
-inline constexpr int64_t kTargetTasks = 96;
+// Enough tasks to keep many threads busy and even out causal blocks; more would only add merging, and cold starts: the
+// first tile of a chunk is not prefetched.
+inline constexpr int64_t kTargetTasks = 48;
+
+// Partial states up to this many floats are merged by the calling thread: a second wake-up of all threads costs more.
+inline constexpr int64_t kMergeAlone = 131072;
 
 // Hands out pieces of one allocation, each 64-byte aligned; with base null it only adds up the size.
 struct Carver {
@@ -462,7 +466,9 @@ class AttentionCall {
 
   // Joins the chunks of each split block, row by row, in chunk order, into the first chunk's partial.
   void merge() {
-    for_each_task(parallel, num_tasks, [this](int64_t t) {
+    const Parallel alone{nullptr, 1};
+    const bool small = num_tasks * block_rows * partial_stride() <= kMergeAlone;
+    for_each_task(small ? alone : parallel, num_tasks, [this](int64_t t) {
       if (tasks[t].num_chunks == 1 || tasks[t].chunk != 0) return;
       const Block k = block_of(tasks[t].block);
       const int64_t width = round_up(p.head_dim_vo, kLanes), stride = partial_stride();
