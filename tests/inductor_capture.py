@@ -93,10 +93,12 @@ def call_target(node: torch.fx.Node):
 
 
 def graph_text(graph: torch.fx.Graph) -> str:
-    """The graph with names by position: the same text whatever torch calls its nodes."""
-    names = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    """The graph with names by position: the same text whatever torch calls its nodes. Constants nobody reads are left out
+    (some releases of torch remove them earlier)."""
+    nodes = [node for node in graph.nodes if node.op != "get_attr" or node.users]
+    names = {node: f"%{i}" for i, node in enumerate(nodes)}
     lines = []
-    for node in graph.nodes:
+    for node in nodes:
         if node.op == "placeholder":
             lines.append(f"{names[node]} = input {_type(node)}")
             continue

@@ -13,7 +13,7 @@ from inductor_capture import capture, graph_text
 from snippets import cache, eager, samplers, sdpa
 from snippets.rope import gpt_fast_rotate
 
-pytestmark = pytest.mark.skipif(torch.__version__ < "2.13", reason="names of torch 2.13's ATen calls")
+pytestmark = pytest.mark.skipif(torch.__version__[:4] != "2.13", reason="graphs as torch 2.13, the version CI runs, traces them")
 
 
 def gpt_fast_layer(q, k, v, k_cache, v_cache, freqs_cis, positions, mask):
@@ -254,16 +254,15 @@ return [%8]
             self.graph(samplers.huggingface, *samplers.logits()),
             """\
 %0 = input float32[3, 50]
-%1 = get_attr._tensor_constant0()
-%2 = prims.inductor_seeds(1, cpu)
-%3 = prims.inductor_lookup_seed(%2, 0)
-%4 = prims.inductor_random([3], %3, rand)
-%5 = fi.top_k_top_p_sampling_from_logits(%0, %4, top_k=5, top_p=0.9, temperature=0.7, top_k_ties=threshold)
-%6 = getitem(%5, 0)
-%7 = prims.convert_element_type(%6, int64)
-%8 = aten.unsqueeze(%7, 1)
-%9 = aten.squeeze.dim(%8, 1)
-return [%9]
+%1 = prims.inductor_seeds(1, cpu)
+%2 = prims.inductor_lookup_seed(%1, 0)
+%3 = prims.inductor_random([3], %2, rand)
+%4 = fi.top_k_top_p_sampling_from_logits(%0, %3, top_k=5, top_p=0.9, temperature=0.7, top_k_ties=threshold)
+%5 = getitem(%4, 0)
+%6 = prims.convert_element_type(%5, int64)
+%7 = aten.unsqueeze(%6, 1)
+%8 = aten.squeeze.dim(%7, 1)
+return [%8]
 """,
         )
 
