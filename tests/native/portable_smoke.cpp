@@ -1,5 +1,6 @@
-// Runs baseline kernels without torch, for architectures that only an emulator runs here: attention in three dtypes (masked
-// decode and prefill, grouped heads, RoPE, an odd head_dim) and RMSNorm, against naive double. Prints "ok", or what is wrong.
+// Runs baseline kernels without torch, for architectures that only an emulator runs here: attention in three
+// dtypes (masked decode and prefill, grouped heads, RoPE, an odd head_dim) and RMSNorm, against naive double.
+// Prints "ok", or what is wrong.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -35,8 +36,9 @@ const fi::Parallel serial = {[](int64_t workers, void (*body)(int64_t, void*), v
                              2};
 
 template <class T>
-double attention_error(int64_t heads, int64_t kv_heads, int64_t qo_len, int64_t kv_len, int64_t dim, bool causal,
-                       bool with_mask, void (*kernel)(const fi::AttentionParams&, const fi::Parallel&), fi::DType dtype) {
+double attention_error(int64_t heads, int64_t kv_heads, int64_t qo_len, int64_t kv_len, int64_t dim,
+                       bool causal, bool with_mask,
+                       void (*kernel)(const fi::AttentionParams&, const fi::Parallel&), fi::DType dtype) {
   auto q = random_tensor<T>(heads * qo_len * dim);
   auto k = random_tensor<T>(kv_heads * kv_len * dim), v = random_tensor<T>(kv_heads * kv_len * dim);
   std::vector<T> out(heads * qo_len * dim);
@@ -70,20 +72,23 @@ double attention_error(int64_t heads, int64_t kv_heads, int64_t qo_len, int64_t 
         if ((with_mask && !mask[j]) || (causal && j > i + p.q_offset)) continue;
         double dot = 0;
         for (int64_t d = 0; d < dim; ++d)
-          dot += double(fi::to_float(q[(h * qo_len + i) * dim + d])) * fi::to_float(k[(g * kv_len + j) * dim + d]);
+          dot += double(fi::to_float(q[(h * qo_len + i) * dim + d])) *
+                 fi::to_float(k[(g * kv_len + j) * dim + d]);
         const double weight = std::exp(dot * 0.3);
         total += weight;
         for (int64_t d = 0; d < dim; ++d) o[d] += weight * fi::to_float(v[(g * kv_len + j) * dim + d]);
       }
       for (int64_t d = 0; d < dim; ++d)
-        worst = std::fmax(worst, std::fabs(fi::to_float(out[(h * qo_len + i) * dim + d]) - (total > 0 ? o[d] / total : 0)));
+        worst = std::fmax(
+            worst, std::fabs(fi::to_float(out[(h * qo_len + i) * dim + d]) - (total > 0 ? o[d] / total : 0)));
     }
   }
   return worst;
 }
 
 template <class T>
-int check_attention(const char* name, void (*kernel)(const fi::AttentionParams&, const fi::Parallel&), fi::DType dtype, double limit) {
+int check_attention(const char* name, void (*kernel)(const fi::AttentionParams&, const fi::Parallel&),
+                    fi::DType dtype, double limit) {
   const double errors[] = {
       attention_error<T>(8, 2, 1, 600, 64, false, true, kernel, dtype),
       attention_error<T>(4, 2, 40, 90, 17, true, false, kernel, dtype),

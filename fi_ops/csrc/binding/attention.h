@@ -1,5 +1,5 @@
-// What the bindings of the attention ops share: the checks of fi_ops/library/_attention_checks.py, with the same texts in the
-// same order, and filling AttentionParams.
+// What the bindings of the attention ops share: the checks of fi_ops/library/_attention_checks.py, with the
+// same texts in the same order, and filling AttentionParams.
 #pragma once
 
 #include <cmath>
@@ -37,8 +37,8 @@ inline void check_query_key_value(const char* op, const Tensor& query, const Ten
               "[batch, num_kv_heads, kv_len, head_dim]");
   check_shape(op, value_name, value, {query.size(0), kv_heads, kv_len, value.size(3)},
               "[batch, num_kv_heads, kv_len, head_dim_vo]");
-  FI_CHECK(op, kv_heads ? heads % kv_heads == 0 : heads == 0, "query must have a multiple of ", key_name, "'s ", kv_heads,
-           " heads, got ", heads, "; repeat or drop heads so that they divide");
+  FI_CHECK(op, kv_heads ? heads % kv_heads == 0 : heads == 0, "query must have a multiple of ", key_name,
+           "'s ", kv_heads, " heads, got ", heads, "; repeat or drop heads so that they divide");
 }
 
 inline void check_mask(const char* op, const MaybeTensor& mask, const Tensor& query, int64_t kv_len) {
@@ -50,8 +50,8 @@ inline void check_mask(const char* op, const MaybeTensor& mask, const Tensor& qu
   const std::array<int64_t, 4> want{query.size(0), query.size(1), query.size(2), kv_len};
   bool ok = mask->dim() == 4;
   for (int64_t d = 0; ok && d < 4; ++d) ok = mask->size(d) == 1 || mask->size(d) == want[d];
-  FI_CHECK(op, ok, "mask must broadcast to [batch, num_qo_heads, qo_len, kv_len] = ", list_text(want), ", got ",
-           shape_of(*mask), "; check the sizes against the other arguments");
+  FI_CHECK(op, ok, "mask must broadcast to [batch, num_qo_heads, qo_len, kv_len] = ", list_text(want),
+           ", got ", shape_of(*mask), "; check the sizes against the other arguments");
 }
 
 inline void check_per_head(const char* op, const char* name, const MaybeTensor& t, const Tensor& query) {
@@ -61,19 +61,24 @@ inline void check_per_head(const char* op, const char* name, const MaybeTensor& 
   check_shape(op, name, *t, {query.size(1)}, "[num_qo_heads]");
 }
 
-inline void check_numbers(const char* op, int64_t window_left, const std::optional<double>& scale, double soft_cap) {
-  FI_CHECK(op, window_left >= -1, "window_left must be -1 (no window) or more, got ", window_left, "; pass -1 for none");
-  FI_CHECK(op, !scale || !std::isnan(*scale), "scale must be a number, got nan; leave it out for 1/sqrt(head_dim)");
-  FI_CHECK(op, soft_cap >= 0, "logits_soft_cap must be 0 (none) or more, got ", soft_cap, "; pass 0 for none");
+inline void check_numbers(const char* op, int64_t window_left, const std::optional<double>& scale,
+                          double soft_cap) {
+  FI_CHECK(op, window_left >= -1, "window_left must be -1 (no window) or more, got ", window_left,
+           "; pass -1 for none");
+  FI_CHECK(op, !scale || !std::isnan(*scale),
+           "scale must be a number, got nan; leave it out for 1/sqrt(head_dim)");
+  FI_CHECK(op, soft_cap >= 0, "logits_soft_cap must be 0 (none) or more, got ", soft_cap,
+           "; pass 0 for none");
 }
 
 // cos and sin [batch or 1, length, R or 2R], float32 or query's dtype.
-inline void check_cos_sin(const char* op, const Tensor& cos, const Tensor& sin, const Tensor& query, int64_t length,
-                          int64_t rotary_dim, const char* length_name) {
+inline void check_cos_sin(const char* op, const Tensor& cos, const Tensor& sin, const Tensor& query,
+                          int64_t length, int64_t rotary_dim, const char* length_name) {
   const int64_t batch = query.size(0), head_dim = query.size(3);
   const int64_t rotated = rotary_dim ? rotary_dim : head_dim;
   FI_CHECK(op, rotary_dim >= 0 && rotary_dim <= head_dim && rotated % 2 == 0,
-           "rotary_dim must be even and at most head_dim ", head_dim, ", got ", rotary_dim, "; pass 0 for the whole head");
+           "rotary_dim must be even and at most head_dim ", head_dim, ", got ", rotary_dim,
+           "; pass 0 for the whole head");
   const int64_t pairs = rotated / 2;
   for (const auto& [name, t] : {std::pair{"cos", &cos}, std::pair{"sin", &sin}}) {
     check_same_device(op, name, *t, "query", query);
@@ -81,8 +86,8 @@ inline void check_cos_sin(const char* op, const Tensor& cos, const Tensor& sin, 
     check_last_dim_contiguous(op, name, *t);
     const bool ok = t->dim() == 3 && (t->size(0) == 1 || t->size(0) == batch) && t->size(1) == length &&
                     (t->size(2) == pairs || t->size(2) == 2 * pairs);
-    FI_CHECK(op, ok, name, " must be [1 or batch, ", length_name, ", R or 2R] = [1 or ", batch, ", ", length, ", ", pairs,
-             " or ", 2 * pairs, "], got ", shape_of(*t), "; check rotary_dim and the lengths");
+    FI_CHECK(op, ok, name, " must be [1 or batch, ", length_name, ", R or 2R] = [1 or ", batch, ", ", length,
+             ", ", pairs, " or ", 2 * pairs, "], got ", shape_of(*t), "; check rotary_dim and the lengths");
   }
   check_same_dtype(op, "sin", sin, "cos", cos);
   check_shape_of(op, "sin", sin, cos.sizes(), "cos's shape");
@@ -111,7 +116,8 @@ class ScratchArena {
   }
 
   Scratch handle() {
-    return {[](void* self, int64_t bytes) { return static_cast<ScratchArena*>(self)->allocate(bytes); }, this};
+    return {[](void* self, int64_t bytes) { return static_cast<ScratchArena*>(self)->allocate(bytes); },
+            this};
   }
 
  private:
@@ -131,10 +137,11 @@ inline Tensor empty_attention_output(const Tensor& query, int64_t head_dim_vo) {
   return torch::stable::transpose(out, 1, 2);
 }
 
-inline AttentionParams attention_params(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
-                                        const MaybeTensor& mask, bool causal, int64_t window_left,
-                                        const std::optional<double>& scale, double soft_cap,
-                                        const MaybeTensor& alibi_slopes, const MaybeTensor& sinks, ScratchArena& arena) {
+inline AttentionParams attention_params(const Tensor& query, const Tensor& key, const Tensor& value,
+                                        const Tensor& out, const MaybeTensor& mask, bool causal,
+                                        int64_t window_left, const std::optional<double>& scale,
+                                        double soft_cap, const MaybeTensor& alibi_slopes,
+                                        const MaybeTensor& sinks, ScratchArena& arena) {
   AttentionParams p{};
   p.dtype = dtype_of(query);
   p.batch = query.size(0);
@@ -176,7 +183,8 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& key, 
   return p;
 }
 
-inline RopeTable rope_table(const Tensor& cos, const Tensor& sin, int64_t head_dim, int64_t rotary_dim, bool interleaved) {
+inline RopeTable rope_table(const Tensor& cos, const Tensor& sin, int64_t head_dim, int64_t rotary_dim,
+                            bool interleaved) {
   RopeTable t;
   t.cos = cos.const_data_ptr();
   t.sin = sin.const_data_ptr();

@@ -19,14 +19,22 @@ inline Parallel torch_parallel() {
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::Bool: return DType::boolean;
-    case ScalarType::Byte: return DType::u8;
-    case ScalarType::Int: return DType::i32;
-    case ScalarType::Long: return DType::i64;
-    default: throw std::runtime_error("fi_ops: a dtype passed the checks that no kernel has");
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::Bool:
+      return DType::boolean;
+    case ScalarType::Byte:
+      return DType::u8;
+    case ScalarType::Int:
+      return DType::i32;
+    case ScalarType::Long:
+      return DType::i64;
+    default:
+      throw std::runtime_error("fi_ops: a dtype passed the checks that no kernel has");
   }
 }
 

@@ -1,4 +1,5 @@
-// Which ISA level this process runs: what the library has, what the CPU and the OS have, what the user allows.
+// Which ISA level this process runs: what the library has, what the CPU and the OS have, what the user
+// allows.
 #include "fi/cpu/isa.h"
 
 #include <cstdlib>
@@ -6,16 +7,17 @@
 #include <string>
 
 #if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#  include <cpuid.h>
+#  include <sys/syscall.h>
+#  include <unistd.h>
 #endif
 
 namespace fi::cpu {
 namespace {
 
 #if defined(__x86_64__) && defined(__linux__)
-// AMX state must be asked for once a process (arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)); threads made later inherit it.
+// AMX state must be asked for once a process (arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)); threads made later
+// inherit it.
 bool amx_permitted() {
   constexpr long request_permission = 0x1023, tile_data = 18;
   unsigned a, b, c, d;
@@ -27,7 +29,8 @@ bool amx_permitted() {
 // __builtin_cpu_supports also asks the OS (XGETBV) whether it saves the registers.
 int machine_level() {
   __builtin_cpu_init();
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return 0;
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")))
+    return 0;
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
     return 1;
@@ -48,7 +51,8 @@ Isa detect() {
     if (std::string(wanted) == isa_names[i]) return static_cast<Isa>(i < level ? i : level);
     known += (i ? ", " : "") + std::string(isa_names[i]);
   }
-  throw std::runtime_error("fi_ops: FI_OPS_CPU_ISA must be one of " + known + ", got " + wanted + "; unset it for the best level");
+  throw std::runtime_error("fi_ops: FI_OPS_CPU_ISA must be one of " + known + ", got " + wanted +
+                           "; unset it for the best level");
 }
 
 }  // namespace

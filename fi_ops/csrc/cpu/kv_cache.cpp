@@ -4,14 +4,16 @@
 namespace fi::binding {
 namespace {
 
-// The new tokens and their slots, against caches that are checked already (_check_new_tokens in library/kv_cache.py).
-void check_new_tokens(const char* op, const Tensor& k_cache, const Tensor& v_cache, const Tensor& key, const Tensor& value,
-                      const Tensor& positions, int64_t qo_len) {
+// The new tokens and their slots, against caches that are checked already (_check_new_tokens in
+// library/kv_cache.py).
+void check_new_tokens(const char* op, const Tensor& k_cache, const Tensor& v_cache, const Tensor& key,
+                      const Tensor& value, const Tensor& positions, int64_t qo_len) {
   const int64_t batch = k_cache.size(0), kv_heads = k_cache.size(1);
   auto check = [&](const char* name, const Tensor& t, const char* cache_name, const Tensor& cache) {
     check_same_device(op, name, t, cache_name, cache);
     check_same_dtype(op, name, t, cache_name, cache);
-    check_shape(op, name, t, {batch, kv_heads, qo_len, cache.size(3)}, "[batch, num_kv_heads, qo_len, head_dim]");
+    check_shape(op, name, t, {batch, kv_heads, qo_len, cache.size(3)},
+                "[batch, num_kv_heads, qo_len, head_dim]");
     check_last_dim_contiguous(op, name, t);
   };
   check("key", key, "k_cache", k_cache);
@@ -19,14 +21,15 @@ void check_new_tokens(const char* op, const Tensor& k_cache, const Tensor& v_cac
   check_same_device(op, "positions", positions, "k_cache", k_cache);
   check_dtype(op, "positions", positions, index_types);
   const int64_t ndim = positions.dim();
-  const bool ok = (ndim == 1 || ndim == 2) && positions.size(ndim - 1) == qo_len && (ndim == 1 || positions.size(0) == batch);
-  FI_CHECK(op, ok, "positions must be [qo_len] or [batch, qo_len] = [", qo_len, "] or [", batch, ", ", qo_len, "], got ",
-           shape_of(positions), "; pass the cache slot of each new token");
+  const bool ok = (ndim == 1 || ndim == 2) && positions.size(ndim - 1) == qo_len &&
+                  (ndim == 1 || positions.size(0) == batch);
+  FI_CHECK(op, ok, "positions must be [qo_len] or [batch, qo_len] = [", qo_len, "] or [", batch, ", ", qo_len,
+           "], got ", shape_of(positions), "; pass the cache slot of each new token");
 }
 
 // positions as int64 [batch, qo_len], all of them checked before anything is written.
-const int64_t* read_positions(const char* op, const Tensor& positions, int64_t batch, int64_t qo_len, int64_t max_len,
-                              ScratchArena& arena) {
+const int64_t* read_positions(const char* op, const Tensor& positions, int64_t batch, int64_t qo_len,
+                              int64_t max_len, ScratchArena& arena) {
   auto* out = static_cast<int64_t*>(arena.allocate(batch * qo_len * int64_t(sizeof(int64_t))));
   const int64_t last = positions.dim() - 1;
   const int64_t stride_b = last == 1 ? positions.stride(0) : 0, stride_i = positions.stride(last);
@@ -35,16 +38,18 @@ const int64_t* read_positions(const char* op, const Tensor& positions, int64_t b
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t i = 0; i < qo_len; ++i) {
       const int64_t at = b * stride_b + i * stride_i;
-      const int64_t slot = wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
-      FI_CHECK(op, slot >= 0 && slot < max_len, "positions must be in [0, ", max_len, "), the cache's slots, got ", slot,
-               "; grow the cache or fix the positions");
+      const int64_t slot =
+          wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
+      FI_CHECK(op, slot >= 0 && slot < max_len, "positions must be in [0, ", max_len,
+               "), the cache's slots, got ", slot, "; grow the cache or fix the positions");
       out[b * qo_len + i] = slot;
     }
   }
   return out;
 }
 
-AppendParams append_params(Tensor& k_cache, Tensor& v_cache, const Tensor& key, const Tensor& value, const int64_t* positions) {
+AppendParams append_params(Tensor& k_cache, Tensor& v_cache, const Tensor& key, const Tensor& value,
+                           const int64_t* positions) {
   AppendParams p{};
   p.batch = key.size(0);
   p.num_kv_heads = key.size(1);
@@ -64,7 +69,8 @@ AppendParams append_params(Tensor& k_cache, Tensor& v_cache, const Tensor& key, 
   return p;
 }
 
-void append_kv_op(Tensor k_cache, Tensor v_cache, const Tensor& key, const Tensor& value, const Tensor& positions) {
+void append_kv_op(Tensor k_cache, Tensor v_cache, const Tensor& key, const Tensor& value,
+                  const Tensor& positions) {
   const char* op = "append_kv";
   const char* cache_layout = "[batch, num_kv_heads, max_len, head_dim]";
   check_no_grads(op, k_cache, v_cache, key, value);
@@ -91,9 +97,10 @@ struct Rope {
   int64_t rotary_dim;
 };
 
-Tensor append_and_attend(const char* op, const Tensor& query, const Tensor& key, const Tensor& value, const Rope* rope,
-                         Tensor& k_cache, Tensor& v_cache, const Tensor& positions, const MaybeTensor& mask, bool causal,
-                         int64_t window_left, const std::optional<double>& scale, double logits_soft_cap,
+Tensor append_and_attend(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                         const Rope* rope, Tensor& k_cache, Tensor& v_cache, const Tensor& positions,
+                         const MaybeTensor& mask, bool causal, int64_t window_left,
+                         const std::optional<double>& scale, double logits_soft_cap,
                          const MaybeTensor& alibi_slopes, const MaybeTensor& sinks) {
   check_no_grads(op, query, key, value, k_cache, v_cache, mask, alibi_slopes, sinks);
   if (rope) check_no_grads(op, rope->cos, rope->sin);
@@ -110,31 +117,34 @@ Tensor append_and_attend(const char* op, const Tensor& query, const Tensor& key,
   const int64_t* slots = read_positions(op, positions, batch, qo_len, max_len, arena);
   AppendParams append = append_params(k_cache, v_cache, key, value, slots);
   Tensor output = empty_attention_output(query, value.size(3));
-  AttentionParams attention = attention_params(query, k_cache, v_cache, output, mask, causal, window_left, scale,
-                                               logits_soft_cap, alibi_slopes, sinks, arena);
+  AttentionParams attention = attention_params(query, k_cache, v_cache, output, mask, causal, window_left,
+                                               scale, logits_soft_cap, alibi_slopes, sinks, arena);
   attention.positions = slots;
-  if (rope) append.rope = attention.rope = rope_table(rope->cos, rope->sin, query.size(3), rope->rotary_dim, rope->interleaved);
+  if (rope)
+    append.rope = attention.rope =
+        rope_table(rope->cos, rope->sin, query.size(3), rope->rotary_dim, rope->interleaved);
   FI_DISPATCH(append_kv)(append, torch_parallel());
   run_attention(attention);
   return output;
 }
 
-Tensor append_attention_op(const Tensor& query, const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_cache,
-                           const Tensor& positions, const MaybeTensor& mask, bool causal, int64_t window_left,
-                           std::optional<double> scale, double logits_soft_cap, const MaybeTensor& alibi_slopes,
-                           const MaybeTensor& sinks) {
-  return append_and_attend("append_attention", query, key, value, nullptr, k_cache, v_cache, positions, mask, causal,
-                           window_left, scale, logits_soft_cap, alibi_slopes, sinks);
+Tensor append_attention_op(const Tensor& query, const Tensor& key, const Tensor& value, Tensor k_cache,
+                           Tensor v_cache, const Tensor& positions, const MaybeTensor& mask, bool causal,
+                           int64_t window_left, std::optional<double> scale, double logits_soft_cap,
+                           const MaybeTensor& alibi_slopes, const MaybeTensor& sinks) {
+  return append_and_attend("append_attention", query, key, value, nullptr, k_cache, v_cache, positions, mask,
+                           causal, window_left, scale, logits_soft_cap, alibi_slopes, sinks);
 }
 
-Tensor rope_append_attention_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos,
-                                const Tensor& sin, Tensor k_cache, Tensor v_cache, const Tensor& positions,
-                                const MaybeTensor& mask, bool interleaved, int64_t rotary_dim, bool causal,
-                                int64_t window_left, std::optional<double> scale, double logits_soft_cap,
+Tensor rope_append_attention_op(const Tensor& query, const Tensor& key, const Tensor& value,
+                                const Tensor& cos, const Tensor& sin, Tensor k_cache, Tensor v_cache,
+                                const Tensor& positions, const MaybeTensor& mask, bool interleaved,
+                                int64_t rotary_dim, bool causal, int64_t window_left,
+                                std::optional<double> scale, double logits_soft_cap,
                                 const MaybeTensor& sinks) {
   const Rope rope{cos, sin, interleaved, rotary_dim};
-  return append_and_attend("rope_append_attention", query, key, value, &rope, k_cache, v_cache, positions, mask, causal,
-                           window_left, scale, logits_soft_cap, std::nullopt, sinks);
+  return append_and_attend("rope_append_attention", query, key, value, &rope, k_cache, v_cache, positions,
+                           mask, causal, window_left, scale, logits_soft_cap, std::nullopt, sinks);
 }
 
 }  // namespace

@@ -43,7 +43,8 @@ Tensor empty_output(const char* op, const Tensor& input, NormParams& p) {
   return output;
 }
 
-Tensor rmsnorm_with(const char* op, const Tensor& input, const Tensor& weight, double eps, float weight_offset) {
+Tensor rmsnorm_with(const char* op, const Tensor& input, const Tensor& weight, double eps,
+                    float weight_offset) {
   check_no_grads(op, input, weight);
   check_input(op, input);
   check_weight(op, input, weight);
@@ -54,7 +55,8 @@ Tensor rmsnorm_with(const char* op, const Tensor& input, const Tensor& weight, d
   return output;
 }
 
-void fused_add_rmsnorm_with(const char* op, Tensor& input, Tensor& residual, const Tensor& weight, double eps, float weight_offset) {
+void fused_add_rmsnorm_with(const char* op, Tensor& input, Tensor& residual, const Tensor& weight, double eps,
+                            float weight_offset) {
   check_no_grads(op, input, residual, weight);
   check_input(op, input);
   check_same_device(op, "residual", residual, "input", input);

@@ -33,9 +33,12 @@ void append(const AppendParams& p, const Parallel& parallel) {
 
 void append_kv(const AppendParams& params, const Parallel& parallel) {
   switch (params.dtype) {
-    case DType::f32: return append<float>(params, parallel);
-    case DType::bf16: return append<bf16>(params, parallel);
-    default: return append<f16>(params, parallel);
+    case DType::f32:
+      return append<float>(params, parallel);
+    case DType::bf16:
+      return append<bf16>(params, parallel);
+    default:
+      return append<f16>(params, parallel);
   }
 }
 

@@ -23,10 +23,10 @@ struct f16 {
 enum class DType : int32_t { f32, bf16, f16, boolean, u8, i32, i64 };
 
 FI_INLINE constexpr int64_t size_of(DType t) {
-  return t == DType::i64                        ? 8
-         : t == DType::f32 || t == DType::i32   ? 4
-         : t == DType::bf16 || t == DType::f16  ? 2
-                                                : 1;
+  return t == DType::i64                       ? 8
+         : t == DType::f32 || t == DType::i32  ? 4
+         : t == DType::bf16 || t == DType::f16 ? 2
+                                               : 1;
 }
 
 FI_INLINE uint32_t float_bits(float x) {

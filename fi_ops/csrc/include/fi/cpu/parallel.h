@@ -1,5 +1,5 @@
-// Torch-free handing out of tasks. What a task is must follow from shapes alone, never from the number of threads, so that
-// results don't depend on it.
+// Torch-free handing out of tasks. What a task is must follow from shapes alone, never from the number of
+// threads, so that results don't depend on it.
 #pragma once
 
 #include <atomic>
