@@ -143,7 +143,10 @@ def test_decode_is_prefill_of_one():
         one, lse = fi_ops.single_decode_with_kv_cache(q[0], k, v, return_lse=True, **options)
         many, lses = fi_ops.single_prefill_with_kv_cache(q, k, v, return_lse=True, **options)
         assert torch.equal(one, many[0]) and torch.equal(lse, lses[0])
-        assert torch.equal(one, fi_ops.single_decode_with_kv_cache(q[0], k, v, **options))
+        alone = fi_ops.single_decode_with_kv_cache(q[0], k, v, **options)
+        assert torch.equal(alone, fi_ops.single_prefill_with_kv_cache(q, k, v, **options)[0])
+        # without the LSE bfloat16 weights take a cheaper exponential: the last bit may differ
+        assert (alone.float() - one.float()).abs().max() <= torch.finfo(torch.bfloat16).eps * one.float().abs().max()
 
 
 def test_scales_are_applied():
