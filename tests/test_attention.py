@@ -39,7 +39,9 @@ def test_tiles_that_a_mask_excludes_are_not_read(dtype):
     k, v = (torch.randn(1, 2, 4096, 64).to(dtype) for _ in range(2))
     mask = torch.zeros(1, 1, 1, 4096, dtype=torch.bool)
     mask[..., :1024] = mask[..., 3072:] = True
-    expected = fi.attention(q, torch.cat((k[:, :, :1024], k[:, :, 3072:]), 2), torch.cat((v[:, :, :1024], v[:, :, 3072:]), 2))
+    expected = fi.attention(
+        q, torch.cat((k[:, :, :1024], k[:, :, 3072:]), 2), torch.cat((v[:, :, :1024], v[:, :, 3072:]), 2)
+    )
     k[:, :, 1024:3072] = v[:, :, 1024:3072] = math.nan
     torch.testing.assert_close(fi.attention(q, k, v, mask), expected)
 

@@ -13,7 +13,9 @@ from inductor_capture import capture, graph_text
 from snippets import cache, eager, samplers, sdpa
 from snippets.rope import gpt_fast_rotate
 
-pytestmark = pytest.mark.skipif(torch.__version__[:4] != "2.13", reason="graphs as torch 2.13, the version CI runs, traces them")
+pytestmark = pytest.mark.skipif(
+    torch.__version__[:4] != "2.13", reason="graphs as torch 2.13, the version CI runs, traces them"
+)
 
 
 def gpt_fast_layer(q, k, v, k_cache, v_cache, freqs_cis, positions, mask):

@@ -100,16 +100,58 @@ def test_static_cache_decode(family, implementation, dynamic):
     check_model(build(family, implementation), "static", {FULL}, dynamic=dynamic)
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral"])
-def test_dynamic_cache(family, implementation):
+def test_dynamic_cache(family, implementation, dynamic):
     """Keys are rotated before `torch.cat`: RoPE stays Inductor's. Prefill and decode are both compiled."""
-    check_model(build(family, implementation), "dynamic", {PLAIN}, compile_prefill=True)
+    check_model(build(family, implementation), "dynamic", {PLAIN}, dynamic=dynamic, compile_prefill=True)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("cache_kind", ["static", "dynamic"])
-def test_left_padding(cache_kind):
-    check_model(build("Llama"), cache_kind, {FULL} if cache_kind == "static" else {PLAIN}, left_padding=True)
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral"])
+def test_left_padding(family, cache_kind, implementation):
+    grades = {FULL} if cache_kind == "static" else {PLAIN}
+    check_model(build(family, implementation), cache_kind, grades, left_padding=True)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral"])
+def test_prefill_into_a_static_cache(family, implementation, dynamic):
+    """A second prompt: the cache exists already, so its compiled prefill writes to it in place."""
+    model, result = build(family, implementation), Capture()
+    prompts = torch.randint(1, 64, (2, 2, 5), generator=torch.Generator().manual_seed(3))
+
+    def second_prefill(forward):
+        cache = new_cache(model, "static")
+        with torch.no_grad():
+            model(prompts[0], past_key_values=cache)
+            return forward(prompts[1], past_key_values=cache).logits
+
+    reference = second_prefill(model)
+    got = second_prefill(compiled_for_capture(model.forward, result, dynamic=dynamic))
+    assert result.grades() == [FULL] * LAYERS
+    torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral"])
+def test_bfloat16_error_budget(family):
+    """bf16 logits of prefill and decode are as near to fp64 as stock's are (twice its error, plus rounding)."""
+    model, precise = build(family).bfloat16(), build(family).double()
+    precise.load_state_dict(model.state_dict())
+    tokens = torch.randint(1, 64, (4, 2, 1), generator=torch.Generator().manual_seed(4))
+
+    def logits(model, forward):
+        cache = new_cache(model, "static")
+        with torch.no_grad():
+            return [forward(ids, past_key_values=cache).logits for ids in (tokens[:, :, 0].T.contiguous(), *tokens)]
+
+    ours = logits(model, compiled_for_capture(model.forward, Capture()))
+    for a, b, e in zip(ours, logits(model, model), logits(precise, precise), strict=True):
+        allowed = 2 * ((b.double() - e).abs().max() + torch.finfo(torch.bfloat16).eps * e.abs().max())
+        assert (a.double() - e).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
