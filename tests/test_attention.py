@@ -63,3 +63,18 @@ def test_heads_of_a_group_do_not_depend_on_each_other():
     together = fi.attention(q, k, v)
     for h in range(8):
         torch.testing.assert_close(together[:, h : h + 1], fi.attention(q[:, h : h + 1], k, v))
+
+
+def test_offsets_beyond_32_bits():
+    """A cache of more than 2^32 elements, live at its far end only; the rest is never touched, so it costs no memory."""
+    slots, live = 2**25 + 1000, 100
+    k, v = (torch.empty(1, 1, slots, 128, dtype=torch.bfloat16) for _ in range(2))
+    k[:, :, -live:], v[:, :, -live:] = torch.randn(2, 1, 1, live, 128)
+    q, new = torch.randn(1, 4, 1, 128).bfloat16(), torch.randn(1, 1, 1, 128).bfloat16()
+    fi.append_kv(k, v, new, new, torch.tensor([slots - 1]))
+    assert torch.equal(k[:, :, -1:], new) and torch.equal(v[:, :, -1:], new)
+    mask = torch.zeros(1, 1, 1, slots, dtype=torch.bool)
+    mask[..., -live:] = True
+    expected = fi.attention(q, k[:, :, -live:], v[:, :, -live:])
+    torch.testing.assert_close(fi.attention(q, k, v, mask), expected)
+    torch.testing.assert_close(fi.attention(q, k, v, window_left=live - 1), expected)
