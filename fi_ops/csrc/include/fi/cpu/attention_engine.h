@@ -1,5 +1,5 @@
-// The two engines under the attention loop. An engine says how a tile's products are computed and what tile suits it; the
-// loop (attention_loop.h) owns everything else.
+// The two engines under the attention loop. An engine says how a tile's products are computed and what tile
+// suits it; the loop (attention_loop.h) owns everything else.
 //
 //   Stream: few query rows; reads rows of K and V in place, limited by memory.
 //   Packed: many query rows; K and V packed into panels once a call, limited by the unit's arithmetic.
@@ -19,12 +19,13 @@ struct Stream {
   using Query = typename StreamDot<T>::Query;
   using Weight = Query;
   static constexpr bool kPacked = false;
-  static constexpr int64_t kMaxRows = 16;  // above, converting and reducing per query row costs more than packing
+  static constexpr int64_t kMaxRows =
+      16;  // above, converting and reducing per query row costs more than packing
   static constexpr int64_t kStepRows = 1;
   static constexpr int64_t kStepCols = kLanes;
   static constexpr int64_t kStepDepth = StreamDot<T>::kStep;
-  static constexpr int64_t kStart = 1;            // a tile may be entered at any column
-  static constexpr int64_t kMinChunkTiles = 4;    // a chunk's state is small against its keys
+  static constexpr int64_t kStart = 1;          // a tile may be entered at any column
+  static constexpr int64_t kMinChunkTiles = 4;  // a chunk's state is small against its keys
 
   static int64_t block_rows(int64_t rows) { return rows; }
   // K and V rows of a tile, about 16 KB each, stay in L1 between the passes.
@@ -49,8 +50,8 @@ struct Packed {
   static constexpr int64_t kMinChunkTiles = 1;
 
   static int64_t block_rows(int64_t rows) { return rows < 128 ? round_up(rows, kStepRows) : 128; }
-  // A tile's K, V, logits and the block's Q and output stay in L2: about 600 KB with AMX (whose machines have 2 MB), 400 KB
-  // else.
+  // A tile's K, V, logits and the block's Q and output stay in L2: about 600 KB with AMX (whose machines have
+  // 2 MB), 400 KB else.
   static int64_t tile(int64_t head_dim, int64_t kv_len) {
     int64_t t = (FI_ISA_LEVEL >= 4 ? 65536 : 32768) / (head_dim < 64 ? 64 : head_dim) / 32 * 32;
     t = t < 64 ? 64 : t;

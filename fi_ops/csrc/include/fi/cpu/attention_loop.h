@@ -1,9 +1,10 @@
 // The attention main loop, for all dtypes, engines and variants.
 //
-// Head-query fusion: the rows of a block are the query heads of one KV group x query positions (row = position * group +
-// head), so each row of K and V is read once for its whole group. One task is one block against one chunk of its live
-// KV tiles; blocks whose tiles were split into several chunks are merged in chunk order afterwards. What is split follows
-// from shapes and mask alone, so results don't depend on the number of threads.
+// Head-query fusion: the rows of a block are the query heads of one KV group x query positions (row =
+// position * group + head), so each row of K and V is read once for its whole group. One task is one block
+// against one chunk of its live KV tiles; blocks whose tiles were split into several chunks are merged in
+// chunk order afterwards. What is split follows from shapes and mask alone, so results don't depend on the
+// number of threads.
 #pragma once
 
 #include "fi/cpu/attention.h"
@@ -14,11 +15,12 @@
 
 namespace fi::FI_ISA {
 
-// Enough tasks to keep many threads busy and even out causal blocks; more would only add merging, and cold starts: the
-// first tile of a chunk is not prefetched.
+// Enough tasks to keep many threads busy and even out causal blocks; more would only add merging, and cold
+// starts: the first tile of a chunk is not prefetched.
 inline constexpr int64_t kTargetTasks = 48;
 
-// Partial states up to this many floats are merged by the calling thread: a second wake-up of all threads costs more.
+// Partial states up to this many floats are merged by the calling thread: a second wake-up of all threads
+// costs more.
 inline constexpr int64_t kMergeAlone = 131072;
 
 // Hands out pieces of one allocation, each 64-byte aligned; with base null it only adds up the size.
@@ -35,7 +37,8 @@ struct Carver {
 
 template <class E>
 FI_INLINE E* allocate(const AttentionParams& p, int64_t count) {
-  return static_cast<E*>(p.scratch.allocate(p.scratch.context, round_up(count * int64_t(sizeof(E)), 64) + 64));
+  return static_cast<E*>(
+      p.scratch.allocate(p.scratch.context, round_up(count * int64_t(sizeof(E)), 64) + 64));
 }
 
 template <class T, class Engine>
@@ -53,7 +56,8 @@ class AttentionCall {
     tile = Engine::tile(widest, p.kv_len);
     num_tiles = ceil_div(p.kv_len, tile);
     depth = round_up(p.head_dim_qk, Engine::kStepDepth);
-    q_stride = depth + (Engine::kPacked ? 64 / int64_t(sizeof(Query)) : 0);  // off powers of two: no cache set conflicts
+    q_stride = depth + (Engine::kPacked ? 64 / int64_t(sizeof(Query))
+                                        : 0);  // off powers of two: no cache set conflicts
     s_stride = round_up(tile, Engine::kStepCols) + 16;
     o_stride = round_up(p.head_dim_vo, 2 * kLanes) + (Engine::kPacked ? 16 : 0);
     k_tile_size = round_up(tile, kLanes) * depth;
@@ -161,7 +165,8 @@ class AttentionCall {
   // ---- what to read ----
 
   int64_t list_of(const Block& k) const {
-    return ((mask_batches == 1 ? 0 : k.b) * mask_heads + (mask_heads == 1 ? 0 : k.kv_head)) * num_blocks + k.index;
+    return ((mask_batches == 1 ? 0 : k.b) * mask_heads + (mask_heads == 1 ? 0 : k.kv_head)) * num_blocks +
+           k.index;
   }
 
   void scan_mask() {
@@ -175,8 +180,8 @@ class AttentionCall {
       Block k = block_of(n % num_blocks);
       k.kv_head = n / num_blocks % mask_heads;
       k.b = n / num_blocks / mask_heads;
-      list_sizes[n] = list_live_tiles(p, k.b, k.kv_head * group, (k.kv_head + 1) * group, k.i_begin, k.i_end, tile,
-                                      lists + n * num_tiles, tops + n * num_tiles);
+      list_sizes[n] = list_live_tiles(p, k.b, k.kv_head * group, (k.kv_head + 1) * group, k.i_begin, k.i_end,
+                                      tile, lists + n * num_tiles, tops + n * num_tiles);
     });
   }
 
@@ -238,20 +243,23 @@ class AttentionCall {
     if (!p.rope_keys) return {rows, p.k_stride_n};
     for (int64_t j = 0; j < n; ++j) {
       const RopeAngles angles = rope_angles(p.rope, b, row + j, w.angles);
-      rotate_row(rows + j * p.k_stride_n, w.k_rows + j * p.head_dim_qk, angles, p.rope.rotary_dim, p.head_dim_qk,
-                 p.rope.interleaved);
+      rotate_row(rows + j * p.k_stride_n, w.k_rows + j * p.head_dim_qk, angles, p.rope.rotary_dim,
+                 p.head_dim_qk, p.rope.interleaved);
     }
     return {w.k_rows, p.head_dim_qk};
   }
 
-  // Packs keys and values [row, row + n) of a tile; the rest of the tile's V is 0, so that 0 weights meet no garbage.
-  void pack_tile(int64_t b, int64_t kv_head, int64_t row, int64_t n, Query* k_pack, Query* v_pack, Worker& w) const {
+  // Packs keys and values [row, row + n) of a tile; the rest of the tile's V is 0, so that 0 weights meet no
+  // garbage.
+  void pack_tile(int64_t b, int64_t kv_head, int64_t row, int64_t n, Query* k_pack, Query* v_pack,
+                 Worker& w) const {
     if constexpr (Engine::kPacked) {
       using Unit = typename Engine::Unit;
       const KeyRows keys = load_keys(b, kv_head, row, n, w);
       pack_keys<Unit>(k_pack, keys.rows, keys.stride, n, p.head_dim_qk, depth);
       pack_values<Unit>(v_pack, value_rows(b, kv_head, row), p.v_stride_n, n, p.head_dim_vo,
-                        round_up(n, Engine::kStepCols) < tile ? round_up(n, Engine::kStepCols) : tile, tile * kLanes);
+                        round_up(n, Engine::kStepCols) < tile ? round_up(n, Engine::kStepCols) : tile,
+                        tile * kLanes);
     }
   }
 
@@ -276,7 +284,8 @@ class AttentionCall {
       const Range range = allowed_keys(p, b, 0, p.qo_len);
       const int64_t end = (t + 1) * tile < range.end ? (t + 1) * tile : range.end;
       if (wanted ? !wanted[task] : t < range.begin / tile || t * tile >= end) return;
-      pack_tile(b, kv_head, t * tile, end - t * tile, k_packed + task * k_tile_size, v_packed + task * v_tile_size, w);
+      pack_tile(b, kv_head, t * tile, end - t * tile, k_packed + task * k_tile_size,
+                v_packed + task * v_tile_size, w);
     });
   }
 
@@ -288,7 +297,8 @@ class AttentionCall {
     RopeAngles angles{};
     for (int64_t r = k.row_begin; r < k.row_end; ++r) {
       const int64_t i = r / group, h = k.kv_head * group + r % group;
-      const T* src = static_cast<const T*>(p.query) + k.b * p.q_stride_b + h * p.q_stride_h + i * p.q_stride_n;
+      const T* src =
+          static_cast<const T*>(p.query) + k.b * p.q_stride_b + h * p.q_stride_h + i * p.q_stride_n;
       if (p.rope.cos) {
         if (angles_of != i) angles = rope_angles(p.rope, k.b, i + p.rope_q_offset, w.angles);
         angles_of = i;
@@ -312,15 +322,17 @@ class AttentionCall {
 
   int64_t padded_rows(const Block& k) const { return round_up(k.row_end - k.row_begin, Engine::kStepRows); }
 
-  // Narrows [begin, end) to the first and last key that a bool mask shows to any row of the block: the edge of a static
-  // cache's live part is not read past, whatever lies there.
+  // Narrows [begin, end) to the first and last key that a bool mask shows to any row of the block: the edge
+  // of a static cache's live part is not read past, whatever lies there.
   Range trim(const Block& k, Range r) const {
     auto shown = [&](int64_t j) {
-      const int64_t heads = p.mask_stride_h == 0 ? 1 : group, i_end = p.mask_stride_q == 0 ? k.i_begin + 1 : k.i_end;
+      const int64_t heads = p.mask_stride_h == 0 ? 1 : group,
+                    i_end = p.mask_stride_q == 0 ? k.i_begin + 1 : k.i_end;
       for (int64_t h = 0; h < heads; ++h) {
         for (int64_t i = k.i_begin; i < i_end; ++i) {
-          if (static_cast<const uint8_t*>(p.mask)[k.b * p.mask_stride_b + (k.kv_head * group + h) * p.mask_stride_h +
-                                                  i * p.mask_stride_q + j * p.mask_stride_k]) {
+          if (static_cast<const uint8_t*>(
+                  p.mask)[k.b * p.mask_stride_b + (k.kv_head * group + h) * p.mask_stride_h +
+                          i * p.mask_stride_q + j * p.mask_stride_k]) {
             return true;
           }
         }
@@ -366,8 +378,10 @@ class AttentionCall {
     task.num_chunks == 1 ? write_rows(k, w) : write_partial(task_index, m, w);
   }
 
-  // Keys [r.begin, r.end) of one tile: products, softmax, weighted values. `next` is the first key of the tile after it.
-  void attend_tile(const Block& k, Range r, int64_t tile_begin, bool masked, bool accumulate, int64_t next, Worker& w) {
+  // Keys [r.begin, r.end) of one tile: products, softmax, weighted values. `next` is the first key of the
+  // tile after it.
+  void attend_tile(const Block& k, Range r, int64_t tile_begin, bool masked, bool accumulate, int64_t next,
+                   Worker& w) {
     const int64_t n = r.end - r.begin, cols = round_up(n, Engine::kStepCols), skip = r.begin - tile_begin;
     const int64_t m = k.row_end - k.row_begin;
     if constexpr (Engine::kPacked) {
@@ -376,29 +390,31 @@ class AttentionCall {
       const Query* k_pack = pack_once ? k_packed + at * k_tile_size : w.k_pack;
       const Query* v_pack = pack_once ? v_packed + at * v_tile_size : w.v_pack;
       if (!pack_once) pack_tile(k.b, k.kv_head, tile_begin, r.end - tile_begin, w.k_pack, w.v_pack, w);
-      Unit::gemm(w.q, q_stride, k_pack + skip * depth, depth * kLanes, w.s, s_stride, padded_rows(k), ceil_div(n, kLanes),
-                 depth, false);
+      Unit::gemm(w.q, q_stride, k_pack + skip * depth, depth * kLanes, w.s, s_stride, padded_rows(k),
+                 ceil_div(n, kLanes), depth, false);
       softmax_rows(k, r, n, cols, masked, accumulate, w);
       Unit::gemm(reinterpret_cast<const Weight*>(w.s), s_stride * int64_t(sizeof(float) / sizeof(Weight)),
-                 v_pack + skip * kLanes, tile * kLanes, w.acc, o_stride, padded_rows(k), ceil_div(p.head_dim_vo, kLanes),
-                 round_up(n, Unit::kStepK), accumulate);
+                 v_pack + skip * kLanes, tile * kLanes, w.acc, o_stride, padded_rows(k),
+                 ceil_div(p.head_dim_vo, kLanes), round_up(n, Unit::kStepK), accumulate);
     } else {
       const KeyRows keys = load_keys(k.b, k.kv_head, r.begin, n, w);
       const T* values = value_rows(k.b, k.kv_head, r.begin);
-      stream_scores<T>(w.s, s_stride, w.q, q_stride, m, keys.rows, keys.stride, n, p.head_dim_qk, values, p.v_stride_n,
-                       p.head_dim_vo);
+      stream_scores<T>(w.s, s_stride, w.q, q_stride, m, keys.rows, keys.stride, n, p.head_dim_qk, values,
+                       p.v_stride_n, p.head_dim_vo);
       softmax_rows(k, r, n, cols, masked, accumulate, w);
       if (!accumulate) {
         for (int64_t i = 0; i < m * o_stride; ++i) w.acc[i] = 0.0f;
       }
       const T* next_keys = next >= 0 ? key_rows(k.b, k.kv_head, next) : nullptr;
-      stream_values(w.acc, o_stride, reinterpret_cast<const Weight*>(w.s), s_stride * int64_t(sizeof(float) / sizeof(Weight)),
-                    m, values, p.v_stride_n, n, p.head_dim_vo, next_keys, p.k_stride_n, p.head_dim_qk);
+      stream_values(w.acc, o_stride, reinterpret_cast<const Weight*>(w.s),
+                    s_stride * int64_t(sizeof(float) / sizeof(Weight)), m, values, p.v_stride_n, n,
+                    p.head_dim_vo, next_keys, p.k_stride_n, p.head_dim_qk);
     }
   }
 
   // Products in w.s to weights; moves the running maxima and sums and rescales what has been accumulated.
-  void softmax_rows(const Block& k, Range r, int64_t n, int64_t cols, bool masked, bool accumulate, Worker& w) {
+  void softmax_rows(const Block& k, Range r, int64_t n, int64_t cols, bool masked, bool accumulate,
+                    Worker& w) {
     // Nothing but a positive scale: it joins the exponent's FMA instead of taking a pass of its own.
     const bool plain = !masked && p.logits_soft_cap == 0.0f && !p.alibi_slopes && p.scale > 0.0f;
     int64_t staged_i = -1, staged_h = -1;
@@ -413,7 +429,8 @@ class AttentionCall {
           staged_i = mask_i;
           staged_h = mask_h;
         }
-        const RowVariant variant{p.scale, p.logits_soft_cap, p.alibi_slopes ? p.alibi_slopes[h] * kLog2e : 0.0f,
+        const RowVariant variant{p.scale, p.logits_soft_cap,
+                                 p.alibi_slopes ? p.alibi_slopes[h] * kLog2e : 0.0f,
                                  r.begin - query_position(p, k.b, i), masked ? w.additive : nullptr};
         apply_variant(s, round_up(n, kLanes), variant);
         scale2 = 1.0f;
@@ -427,13 +444,15 @@ class AttentionCall {
       float& row_sum = w.row_sum[row];
       const int64_t width = seen.end - seen.begin;
       const float rescale =
-          kMayRound && !p.lse ? softmax_row<kMayRound>(s + seen.begin, weights + seen.begin, width, scale2, row_max, row_sum)
-                              : softmax_row<false>(s + seen.begin, weights + seen.begin, width, scale2, row_max, row_sum);
+          kMayRound && !p.lse
+              ? softmax_row<kMayRound>(s + seen.begin, weights + seen.begin, width, scale2, row_max, row_sum)
+              : softmax_row<false>(s + seen.begin, weights + seen.begin, width, scale2, row_max, row_sum);
       for (int64_t j = 0; j < seen.begin; ++j) weights[j] = Weight{};
       for (int64_t j = seen.end; j < cols; ++j) weights[j] = Weight{};
       if (accumulate && rescale != 1.0f) {
         float* acc = w.acc + row * o_stride;
-        for (int64_t d = 0; d < round_up(p.head_dim_vo, kLanes); d += kLanes) store(acc + d, load(acc + d) * rescale);
+        for (int64_t d = 0; d < round_up(p.head_dim_vo, kLanes); d += kLanes)
+          store(acc + d, load(acc + d) * rescale);
       }
     }
   }
@@ -479,7 +498,8 @@ class AttentionCall {
           const float top = acc[width] > other[width] ? acc[width] : other[width];
           const float keep = exp2(set1(acc[width] - usable_max(top)))[0];
           const float add = exp2(set1(other[width] - usable_max(top)))[0];
-          for (int64_t d = 0; d < width; d += kLanes) store(acc + d, load(acc + d) * keep + load(other + d) * add);
+          for (int64_t d = 0; d < width; d += kLanes)
+            store(acc + d, load(acc + d) * keep + load(other + d) * add);
           acc[width + 1] = acc[width + 1] * keep + other[width + 1] * add;
           acc[width] = top;
         }
@@ -494,7 +514,8 @@ class AttentionCall {
   int64_t q_stride, s_stride, o_stride, k_tile_size, v_tile_size;
   bool pack_once;
   int64_t mask_batches = 1, mask_heads = 1;
-  int32_t* lists = nullptr;       // [mask_batches][mask_heads][num_blocks][num_tiles]: live tiles, where there is a mask
+  int32_t* lists =
+      nullptr;  // [mask_batches][mask_heads][num_blocks][num_tiles]: live tiles, where there is a mask
   int64_t* list_sizes = nullptr;  // [mask_batches][mask_heads][num_blocks]
   Task* tasks = nullptr;          // [num_tasks]
   int64_t num_tasks = 0, chunk_tiles = 1;

@@ -7,20 +7,21 @@
 
 namespace fi::FI_ISA {
 
-// Stands for a finite logit that overflows in base 2 (finfo.min * log2(e)): still "attend, with next to no weight", where
-// -inf would be "excluded".
+// Stands for a finite logit that overflows in base 2 (finfo.min * log2(e)): still "attend, with next to no
+// weight", where -inf would be "excluded".
 inline constexpr float kLowestLogit = -3.0e38f;
 
 // What turns q.k into a logit, base 2, for one row of a tile.
 struct RowVariant {
-  float scale;           // of q.k, natural base
-  float soft_cap;        // 0: none
-  float alibi;           // slope * log2(e); 0: none
-  int64_t distance;      // of the tile's first key from the row's position
+  float scale;            // of q.k, natural base
+  float soft_cap;         // 0: none
+  float alibi;            // slope * log2(e); 0: none
+  int64_t distance;       // of the tile's first key from the row's position
   const float* additive;  // [n] base 2, -inf excludes; null: none
 };
 
-// In place: n (a multiple of kLanes) products to logits. An excluded key is -inf even where its product is NaN.
+// In place: n (a multiple of kLanes) products to logits. An excluded key is -inf even where its product is
+// NaN.
 FI_INLINE void apply_variant(float* s, int64_t n, const RowVariant& v) {
   const Vec lanes = to_vec(iota_i());
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -36,8 +37,8 @@ FI_INLINE void apply_variant(float* s, int64_t n, const RowVariant& v) {
   }
 }
 
-// Mask values [begin, begin + n) of one query row as base-2 addends; lanes up to the next multiple of kLanes are 0. A
-// finite value stays finite.
+// Mask values [begin, begin + n) of one query row as base-2 addends; lanes up to the next multiple of kLanes
+// are 0. A finite value stays finite.
 template <class T>
 FI_INLINE void stage_additive(float* dst, const T* m, int64_t stride, int64_t n) {
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -59,19 +60,24 @@ FI_INLINE void stage_bool(float* dst, const uint8_t* m, int64_t stride, int64_t 
   for (int64_t j = n; j % kLanes != 0; ++j) dst[j] = 0.0f;
 }
 
-FI_INLINE void stage_mask(float* dst, const AttentionParams& p, int64_t b, int64_t h, int64_t i, int64_t begin, int64_t n) {
+FI_INLINE void stage_mask(float* dst, const AttentionParams& p, int64_t b, int64_t h, int64_t i,
+                          int64_t begin, int64_t n) {
   const int64_t stride = p.mask_stride_k;
   const int64_t offset = b * p.mask_stride_b + h * p.mask_stride_h + i * p.mask_stride_q + begin * stride;
   switch (p.mask_dtype) {
-    case DType::boolean: return stage_bool(dst, static_cast<const uint8_t*>(p.mask) + offset, stride, n);
-    case DType::f32: return stage_additive(dst, static_cast<const float*>(p.mask) + offset, stride, n);
-    case DType::bf16: return stage_additive(dst, static_cast<const bf16*>(p.mask) + offset, stride, n);
-    default: return stage_additive(dst, static_cast<const f16*>(p.mask) + offset, stride, n);
+    case DType::boolean:
+      return stage_bool(dst, static_cast<const uint8_t*>(p.mask) + offset, stride, n);
+    case DType::f32:
+      return stage_additive(dst, static_cast<const float*>(p.mask) + offset, stride, n);
+    case DType::bf16:
+      return stage_additive(dst, static_cast<const bf16*>(p.mask) + offset, stride, n);
+    default:
+      return stage_additive(dst, static_cast<const f16*>(p.mask) + offset, stride, n);
   }
 }
 
-// The columns of a row, of `cols` in all, that hold a key it may see, widened to whole vectors; the columns that this adds
-// are set to -inf. Only these need a softmax.
+// The columns of a row, of `cols` in all, that hold a key it may see, widened to whole vectors; the columns
+// that this adds are set to -inf. Only these need a softmax.
 FI_INLINE Range visible_columns(float* s, int64_t cols, int64_t begin, int64_t end) {
   if (begin >= end) return {0, 0};
   Range wide{begin / kLanes * kLanes, (end + kLanes - 1) / kLanes * kLanes};
@@ -84,9 +90,10 @@ FI_INLINE Range visible_columns(float* s, int64_t cols, int64_t begin, int64_t e
 // The maximum so far that may be subtracted: 0 while nothing was attended to.
 FI_INLINE float usable_max(float m) { return m == -kInf ? 0.0f : m; }
 
-// One row of one tile: n logits / scale2 at s (n a multiple of kLanes) become `weights`, which may lie over s but not
-// beyond what has been read, and the running (max, sum) moves on. Returns the factor for what the row has accumulated so far.
-// kRounded: exponentials to bf16 precision, enough for bf16 weights but not for an LSE.
+// One row of one tile: n logits / scale2 at s (n a multiple of kLanes) become `weights`, which may lie over s
+// but not beyond what has been read, and the running (max, sum) moves on. Returns the factor for what the row
+// has accumulated so far. kRounded: exponentials to bf16 precision, enough for bf16 weights but not for an
+// LSE.
 template <bool kRounded, class P>
 FI_INLINE float softmax_row(float* s, P* weights, int64_t n, float scale2, float& row_max, float& row_sum) {
   Vec top0 = set1(-kInf), top1 = top0;
@@ -121,7 +128,8 @@ FI_INLINE float softmax_row(float* s, P* weights, int64_t n, float scale2, float
 
 // One row's result: out = acc / sum, the sink joining the sum; returns the LSE, base 2.
 template <class T>
-FI_INLINE float finish_row(T* out, const float* acc, int64_t n, float row_max, float row_sum, const float* sink) {
+FI_INLINE float finish_row(T* out, const float* acc, int64_t n, float row_max, float row_sum,
+                           const float* sink) {
   float total = row_sum, top = row_max, keep = 1.0f;
   if (sink) {
     const float s = *sink * kLog2e;

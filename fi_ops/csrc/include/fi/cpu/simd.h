@@ -9,7 +9,7 @@
 #include "fi/scalar.h"
 
 #if FI_ISA_LEVEL >= 1
-#include <immintrin.h>
+#  include <immintrin.h>
 #endif
 
 namespace fi::FI_ISA {
@@ -84,9 +84,7 @@ FI_INLINE Vec abs(Vec x) { return as_float(as_int(x) & 0x7fffffff); }
 
 // ---- 16-bit storage ----
 
-FI_INLINE Vec bf16_to_vec(VecH h) {
-  return (Vec)(__builtin_convertvector(h, VecU) << 16);
-}
+FI_INLINE Vec bf16_to_vec(VecH h) { return (Vec)(__builtin_convertvector(h, VecU) << 16); }
 
 FI_INLINE Vec f16_to_vec(VecH h) {
 #if FI_ISA_LEVEL >= 2
@@ -132,7 +130,8 @@ FI_INLINE VecH vec_to_f16(Vec x) {
 #endif
 }
 
-// ---- loads and stores; the partial forms touch exactly n elements (0 <= n <= kLanes), other lanes are 0 ----
+// ---- loads and stores; the partial forms touch exactly n elements (0 <= n <= kLanes), other lanes are 0
+// ----
 
 FI_INLINE Vec load(const float* p) {
   Vec x;
@@ -311,8 +310,8 @@ FI_INLINE Vec exp2_poly_bf16(Vec f) {
   return fma(p, f, set1(1.0f));
 }
 
-// 2^x for x <= 0, what a softmax needs: the exponent is added to the polynomial's as an integer. Results under 2^-126
-// lose digits, x <= -127 (also -inf) is 0, NaN stays NaN. kRounded: to about bf16 precision.
+// 2^x for x <= 0, what a softmax needs: the exponent is added to the polynomial's as an integer. Results
+// under 2^-126 lose digits, x <= -127 (also -inf) is 0, NaN stays NaN. kRounded: to about bf16 precision.
 template <bool kRounded = false>
 FI_INLINE Vec exp2_nonpositive(Vec x) {
   const float magic = 0x1.8p23f;

@@ -1,8 +1,8 @@
 // Tile GEMM: C[m, n] = or += A[m, k] B[k, n] in fp32, with B packed into panels of kLanes columns.
 //
-// A unit is the arithmetic behind it: fp32 FMA (any level), bf16 dot products (avx512_bf16), AMX tiles (amx). All
-// read one packed layout: element (k, c) of a panel is at (k / kPair) * kLanes * kPair + c * kPair + k % kPair. For bf16
-// that is the VNNI layout of both the dot product and the tile unit.
+// A unit is the arithmetic behind it: fp32 FMA (any level), bf16 dot products (avx512_bf16), AMX tiles (amx).
+// All read one packed layout: element (k, c) of a panel is at (k / kPair) * kLanes * kPair + c * kPair + k %
+// kPair. For bf16 that is the VNNI layout of both the dot product and the tile unit.
 #pragma once
 
 #include "fi/cpu/simd.h"
@@ -10,8 +10,9 @@
 namespace fi::FI_ISA {
 
 template <class Unit, int kRows, int kPanels>
-[[gnu::always_inline]] inline void gemm_block(const typename Unit::Element* a, int64_t lda, const typename Unit::Element* b,
-                                              int64_t panel_stride, float* c, int64_t ldc, int64_t k, bool accumulate) {
+[[gnu::always_inline]] inline void gemm_block(const typename Unit::Element* a, int64_t lda,
+                                              const typename Unit::Element* b, int64_t panel_stride, float* c,
+                                              int64_t ldc, int64_t k, bool accumulate) {
   Vec acc[kRows][kPanels];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -36,7 +37,8 @@ template <class Unit, int kRows, int kPanels>
   }
 }
 
-// Register blocking for the vector units: panels outside, so that a few panels of B stay in L1 while A streams.
+// Register blocking for the vector units: panels outside, so that a few panels of B stay in L1 while A
+// streams.
 template <class Unit>
 struct VectorGemm {
 #if FI_ISA_LEVEL >= 2
@@ -51,8 +53,8 @@ struct VectorGemm {
   static void end() {}
 
   template <class E>
-  static void gemm(const E* a, int64_t lda, const E* b, int64_t panel_stride, float* c, int64_t ldc, int64_t m,
-                   int64_t panels, int64_t k, bool accumulate) {
+  static void gemm(const E* a, int64_t lda, const E* b, int64_t panel_stride, float* c, int64_t ldc,
+                   int64_t m, int64_t panels, int64_t k, bool accumulate) {
     int64_t p = 0;
     // 4 panels left go as 2 + 2: a lone panel has too few accumulators to hide the FMA's latency.
     while (p < panels) {
@@ -62,11 +64,14 @@ struct VectorGemm {
       float* cp = c + p * kLanes;
       for (int64_t r = 0; r < m; r += kBlockRows) {
         if (take == 3) {
-          gemm_block<Unit, kBlockRows, kBlockPanels>(a + r * lda, lda, bp, panel_stride, cp + r * ldc, ldc, k, accumulate);
+          gemm_block<Unit, kBlockRows, kBlockPanels>(a + r * lda, lda, bp, panel_stride, cp + r * ldc, ldc, k,
+                                                     accumulate);
         } else if (take == 2) {
-          gemm_block<Unit, kBlockRows, 2>(a + r * lda, lda, bp, panel_stride, cp + r * ldc, ldc, k, accumulate);
+          gemm_block<Unit, kBlockRows, 2>(a + r * lda, lda, bp, panel_stride, cp + r * ldc, ldc, k,
+                                          accumulate);
         } else {
-          gemm_block<Unit, kBlockRows, 1>(a + r * lda, lda, bp, panel_stride, cp + r * ldc, ldc, k, accumulate);
+          gemm_block<Unit, kBlockRows, 1>(a + r * lda, lda, bp, panel_stride, cp + r * ldc, ldc, k,
+                                          accumulate);
         }
       }
       p += take;
@@ -78,8 +83,8 @@ struct FmaUnit : VectorGemm<FmaUnit> {
   using Element = float;
   using Operand = Vec;
   static constexpr int kPair = 1;
-  static constexpr int kStepK = 1;                // k must be a multiple
-  static constexpr int kStepRows = kBlockRows;    // m must be a multiple
+  static constexpr int kStepK = 1;              // k must be a multiple
+  static constexpr int kStepRows = kBlockRows;  // m must be a multiple
 
   FI_INLINE Vec load_b(const float* p) { return load(p); }
   FI_INLINE Vec broadcast_a(const float* p) { return set1(*p); }
@@ -123,8 +128,8 @@ struct AmxUnit {
   }
   static void end() { _tile_release(); }
 
-  static void gemm(const bf16* a, int64_t lda, const bf16* b, int64_t panel_stride, float* c, int64_t ldc, int64_t m,
-                   int64_t panels, int64_t k, bool accumulate) {
+  static void gemm(const bf16* a, int64_t lda, const bf16* b, int64_t panel_stride, float* c, int64_t ldc,
+                   int64_t m, int64_t panels, int64_t k, bool accumulate) {
     for (int64_t p = 0; p < panels; p += 2) {
       const bool two_panels = p + 1 < panels;
       for (int64_t r = 0; r < m; r += 32) {
@@ -137,7 +142,8 @@ struct AmxUnit {
         } else {
           for (int i = 0; i <= int(two_rows); ++i) {
             for (int j = 0; j <= int(two_panels); ++j) {
-              block_1x1(a0 + i * 16 * lda, lda, b0 + j * panel_stride, c0 + i * 16 * ldc + j * 16, ldc, k, accumulate);
+              block_1x1(a0 + i * 16 * lda, lda, b0 + j * panel_stride, c0 + i * 16 * ldc + j * 16, ldc, k,
+                        accumulate);
             }
           }
         }
@@ -146,8 +152,8 @@ struct AmxUnit {
   }
 
  private:
-  static void block_2x2(const bf16* a, int64_t lda, const bf16* b, int64_t panel_stride, float* c, int64_t ldc, int64_t k,
-                        bool accumulate) {
+  static void block_2x2(const bf16* a, int64_t lda, const bf16* b, int64_t panel_stride, float* c,
+                        int64_t ldc, int64_t k, bool accumulate) {
     const int64_t c_bytes = ldc * 4, a_bytes = lda * 2;
     if (accumulate) {
       _tile_loadd(0, c, c_bytes);
@@ -176,7 +182,8 @@ struct AmxUnit {
     _tile_stored(3, c + 16 * ldc + 16, c_bytes);
   }
 
-  static void block_1x1(const bf16* a, int64_t lda, const bf16* b, float* c, int64_t ldc, int64_t k, bool accumulate) {
+  static void block_1x1(const bf16* a, int64_t lda, const bf16* b, float* c, int64_t ldc, int64_t k,
+                        bool accumulate) {
     if (accumulate) {
       _tile_loadd(0, c, ldc * 4);
     } else {
