@@ -26,6 +26,7 @@ struct Stream {
   static constexpr int64_t kStepDepth = StreamDot<T>::kStep;
   static constexpr int64_t kStart = 1;          // a tile may be entered at any column
   static constexpr int64_t kMinChunkTiles = 4;  // a chunk's state is small against its keys
+  static constexpr int64_t kPassRows = kMaxRows;
 
   static int64_t block_rows(int64_t rows) { return rows; }
   // K and V rows of a tile, about 16 KB each, stay in L1 between the passes.
@@ -48,8 +49,11 @@ struct Packed {
   static constexpr int64_t kStepDepth = Unit::kStepK;
   static constexpr int64_t kStart = kStepCols;
   static constexpr int64_t kMinChunkTiles = 1;
+  static constexpr int64_t kPassRows = Unit::kPassRows;
 
-  static int64_t block_rows(int64_t rows) { return rows < 128 ? round_up(rows, kStepRows) : 128; }
+  static int64_t block_rows(int64_t rows) {
+    return rows < Unit::kTaskRows ? round_up(rows, kStepRows) : Unit::kTaskRows;
+  }
   // A tile's K, V, logits and the block's Q and output stay in L2: about 600 KB with AMX (whose machines have
   // 2 MB), 400 KB else.
   static int64_t tile(int64_t head_dim, int64_t kv_len) {

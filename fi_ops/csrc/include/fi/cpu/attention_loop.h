@@ -51,6 +51,7 @@ class AttentionCall {
     group = p.num_qo_heads / p.num_kv_heads;
     rows = group * p.qo_len;
     block_rows = Engine::block_rows(rows);
+    pass_rows = block_rows < Engine::kPassRows ? block_rows : Engine::kPassRows;
     num_blocks = ceil_div(rows, block_rows);
     const int64_t widest = p.head_dim_qk > p.head_dim_vo ? p.head_dim_qk : p.head_dim_vo;
     tile = Engine::tile(widest, p.kv_len);
@@ -82,11 +83,12 @@ class AttentionCall {
   // Buffers of one thread.
   struct Worker {
     Query* q;         // [block_rows][q_stride]
-    float* s;         // [block_rows][s_stride]: logits, then weights
+    float* s;         // [pass_rows][s_stride]: logits, then weights
     float* acc;       // [block_rows][o_stride]
     float* row_max;   // [block_rows]
     float* row_sum;   // [block_rows]
     Range* allowed;   // [block_rows]
+    Range* seen;      // [pass_rows]: the columns of s that hold visible keys
     float* additive;  // [tile]: one row of the mask
     T* k_rows;        // [tile][head_dim_qk]: rotated keys
     T* row;           // [head_dim_qk]
@@ -97,11 +99,12 @@ class AttentionCall {
     int64_t carve(char* base, const AttentionCall& c) {
       Carver carver{base};
       q = carver.take<Query>(c.block_rows * c.q_stride);
-      s = carver.take<float>(c.block_rows * c.s_stride);
+      s = carver.take<float>(c.pass_rows * c.s_stride);
       acc = carver.take<float>(c.block_rows * c.o_stride);
       row_max = carver.take<float>(c.block_rows);
       row_sum = carver.take<float>(c.block_rows);
       allowed = carver.take<Range>(c.block_rows);
+      seen = carver.take<Range>(c.pass_rows);
       additive = carver.take<float>(c.s_stride);
       k_rows = carver.take<T>(c.p.rope_keys ? c.tile * c.p.head_dim_qk : 0);
       row = carver.take<T>(c.p.head_dim_qk);
@@ -358,7 +361,7 @@ class AttentionCall {
     const int64_t live = live_tiles(k);
     const int64_t first = task.num_chunks == 1 ? 0 : task.chunk * chunk_tiles;
     const int64_t last = task.num_chunks == 1 || first + chunk_tiles > live ? live : first + chunk_tiles;
-    bool started = false;
+    __builtin_memset(w.acc, 0, padded_rows(k) * o_stride * sizeof(float));
     for (int64_t n = first; n < last; ++n) {
       const int32_t entry = live_tile(k, range, n);
       const int64_t tile_begin = tile_index(entry) * tile;
@@ -369,42 +372,31 @@ class AttentionCall {
       r.begin = tile_begin + (r.begin - tile_begin) / Engine::kStart * Engine::kStart;
       if (r.begin >= r.end) continue;
       const int64_t next = n + 1 < last ? tile_index(live_tile(k, range, n + 1)) * tile : -1;
-      attend_tile(k, r, tile_begin, masked, started, next, w);
-      started = true;
-    }
-    if (!started) {
-      for (int64_t i = 0; i < m * o_stride; ++i) w.acc[i] = 0.0f;
+      attend_tile(k, r, tile_begin, masked, next, w);
     }
     task.num_chunks == 1 ? write_rows(k, w) : write_partial(task_index, m, w);
   }
 
   // Keys [r.begin, r.end) of one tile: products, softmax, weighted values. `next` is the first key of the
   // tile after it.
-  void attend_tile(const Block& k, Range r, int64_t tile_begin, bool masked, bool accumulate, int64_t next,
-                   Worker& w) {
-    const int64_t n = r.end - r.begin, cols = round_up(n, Engine::kStepCols), skip = r.begin - tile_begin;
+  void attend_tile(const Block& k, Range r, int64_t tile_begin, bool masked, int64_t next, Worker& w) {
     const int64_t m = k.row_end - k.row_begin;
     if constexpr (Engine::kPacked) {
-      using Unit = typename Engine::Unit;
       const int64_t at = (k.b * p.num_kv_heads + k.kv_head) * num_tiles + tile_begin / tile;
       const Query* k_pack = pack_once ? k_packed + at * k_tile_size : w.k_pack;
       const Query* v_pack = pack_once ? v_packed + at * v_tile_size : w.v_pack;
       if (!pack_once) pack_tile(k.b, k.kv_head, tile_begin, r.end - tile_begin, w.k_pack, w.v_pack, w);
-      Unit::gemm(w.q, q_stride, k_pack + skip * depth, depth * kLanes, w.s, s_stride, padded_rows(k),
-                 ceil_div(n, kLanes), depth, false);
-      softmax_rows(k, r, n, cols, masked, accumulate, w);
-      Unit::gemm(reinterpret_cast<const Weight*>(w.s), s_stride * int64_t(sizeof(float) / sizeof(Weight)),
-                 v_pack + skip * kLanes, tile * kLanes, w.acc, o_stride, padded_rows(k),
-                 ceil_div(p.head_dim_vo, kLanes), round_up(n, Unit::kStepK), accumulate);
+      for (int64_t row = 0; row < m; row += pass_rows) {
+        attend_pass(k, {row, row + pass_rows < m ? row + pass_rows : m}, r, tile_begin, masked, k_pack,
+                    v_pack, w);
+      }
     } else {
+      const int64_t n = r.end - r.begin;
       const KeyRows keys = load_keys(k.b, k.kv_head, r.begin, n, w);
       const T* values = value_rows(k.b, k.kv_head, r.begin);
       stream_scores<T>(w.s, s_stride, w.q, q_stride, m, keys.rows, keys.stride, n, p.head_dim_qk, values,
                        p.v_stride_n, p.head_dim_vo);
-      softmax_rows(k, r, n, cols, masked, accumulate, w);
-      if (!accumulate) {
-        for (int64_t i = 0; i < m * o_stride; ++i) w.acc[i] = 0.0f;
-      }
+      softmax_rows(k, {0, m}, r, masked, w);
       const T* next_keys = next >= 0 ? key_rows(k.b, k.kv_head, next) : nullptr;
       stream_values(w.acc, o_stride, reinterpret_cast<const Weight*>(w.s),
                     s_stride * int64_t(sizeof(float) / sizeof(Weight)), m, values, p.v_stride_n, n,
@@ -412,48 +404,82 @@ class AttentionCall {
     }
   }
 
-  // Products in w.s to weights; moves the running maxima and sums and rescales what has been accumulated.
-  void softmax_rows(const Block& k, Range r, int64_t n, int64_t cols, bool masked, bool accumulate,
-                    Worker& w) {
+  // Some rows of a block against a packed tile.
+  void attend_pass(const Block& k, Range rows, Range r, int64_t tile_begin, bool masked, const Query* k_pack,
+                   const Query* v_pack, Worker& w) {
+    using Unit = typename Engine::Unit;
+    Range visible{r.end, r.begin};  // the union over the rows
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const Range allowed = w.allowed[row];
+      if (allowed.begin >= allowed.end) continue;
+      if (allowed.begin < visible.begin) visible.begin = allowed.begin;
+      if (allowed.end > visible.end) visible.end = allowed.end;
+    }
+    if (visible.begin > r.begin)
+      r.begin = tile_begin + (visible.begin - tile_begin) / Engine::kStart * Engine::kStart;
+    if (visible.end < r.end) r.end = visible.end;
+    if (r.begin >= r.end) return;
+    const int64_t n = r.end - r.begin, skip = r.begin - tile_begin;
+    const int64_t m = round_up(rows.end - rows.begin, Engine::kStepRows);
+    Unit::gemm(w.q + rows.begin * q_stride, q_stride, k_pack + skip * depth, depth * kLanes, w.s, s_stride, m,
+               ceil_div(n, kLanes), depth, false);
+    softmax_rows(k, rows, r, masked, w);
+    Unit::gemm(reinterpret_cast<const Weight*>(w.s), s_stride * int64_t(sizeof(float) / sizeof(Weight)),
+               v_pack + skip * kLanes, tile * kLanes, w.acc + rows.begin * o_stride, o_stride, m,
+               ceil_div(p.head_dim_vo, kLanes), round_up(n, Unit::kStepK), true);
+  }
+
+  // Products in w.s of rows of the block and keys [r.begin, r.end) to weights; moves the running maxima and
+  // sums and rescales what has been accumulated. All maxima first: the exponentials of a row wait for its
+  // maximum, and would fill the processor's scheduler while they do.
+  void softmax_rows(const Block& k, Range rows, Range r, bool masked, Worker& w) {
     // Nothing but a positive scale: it joins the exponent's FMA instead of taking a pass of its own.
     const bool plain = !masked && p.logits_soft_cap == 0.0f && !p.alibi_slopes && p.scale > 0.0f;
-    int64_t staged_i = -1, staged_h = -1;
-    for (int64_t row = 0; row < k.row_end - k.row_begin; ++row) {
-      const int64_t i = (k.row_begin + row) / group, h = k.kv_head * group + (k.row_begin + row) % group;
-      float* s = w.s + row * s_stride;
-      float scale2 = p.scale * kLog2e;
-      if (!plain) {
-        const int64_t mask_i = p.mask_stride_q == 0 ? 0 : i, mask_h = p.mask_stride_h == 0 ? 0 : h;
-        if (masked && (mask_i != staged_i || mask_h != staged_h)) {
-          stage_mask(w.additive, p, k.b, mask_h, mask_i, r.begin, n);
-          staged_i = mask_i;
-          staged_h = mask_h;
-        }
-        const RowVariant variant{p.scale, p.logits_soft_cap,
-                                 p.alibi_slopes ? p.alibi_slopes[h] * kLog2e : 0.0f,
-                                 r.begin - query_position(p, k.b, i), masked ? w.additive : nullptr};
-        apply_variant(s, round_up(n, kLanes), variant);
-        scale2 = 1.0f;
-      }
+    const float scale2 = plain ? p.scale * kLog2e : 1.0f;
+    const int64_t n = r.end - r.begin, cols = round_up(n, Engine::kStepCols);
+    if (!plain) apply_variants(k, rows, r, masked, w);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      float* s = w.s + (row - rows.begin) * s_stride;
       const Range allowed = w.allowed[row];
       const Range seen = visible_columns(s, cols, allowed.begin > r.begin ? allowed.begin - r.begin : 0,
                                          allowed.end < r.end ? allowed.end - r.begin : n);
+      w.seen[row - rows.begin] = seen;
+      const float rescale = raise_max(s + seen.begin, seen.end - seen.begin, scale2, w.row_max[row]);
+      if (rescale == 1.0f || w.row_sum[row] == 0.0f) continue;
+      w.row_sum[row] *= rescale;
+      float* acc = w.acc + row * o_stride;
+      for (int64_t d = 0; d < p.head_dim_vo; d += kLanes) store(acc + d, load(acc + d) * rescale);
+    }
+    constexpr bool kMayRound = __is_same(Weight, bf16);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      float* s = w.s + (row - rows.begin) * s_stride;
       Weight* weights = reinterpret_cast<Weight*>(s);
-      constexpr bool kMayRound = __is_same(Weight, bf16);
-      float& row_max = w.row_max[row];
-      float& row_sum = w.row_sum[row];
+      const Range seen = w.seen[row - rows.begin];
       const int64_t width = seen.end - seen.begin;
-      const float rescale =
+      w.row_sum[row] +=
           kMayRound && !p.lse
-              ? softmax_row<kMayRound>(s + seen.begin, weights + seen.begin, width, scale2, row_max, row_sum)
-              : softmax_row<false>(s + seen.begin, weights + seen.begin, width, scale2, row_max, row_sum);
+              ? weigh_row<kMayRound>(s + seen.begin, weights + seen.begin, width, scale2, w.row_max[row])
+              : weigh_row<false>(s + seen.begin, weights + seen.begin, width, scale2, w.row_max[row]);
       for (int64_t j = 0; j < seen.begin; ++j) weights[j] = Weight{};
       for (int64_t j = seen.end; j < cols; ++j) weights[j] = Weight{};
-      if (accumulate && rescale != 1.0f) {
-        float* acc = w.acc + row * o_stride;
-        for (int64_t d = 0; d < round_up(p.head_dim_vo, kLanes); d += kLanes)
-          store(acc + d, load(acc + d) * rescale);
+    }
+  }
+
+  // Products to logits, base 2, where more than a scale lies between them.
+  void apply_variants(const Block& k, Range rows, Range r, bool masked, Worker& w) {
+    const int64_t n = r.end - r.begin;
+    int64_t staged_i = -1, staged_h = -1;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const int64_t i = (k.row_begin + row) / group, h = k.kv_head * group + (k.row_begin + row) % group;
+      const int64_t mask_i = p.mask_stride_q == 0 ? 0 : i, mask_h = p.mask_stride_h == 0 ? 0 : h;
+      if (masked && (mask_i != staged_i || mask_h != staged_h)) {
+        stage_mask(w.additive, p, k.b, mask_h, mask_i, r.begin, n);
+        staged_i = mask_i;
+        staged_h = mask_h;
       }
+      const RowVariant variant{p.scale, p.logits_soft_cap, p.alibi_slopes ? p.alibi_slopes[h] * kLog2e : 0.0f,
+                               r.begin - query_position(p, k.b, i), masked ? w.additive : nullptr};
+      apply_variant(w.s + (row - rows.begin) * s_stride, round_up(n, kLanes), variant);
     }
   }
 
@@ -510,7 +536,7 @@ class AttentionCall {
 
   const AttentionParams& p;
   const Parallel& parallel;
-  int64_t group, rows, block_rows, num_blocks, tile, num_tiles, depth;
+  int64_t group, rows, block_rows, pass_rows, num_blocks, tile, num_tiles, depth;
   int64_t q_stride, s_stride, o_stride, k_tile_size, v_tile_size;
   bool pack_once;
   int64_t mask_batches = 1, mask_heads = 1;

@@ -90,12 +90,9 @@ FI_INLINE Range visible_columns(float* s, int64_t cols, int64_t begin, int64_t e
 // The maximum so far that may be subtracted: 0 while nothing was attended to.
 FI_INLINE float usable_max(float m) { return m == -kInf ? 0.0f : m; }
 
-// One row of one tile: n logits / scale2 at s (n a multiple of kLanes) become `weights`, which may lie over s
-// but not beyond what has been read, and the running (max, sum) moves on. Returns the factor for what the row
-// has accumulated so far. kRounded: exponentials to bf16 precision, enough for bf16 weights but not for an
-// LSE.
-template <bool kRounded, class P>
-FI_INLINE float softmax_row(float* s, P* weights, int64_t n, float scale2, float& row_max, float& row_sum) {
+// One row of one tile, first pass: n logits / scale2 (n a multiple of kLanes) raise the running maximum.
+// Returns the factor for what the row has accumulated so far.
+FI_INLINE float raise_max(const float* s, int64_t n, float scale2, float& row_max) {
   Vec top0 = set1(-kInf), top1 = top0;
   int64_t j = 0;
   for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
@@ -103,12 +100,21 @@ FI_INLINE float softmax_row(float* s, P* weights, int64_t n, float scale2, float
     top1 = max(load(s + j + kLanes), top1);
   }
   if (j < n) top0 = max(load(s + j), top0);
-  const float tile_max = reduce_max(max(top0, top1)) * scale2;
-  const float new_max = tile_max > row_max ? tile_max : row_max;
-  const Vec shift = set1(-usable_max(new_max));
+  const float tile_max = reduce_max(max(top0, top1)) * scale2, old_max = row_max;
+  if (!(tile_max > old_max)) return 1.0f;
+  row_max = tile_max;
+  return old_max == -kInf ? 0.0f : exp2(set1(old_max - tile_max))[0];
+}
+
+// Second pass: the logits become `weights`, which may lie over s but not beyond what has been read. Returns
+// their sum. kRounded: exponentials to bf16 precision, enough for bf16 weights but not for an LSE.
+template <bool kRounded, class P>
+FI_INLINE float weigh_row(const float* s, P* weights, int64_t n, float scale2, float row_max) {
+  const Vec shift = set1(-usable_max(row_max));
   const Vec factor = set1(scale2);
   Vec sum0 = zero(), sum1 = zero();
-  for (j = 0; j + 2 * kLanes <= n; j += 2 * kLanes) {
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
     const Vec w0 = exp2_nonpositive<kRounded>(fma(load(s + j), factor, shift));
     const Vec w1 = exp2_nonpositive<kRounded>(fma(load(s + j + kLanes), factor, shift));
     sum0 += w0;
@@ -120,10 +126,7 @@ FI_INLINE float softmax_row(float* s, P* weights, int64_t n, float scale2, float
     sum0 += w;
     store(weights + j, w);
   }
-  const float rescale = new_max == row_max ? 1.0f : exp2(set1(row_max - usable_max(new_max)))[0];
-  row_sum = row_sum * rescale + reduce_add(sum0 + sum1);
-  row_max = new_max;
-  return rescale;
+  return reduce_add(sum0 + sum1);
 }
 
 // One row's result: out = acc / sum, the sink joining the sum; returns the LSE, base 2.

@@ -48,6 +48,8 @@ struct VectorGemm {
 #else
   static constexpr int kBlockRows = 4, kBlockPanels = 2;  // 8 of 16: without FMA a product needs a register
 #endif
+  static constexpr int kTaskRows = 128;  // of a task at most
+  static constexpr int kPassRows = 128;  // that go through products, softmax and weighted values at a time
 
   static void begin() {}
   static void end() {}
@@ -116,6 +118,9 @@ struct AmxUnit {
   static constexpr int kPair = 2;
   static constexpr int kStepK = 32;
   static constexpr int kStepRows = 16;
+  static constexpr int kTaskRows = 256;
+  static constexpr int kPassRows =
+      32;  // one block of tiles: their logits are still near when the softmax reads them
 
   // Full 16 x 64-byte tiles; the configuration belongs to the thread until end().
   static void begin() {
@@ -130,6 +135,7 @@ struct AmxUnit {
 
   static void gemm(const bf16* a, int64_t lda, const bf16* b, int64_t panel_stride, float* c, int64_t ldc,
                    int64_t m, int64_t panels, int64_t k, bool accumulate) {
+    asm volatile("" ::: "memory");  // GCC's tile loads don't tell the compiler that they read memory
     for (int64_t p = 0; p < panels; p += 2) {
       const bool two_panels = p + 1 < panels;
       for (int64_t r = 0; r < m; r += 32) {
