@@ -91,7 +91,9 @@ def _long_mask_samples(device, dtype):
     yield Sample((*many, keep.view(1, 1, 1, -1)), {"causal": True}, "33 heads a group, mask with holes, causal")
     low = torch.zeros(900, device=device).masked_fill(~keep, torch.finfo(dtype).min).to(dtype)
     yield Sample((*few, low.view(1, 1, 1, -1)), name="few rows, finfo.min with holes")
-    yield Sample((*many, low.view(1, 1, 1, -1).expand(1, 66, 3, -1)), {"window_left": 500}, "finfo.min, window, broadcast")
+    yield Sample(
+        (*many, low.view(1, 1, 1, -1).expand(1, 66, 3, -1)), {"window_left": 500}, "finfo.min, window, broadcast"
+    )
     starts = torch.tensor([250, 0], device=device).view(2, 1, 1, 1)
     yield Sample((*_qkv(device, dtype, 2, 2, 2, 40, 300), at[:300] >= starts), {"causal": True}, "left padding")
 

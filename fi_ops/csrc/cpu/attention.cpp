@@ -26,8 +26,8 @@ struct Outputs {
   MaybeTensor lse;
 };
 
-Outputs attend(const char* op, bool with_lse, const Tensor& query, const Tensor& key, const Tensor& value, const Rope* rope,
-               const MaybeTensor& mask, const Options& o) {
+Outputs attend(const char* op, bool with_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+               const Rope* rope, const MaybeTensor& mask, const Options& o) {
   check_no_grads(op, query, key, value, mask, o.alibi_slopes, o.sinks);
   if (rope) check_no_grads(op, rope->cos, rope->sin);
   check_query_key_value(op, query, key, value);
@@ -40,12 +40,13 @@ Outputs attend(const char* op, bool with_lse, const Tensor& query, const Tensor&
   if (rope) {
     check_cos_sin(op, rope->cos, rope->sin, query, kv_len, rope->rotary_dim, "kv_len");
     FI_CHECK(op, q_offset >= 0 && q_offset + qo_len <= kv_len, "q_offset must place the ", qo_len,
-             " query rows among the ", kv_len, " rows of cos and sin, got ", q_offset, "; pass longer keys or fewer queries");
+             " query rows among the ", kv_len, " rows of cos and sin, got ", q_offset,
+             "; pass longer keys or fewer queries");
   }
   Outputs outputs{empty_attention_output(query, value.size(3)), std::nullopt};
   ScratchArena arena(query);
-  AttentionParams p = attention_params(query, key, value, outputs.output, mask, o.causal, o.window_left, o.scale,
-                                       o.logits_soft_cap, o.alibi_slopes, o.sinks, arena);
+  AttentionParams p = attention_params(query, key, value, outputs.output, mask, o.causal, o.window_left,
+                                       o.scale, o.logits_soft_cap, o.alibi_slopes, o.sinks, arena);
   p.q_offset = q_offset;
   if (rope) {
     p.rope = rope_table(rope->cos, rope->sin, query.size(3), rope->rotary_dim, rope->interleaved);
@@ -60,37 +61,39 @@ Outputs attend(const char* op, bool with_lse, const Tensor& query, const Tensor&
   return outputs;
 }
 
-Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask, bool causal,
-                    std::optional<int64_t> q_offset, int64_t window_left, std::optional<double> scale,
-                    double logits_soft_cap, const MaybeTensor& alibi_slopes, const MaybeTensor& sinks) {
+Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
+                    bool causal, std::optional<int64_t> q_offset, int64_t window_left,
+                    std::optional<double> scale, double logits_soft_cap, const MaybeTensor& alibi_slopes,
+                    const MaybeTensor& sinks) {
   const Options options{causal, q_offset, window_left, scale, logits_soft_cap, alibi_slopes, sinks};
   return attend("attention", false, query, key, value, nullptr, mask, options).output;
 }
 
 std::tuple<Tensor, Tensor> attention_with_lse_op(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                 const MaybeTensor& mask, bool causal, std::optional<int64_t> q_offset,
-                                                 int64_t window_left, std::optional<double> scale, double logits_soft_cap,
+                                                 const MaybeTensor& mask, bool causal,
+                                                 std::optional<int64_t> q_offset, int64_t window_left,
+                                                 std::optional<double> scale, double logits_soft_cap,
                                                  const MaybeTensor& alibi_slopes, const MaybeTensor& sinks) {
   const Options options{causal, q_offset, window_left, scale, logits_soft_cap, alibi_slopes, sinks};
   Outputs r = attend("attention_with_lse", true, query, key, value, nullptr, mask, options);
   return {r.output, *r.lse};
 }
 
-Tensor rope_attention_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos, const Tensor& sin,
-                         const MaybeTensor& mask, bool interleaved, int64_t rotary_dim, bool causal,
-                         std::optional<int64_t> q_offset, int64_t window_left, std::optional<double> scale,
-                         double logits_soft_cap, const MaybeTensor& alibi_slopes, const MaybeTensor& sinks) {
+Tensor rope_attention_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos,
+                         const Tensor& sin, const MaybeTensor& mask, bool interleaved, int64_t rotary_dim,
+                         bool causal, std::optional<int64_t> q_offset, int64_t window_left,
+                         std::optional<double> scale, double logits_soft_cap, const MaybeTensor& alibi_slopes,
+                         const MaybeTensor& sinks) {
   const Options options{causal, q_offset, window_left, scale, logits_soft_cap, alibi_slopes, sinks};
   const Rope rope{cos, sin, interleaved, rotary_dim};
   return attend("rope_attention", false, query, key, value, &rope, mask, options).output;
 }
 
-std::tuple<Tensor, Tensor> rope_attention_with_lse_op(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                      const Tensor& cos, const Tensor& sin, const MaybeTensor& mask,
-                                                      bool interleaved, int64_t rotary_dim, bool causal,
-                                                      std::optional<int64_t> q_offset, int64_t window_left,
-                                                      std::optional<double> scale, double logits_soft_cap,
-                                                      const MaybeTensor& alibi_slopes, const MaybeTensor& sinks) {
+std::tuple<Tensor, Tensor> rope_attention_with_lse_op(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos, const Tensor& sin,
+    const MaybeTensor& mask, bool interleaved, int64_t rotary_dim, bool causal,
+    std::optional<int64_t> q_offset, int64_t window_left, std::optional<double> scale, double logits_soft_cap,
+    const MaybeTensor& alibi_slopes, const MaybeTensor& sinks) {
   const Options options{causal, q_offset, window_left, scale, logits_soft_cap, alibi_slopes, sinks};
   const Rope rope{cos, sin, interleaved, rotary_dim};
   Outputs r = attend("rope_attention_with_lse", true, query, key, value, &rope, mask, options);

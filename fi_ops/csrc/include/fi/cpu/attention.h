@@ -43,7 +43,8 @@ struct AttentionParams {
   int64_t o_stride_b, o_stride_h, o_stride_n;
   float* lse = nullptr;  // [batch, num_qo_heads, qo_len] contiguous, base 2; null: not wanted
 
-  const void* mask = nullptr;  // [batch, num_qo_heads, qo_len, kv_len], strides 0 where it broadcasts; null: none
+  const void* mask =
+      nullptr;  // [batch, num_qo_heads, qo_len, kv_len], strides 0 where it broadcasts; null: none
   DType mask_dtype = DType::boolean;
   int64_t mask_stride_b = 0, mask_stride_h = 0, mask_stride_q = 0, mask_stride_k = 0;
 
@@ -52,9 +53,9 @@ struct AttentionParams {
   int64_t q_offset = 0;                // row i sits at key position i + q_offset ...
   const int64_t* positions = nullptr;  // ... or at positions[b, i]: [batch, qo_len] contiguous
   float scale = 1.0f;
-  float logits_soft_cap = 0.0f;           // 0: none
-  const float* alibi_slopes = nullptr;    // [num_qo_heads]
-  const float* sinks = nullptr;           // [num_qo_heads]
+  float logits_soft_cap = 0.0f;         // 0: none
+  const float* alibi_slopes = nullptr;  // [num_qo_heads]
+  const float* sinks = nullptr;         // [num_qo_heads]
 
   RopeTable rope;             // rotates query rows, and key rows where rope_keys
   bool rope_keys = false;     // key j takes row j
@@ -65,7 +66,8 @@ struct AttentionParams {
 
 inline constexpr int64_t kMaxRotaryDim = 1024;
 
-// Writes rows into a static cache: cache[b, h, positions[b, i]] = new[b, h, i], keys rotated where rope.cos is set.
+// Writes rows into a static cache: cache[b, h, positions[b, i]] = new[b, h, i], keys rotated where rope.cos
+// is set.
 struct AppendParams {
   int64_t batch, num_kv_heads, new_len, head_dim_qk, head_dim_vo;
   DType dtype;

@@ -1,5 +1,5 @@
-// Which tiles of KV a block of query rows must read: the row ranges that causal, window and length allow, and the scan of
-// a mask for tiles with nothing in them. A tile that is not in the list is never loaded.
+// Which tiles of KV a block of query rows must read: the row ranges that causal, window and length allow, and
+// the scan of a mask for tiles with nothing in them. A tile that is not in the list is never loaded.
 #pragma once
 
 #include "fi/cpu/attention.h"
@@ -38,7 +38,8 @@ FI_INLINE Range allowed_keys(const AttentionParams& p, int64_t b, int64_t i0, in
   return all.begin < all.end ? all : Range{0, 0};
 }
 
-// An entry of a tile list: the tile's index, and whether every value of the mask in it is "attend, add nothing".
+// An entry of a tile list: the tile's index, and whether every value of the mask in it is "attend, add
+// nothing".
 FI_INLINE int32_t tile_entry(int64_t tile, bool open) { return int32_t(tile << 1 | int64_t(open)); }
 FI_INLINE int64_t tile_index(int32_t entry) { return entry >> 1; }
 FI_INLINE bool tile_open(int32_t entry) { return entry & 1; }
@@ -94,17 +95,21 @@ FI_INLINE MaskSummary summarize(const AttentionParams& p, int64_t b, int64_t h, 
   const int64_t n = r.end - r.begin, stride = p.mask_stride_k;
   const int64_t offset = b * p.mask_stride_b + h * p.mask_stride_h + i * p.mask_stride_q + r.begin * stride;
   switch (p.mask_dtype) {
-    case DType::boolean: return summarize_bool(static_cast<const uint8_t*>(p.mask) + offset, stride, n);
-    case DType::f32: return summarize_additive(static_cast<const float*>(p.mask) + offset, stride, n);
-    case DType::bf16: return summarize_additive(static_cast<const bf16*>(p.mask) + offset, stride, n);
-    default: return summarize_additive(static_cast<const f16*>(p.mask) + offset, stride, n);
+    case DType::boolean:
+      return summarize_bool(static_cast<const uint8_t*>(p.mask) + offset, stride, n);
+    case DType::f32:
+      return summarize_additive(static_cast<const float*>(p.mask) + offset, stride, n);
+    case DType::bf16:
+      return summarize_additive(static_cast<const bf16*>(p.mask) + offset, stride, n);
+    default:
+      return summarize_additive(static_cast<const f16*>(p.mask) + offset, stride, n);
   }
 }
 
-// Lists the tiles that heads [h0, h1) x query rows [i0, i1) of batch b read; returns how many. `list` and `tops` have
-// room for all tiles. Heads and rows over which the mask is broadcast are scanned once.
-inline int64_t list_live_tiles(const AttentionParams& p, int64_t b, int64_t h0, int64_t h1, int64_t i0, int64_t i1,
-                               int64_t tile, int32_t* list, float* tops) {
+// Lists the tiles that heads [h0, h1) x query rows [i0, i1) of batch b read; returns how many. `list` and
+// `tops` have room for all tiles. Heads and rows over which the mask is broadcast are scanned once.
+inline int64_t list_live_tiles(const AttentionParams& p, int64_t b, int64_t h0, int64_t h1, int64_t i0,
+                               int64_t i1, int64_t tile, int32_t* list, float* tops) {
   const Range all = allowed_keys(p, b, i0, i1);
   const int64_t first = all.begin / tile, last = (all.end + tile - 1) / tile;
   const bool same_rows = p.mask_stride_q == 0 && !p.causal && p.window_left < 0;

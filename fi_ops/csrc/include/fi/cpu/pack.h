@@ -40,7 +40,8 @@ FI_INLINE void transpose(VecI (&v)[kLanes]) {
   }
 }
 
-// kLanes words of a row from element d on: floats, or pairs of bf16 as they lie. Elements from `size` on are 0.
+// kLanes words of a row from element d on: floats, or pairs of bf16 as they lie. Elements from `size` on are
+// 0.
 template <class Unit, class T>
 FI_INLINE VecI load_words(const T* row, int64_t d, int64_t size) {
   if constexpr (Unit::kPair == 1) {
@@ -59,10 +60,11 @@ FI_INLINE VecI load_words(const T* row, int64_t d, int64_t size) {
   }
 }
 
-// K^T of `n` rows: panels of kLanes rows, each depth x kLanes elements; dims from `size` to `depth` and rows from n to
-// the end of the last panel are 0.
+// K^T of `n` rows: panels of kLanes rows, each depth x kLanes elements; dims from `size` to `depth` and rows
+// from n to the end of the last panel are 0.
 template <class Unit, class T>
-void pack_keys(typename Unit::Element* dst, const T* rows, int64_t row_stride, int64_t n, int64_t size, int64_t depth) {
+void pack_keys(typename Unit::Element* dst, const T* rows, int64_t row_stride, int64_t n, int64_t size,
+               int64_t depth) {
   constexpr int64_t word = Unit::kPair;
   for (int64_t r = 0; r < n; r += kLanes) {
     typename Unit::Element* panel = dst + r * depth;
@@ -83,8 +85,8 @@ void pack_keys(typename Unit::Element* dst, const T* rows, int64_t row_stride, i
 
 // V of `n` rows: panels of kLanes columns, each `depth` (rows, padded with 0) x kLanes elements.
 template <class Unit, class T>
-void pack_values(typename Unit::Element* dst, const T* rows, int64_t row_stride, int64_t n, int64_t size, int64_t depth,
-                 int64_t panel_stride) {
+void pack_values(typename Unit::Element* dst, const T* rows, int64_t row_stride, int64_t n, int64_t size,
+                 int64_t depth, int64_t panel_stride) {
   for (int64_t d = 0; d < size; d += kLanes) {
     typename Unit::Element* panel = dst + d / kLanes * panel_stride;
     const int64_t width = size - d < kLanes ? size - d : kLanes;

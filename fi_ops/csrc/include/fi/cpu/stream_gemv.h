@@ -1,5 +1,6 @@
-// Few query rows: dot products and weighted sums straight from rows of K and V as they lie in memory, each row of KV read
-// once for all query rows. What limits it is memory, so each pass prefetches what the next one reads.
+// Few query rows: dot products and weighted sums straight from rows of K and V as they lie in memory, each
+// row of KV read once for all query rows. What limits it is memory, so each pass prefetches what the next one
+// reads.
 #pragma once
 
 #include "fi/cpu/simd.h"
@@ -14,12 +15,12 @@ FI_INLINE void prefetch_row(const void* row, int64_t bytes) {
 // dst[0..4) = the lane sums of four vectors.
 FI_INLINE void reduce_add4(float* dst, Vec a, Vec b, Vec c, Vec d) {
 #if FI_ISA_LEVEL >= 1
-#if FI_ISA_LEVEL >= 2
+#  if FI_ISA_LEVEL >= 2
   auto half = [](Vec x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
   const __m256 ab = _mm256_hadd_ps(half(a), half(b)), cd = _mm256_hadd_ps(half(c), half(d));
-#else
+#  else
   const __m256 ab = _mm256_hadd_ps(a, b), cd = _mm256_hadd_ps(c, d);
-#endif
+#  endif
   const __m256 abcd = _mm256_hadd_ps(ab, cd);
   _mm_storeu_ps(dst, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 #else
@@ -31,20 +32,20 @@ FI_INLINE void reduce_add4(float* dst, Vec a, Vec b, Vec c, Vec d) {
 }
 
 #if FI_ISA_LEVEL >= 2
-// The lane sums of 16 vectors, in order. Each round adds the halves of two vectors into one: a blend keeps one half of
-// each in place, a shuffle brings the other halves under them.
+// The lane sums of 16 vectors, in order. Each round adds the halves of two vectors into one: a blend keeps
+// one half of each in place, a shuffle brings the other halves under them.
 FI_INLINE Vec reduce_add16(const Vec (&v)[16]) {
   Vec a[8], b[4], c[2];
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     a[i] = _mm512_mask_blend_ps(0xFF00, v[i], v[i + 8]) + _mm512_shuffle_f32x4(v[i], v[i + 8], 0x4E);
   }
   const __m512i cross = _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
-#pragma GCC unroll 4
+#  pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     b[i] = _mm512_mask_blend_ps(0xF0F0, a[i], a[i + 4]) + _mm512_permutex2var_ps(a[i], cross, a[i + 4]);
   }
-#pragma GCC unroll 2
+#  pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const Vec swapped = (Vec)_mm512_shuffle_pd((__m512d)b[i], (__m512d)b[i + 2], 0x55);
     c[i] = _mm512_mask_blend_ps(0xCCCC, b[i], b[i + 2]) + swapped;
@@ -83,11 +84,11 @@ struct StreamDot<bf16> {
 
 // s[r][j..j+4) = q[r] . k[j..j+4) for kRows query rows.
 template <class T, int kRows>
-FI_INLINE void dot_block(float* s, int64_t s_stride, const typename StreamDot<T>::Query* q, int64_t q_stride, const T* k,
-                         const int64_t (&k_offset)[4], int64_t size) {
+FI_INLINE void dot_block(float* s, int64_t s_stride, const typename StreamDot<T>::Query* q, int64_t q_stride,
+                         const T* k, const int64_t (&k_offset)[4], int64_t size) {
   using Dot = StreamDot<T>;
   Vec acc[kRows][4] = {};
-  auto step = [&](const typename Dot::Operand (&kv)[4], int64_t d) {
+  auto step = [&](const typename Dot::Operand(&kv)[4], int64_t d) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const typename Dot::Operand qv = Dot::load_query(q + r * q_stride + d);
@@ -111,7 +112,7 @@ FI_INLINE void dot_block(float* s, int64_t s_stride, const typename StreamDot<T>
 #if FI_ISA_LEVEL >= 2
   if constexpr (kRows == 4) {
     Vec flat[16];
-#pragma GCC unroll 16
+#  pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) flat[i] = acc[i / 4][i % 4];
     const Vec sums = reduce_add16(flat);
     _mm_storeu_ps(s, _mm512_castps512_ps128(sums));
@@ -125,20 +126,22 @@ FI_INLINE void dot_block(float* s, int64_t s_stride, const typename StreamDot<T>
   for (int r = 0; r < kRows; ++r) reduce_add4(s + r * s_stride, acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
 }
 
-// s[rows][n] = q k^T. Columns up to the next multiple of 4 are written too (with copies of the last key's product).
-// Prefetches `next_row(j)`, what the following pass reads, along the way.
+// s[rows][n] = q k^T. Columns up to the next multiple of 4 are written too (with copies of the last key's
+// product). Prefetches `next_row(j)`, what the following pass reads, along the way.
 template <class T>
-void stream_scores(float* s, int64_t s_stride, const typename StreamDot<T>::Query* q, int64_t q_stride, int64_t rows,
-                   const T* k, int64_t k_stride, int64_t n, int64_t size, const T* next, int64_t next_stride,
-                   int64_t next_size) {
+void stream_scores(float* s, int64_t s_stride, const typename StreamDot<T>::Query* q, int64_t q_stride,
+                   int64_t rows, const T* k, int64_t k_stride, int64_t n, int64_t size, const T* next,
+                   int64_t next_stride, int64_t next_size) {
   for (int64_t j = 0; j < n; j += 4) {
     int64_t offset[4];
     for (int c = 0; c < 4; ++c) offset[c] = (j + c < n ? j + c : n - 1) * k_stride;
     if (next) {
-      for (int64_t c = j; c < j + 4 && c < n; ++c) prefetch_row(next + c * next_stride, next_size * sizeof(T));
+      for (int64_t c = j; c < j + 4 && c < n; ++c)
+        prefetch_row(next + c * next_stride, next_size * sizeof(T));
     }
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) dot_block<T, 4>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, k, offset, size);
+    for (; r + 4 <= rows; r += 4)
+      dot_block<T, 4>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, k, offset, size);
     if (rows - r == 3) {
       dot_block<T, 3>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, k, offset, size);
     } else if (rows - r == 2) {
@@ -157,8 +160,9 @@ inline constexpr int kValueVecs = 2;
 
 // acc[kRows][kVecs] += p v over n rows of V, for one strip of columns.
 template <class T, int kRows, int kVecs>
-FI_INLINE void value_block(float* acc, int64_t acc_stride, const float* p, int64_t p_stride, const T* v, int64_t v_stride,
-                           int64_t n, int64_t tail, const T* next, int64_t next_stride, int64_t next_size) {
+FI_INLINE void value_block(float* acc, int64_t acc_stride, const float* p, int64_t p_stride, const T* v,
+                           int64_t v_stride, int64_t n, int64_t tail, const T* next, int64_t next_stride,
+                           int64_t next_size) {
   Vec sum[kRows][kVecs];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -188,17 +192,17 @@ FI_INLINE void value_block(float* acc, int64_t acc_stride, const float* p, int64
 }
 
 #if FI_ISA_LEVEL >= 3
-// The same for bf16 weights: rows of V are interleaved two by two and multiplied as pairs, 32 columns a unit. Interleaving
-// within 128-bit lanes leaves columns 8l..8l+3 in one accumulator's lane l and 8l+4..8l+7 in the other's; acc in memory is
-// in order. p is 0 from n on.
+// The same for bf16 weights: rows of V are interleaved two by two and multiplied as pairs, 32 columns a unit.
+// Interleaving within 128-bit lanes leaves columns 8l..8l+3 in one accumulator's lane l and 8l+4..8l+7 in the
+// other's; acc in memory is in order. p is 0 from n on.
 template <int kRows, int kUnits>
-FI_INLINE void value_pairs_block(float* acc, int64_t acc_stride, const bf16* p, int64_t p_stride, const bf16* v,
-                                 int64_t v_stride, int64_t n, int64_t width, const bf16* next, int64_t next_stride,
-                                 int64_t next_size) {
+FI_INLINE void value_pairs_block(float* acc, int64_t acc_stride, const bf16* p, int64_t p_stride,
+                                 const bf16* v, int64_t v_stride, int64_t n, int64_t width, const bf16* next,
+                                 int64_t next_stride, int64_t next_size) {
   Vec sum[kRows][kUnits][2];
-#pragma GCC unroll 4
+#  pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
+#  pragma GCC unroll 2
     for (int u = 0; u < kUnits; ++u) {
       const Vec x = load(acc + r * acc_stride + u * 32), y = load(acc + r * acc_stride + u * 32 + 16);
       sum[r][u][0] = _mm512_shuffle_f32x4(x, y, 0x88);  // 128-bit lanes 0 and 2 of each
@@ -216,18 +220,18 @@ FI_INLINE void value_pairs_block(float* acc, int64_t acc_stride, const bf16* p, 
       prefetch_row(next + (j + 1) * next_stride, next_size * sizeof(bf16));
     }
     __m512bh low[kUnits], high[kUnits];
-#pragma GCC unroll 2
+#  pragma GCC unroll 2
     for (int u = 0; u < kUnits; ++u) {
       const __m512i even = load_unit(j, u), odd = j + 1 < n ? load_unit(j + 1, u) : _mm512_setzero_si512();
       low[u] = (__m512bh)_mm512_unpacklo_epi16(even, odd);
       high[u] = (__m512bh)_mm512_unpackhi_epi16(even, odd);
     }
-#pragma GCC unroll 4
+#  pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       int32_t pair;
       __builtin_memcpy(&pair, p + r * p_stride + j, sizeof(pair));
       const __m512bh w = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 2
+#  pragma GCC unroll 2
       for (int u = 0; u < kUnits; ++u) {
         sum[r][u][0] = _mm512_dpbf16_ps(sum[r][u][0], w, low[u]);
         sum[r][u][1] = _mm512_dpbf16_ps(sum[r][u][1], w, high[u]);
@@ -236,9 +240,9 @@ FI_INLINE void value_pairs_block(float* acc, int64_t acc_stride, const bf16* p, 
   }
   const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-#pragma GCC unroll 4
+#  pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
+#  pragma GCC unroll 2
     for (int u = 0; u < kUnits; ++u) {
       store(acc + r * acc_stride + u * 32, _mm512_permutex2var_ps(sum[r][u][0], first, sum[r][u][1]));
       store(acc + r * acc_stride + u * 32 + 16, _mm512_permutex2var_ps(sum[r][u][0], second, sum[r][u][1]));
@@ -246,10 +250,11 @@ FI_INLINE void value_pairs_block(float* acc, int64_t acc_stride, const bf16* p, 
   }
 }
 
-// acc[rows][size] += p[rows][n] v[n][size]; acc rows are padded to a multiple of 32. Prefetches rows of `next`.
-inline void stream_values(float* acc, int64_t acc_stride, const bf16* p, int64_t p_stride, int64_t rows, const bf16* v,
-                          int64_t v_stride, int64_t n, int64_t size, const bf16* next, int64_t next_stride,
-                          int64_t next_size) {
+// acc[rows][size] += p[rows][n] v[n][size]; acc rows are padded to a multiple of 32. Prefetches rows of
+// `next`.
+inline void stream_values(float* acc, int64_t acc_stride, const bf16* p, int64_t p_stride, int64_t rows,
+                          const bf16* v, int64_t v_stride, int64_t n, int64_t size, const bf16* next,
+                          int64_t next_stride, int64_t next_size) {
   for (int64_t d = 0; d < size; d += 64) {
     const int64_t width = size - d < 64 ? size - d : 64;
     for (int64_t r = 0; r < rows; r += 4) {
@@ -257,16 +262,25 @@ inline void stream_values(float* acc, int64_t acc_stride, const bf16* p, int64_t
         float* a = acc + r * acc_stride + d;
         const bf16* w = p + r * p_stride;
         if (width > 32) {
-          value_pairs_block<block_rows(), 2>(a, acc_stride, w, p_stride, v + d, v_stride, n, width, next, next_stride, next_size);
+          value_pairs_block<block_rows(), 2>(a, acc_stride, w, p_stride, v + d, v_stride, n, width, next,
+                                             next_stride, next_size);
         } else {
-          value_pairs_block<block_rows(), 1>(a, acc_stride, w, p_stride, v + d, v_stride, n, width, next, next_stride, next_size);
+          value_pairs_block<block_rows(), 1>(a, acc_stride, w, p_stride, v + d, v_stride, n, width, next,
+                                             next_stride, next_size);
         }
       };
       switch (rows - r) {
-        case 1: run([] { return 1; }); break;
-        case 2: run([] { return 2; }); break;
-        case 3: run([] { return 3; }); break;
-        default: run([] { return 4; });
+        case 1:
+          run([] { return 1; });
+          break;
+        case 2:
+          run([] { return 2; });
+          break;
+        case 3:
+          run([] { return 3; });
+          break;
+        default:
+          run([] { return 4; });
       }
       next = nullptr;  // once is enough
     }
@@ -274,10 +288,12 @@ inline void stream_values(float* acc, int64_t acc_stride, const bf16* p, int64_t
 }
 #endif
 
-// acc[rows][size] += p[rows][n] v[n][size]; acc rows are padded to a multiple of kLanes. Prefetches rows of `next`.
+// acc[rows][size] += p[rows][n] v[n][size]; acc rows are padded to a multiple of kLanes. Prefetches rows of
+// `next`.
 template <class T>
 void stream_values(float* acc, int64_t acc_stride, const float* p, int64_t p_stride, int64_t rows, const T* v,
-                   int64_t v_stride, int64_t n, int64_t size, const T* next, int64_t next_stride, int64_t next_size) {
+                   int64_t v_stride, int64_t n, int64_t size, const T* next, int64_t next_stride,
+                   int64_t next_size) {
   int64_t d = 0;
   while (d < size) {
     const int64_t left = size - d;
@@ -287,15 +303,20 @@ void stream_values(float* acc, int64_t acc_stride, const float* p, int64_t p_str
     for (int64_t r = 0; r < rows; r += 4) {
       const int64_t count = rows - r < 4 ? rows - r : 4;
       auto run = [&](auto block_rows, auto block_vecs) {
-        value_block<T, block_rows(), block_vecs()>(acc + r * acc_stride + d, acc_stride, p + r * p_stride, p_stride, v + d,
-                                                   v_stride, n, tail, next, next_stride, next_size);
+        value_block<T, block_rows(), block_vecs()>(acc + r * acc_stride + d, acc_stride, p + r * p_stride,
+                                                   p_stride, v + d, v_stride, n, tail, next, next_stride,
+                                                   next_size);
       };
       auto with_rows = [&](auto block_vecs) {
         switch (count) {
-          case 4: return run([] { return 4; }, block_vecs);
-          case 3: return run([] { return 3; }, block_vecs);
-          case 2: return run([] { return 2; }, block_vecs);
-          default: return run([] { return 1; }, block_vecs);
+          case 4:
+            return run([] { return 4; }, block_vecs);
+          case 3:
+            return run([] { return 3; }, block_vecs);
+          case 2:
+            return run([] { return 2; }, block_vecs);
+          default:
+            return run([] { return 1; }, block_vecs);
         }
       };
       if (vecs == kValueVecs) {
