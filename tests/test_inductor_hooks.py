@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -162,6 +163,20 @@ def test_backend_takes_mode_and_options(arguments):
         torch.testing.assert_close(compiled(q, k, v), F.scaled_dot_product_attention(q, k, v))
     assert counters["fi_ops"]["attention"] == 1
     assert settings() == before
+
+
+def test_backend_by_its_name():
+    """`torch.compile(model, backend="fi")`, by the entry point that installing the package registers."""
+    names = [e.value for e in importlib.metadata.entry_points(group="torch_dynamo_backends") if e.name == "fi"]
+    if not names:
+        pytest.skip("the package is on the path but not installed")
+    assert names[0] == "fi_ops.inductor.backend:fi"
+    q, k, v = qkv()
+    counters["fi_ops"].clear()
+    with torch.no_grad():
+        compiled = torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), backend="fi", fullgraph=True)
+        torch.testing.assert_close(compiled(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    assert counters["fi_ops"]["attention"] == 1
 
 
 def test_require_makes_a_shortfall_an_error(monkeypatch):

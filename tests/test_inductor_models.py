@@ -26,7 +26,7 @@ COMMON = dict(
     num_hidden_layers=LAYERS,
     num_attention_heads=4,
     num_key_value_heads=2,
-    max_position_embeddings=64,
+    max_position_embeddings=128,
     pad_token_id=0,
 )
 
