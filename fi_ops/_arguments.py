@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .prefill import require
+
+def require(function: str, condition: bool, message: str) -> None:
+    """RuntimeError in the package's format unless `condition` holds."""
+    if not condition:
+        raise RuntimeError(f"fi_ops.{function}: {message}")
 
 
 def refuse_pdl(function: str, enable_pdl: bool | None) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .prefill import attend_one_request, require
+from ._arguments import require
+from .prefill import attend_one_request
 
 __all__ = ["single_decode_with_kv_cache"]
 

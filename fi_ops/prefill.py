@@ -10,17 +10,13 @@ import math
 
 import torch
 
+from ._arguments import require
+
 __all__ = ["get_alibi_slopes", "single_prefill_with_kv_cache"]
 
 _POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
 _KV_LAYOUTS = ("NHD", "HND")
 _BACKENDS = ("auto", "fa2", "fa3", "cudnn", "trtllm-gen")
-
-
-def require(function: str, condition: bool, message: str) -> None:
-    """RuntimeError in the package's format unless `condition` holds."""
-    if not condition:
-        raise RuntimeError(f"fi_ops.{function}: {message}")
 
 
 @functools.lru_cache(maxsize=64)

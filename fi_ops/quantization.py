@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .prefill import require
+from ._arguments import require
 
 __all__ = ["packbits", "segment_packbits"]
 

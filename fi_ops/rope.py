@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from .prefill import require
+from ._arguments import require
 
 __all__ = [
     "apply_llama31_rope",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .prefill import require
+from ._arguments import require
 
 __all__ = ["philox_uniform", "top_k_top_p_sampling_from_logits"]
 

@@ -213,12 +213,6 @@ def permutation(node: Node) -> tuple[Node, tuple[int, ...]] | None:
     return None
 
 
-def strip_permute(node: Node, dims: tuple[int, ...]) -> Node | None:
-    """The x of `x.permute(dims)`, where that is what the node computes."""
-    found = permutation(strip(node))
-    return strip(found[0]) if found is not None and found[1] == dims else None
-
-
 def same_value(a, b, depth: int = 12) -> bool:
     """Two nodes compute the same value: one node, or the same pure calls on the same values.
 

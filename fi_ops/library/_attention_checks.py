@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from ._checks import (
@@ -19,8 +17,6 @@ from ._checks import (
     shape_of,
 )
 from ._spec import FLOATS
-
-INDEX_TYPES = (torch.int32, torch.int64)
 
 
 def _check_operand(op: str, name: str, t: torch.Tensor, query: torch.Tensor) -> None:
@@ -112,6 +108,18 @@ def check_attention(op, query, key, value, mask, window_left, scale, logits_soft
     check_numbers(op, window_left, scale, logits_soft_cap)
 
 
+def _check_table(op: str, name: str, t, query, length, pairs: int, want: str) -> None:
+    check_same_device(op, name, t, "query", query)
+    check_dtype(op, name, t, tuple(dict.fromkeys((torch.float32, query.dtype))))
+    check_last_dim_contiguous(op, name, t)
+    ok = t.dim() == 3
+    if ok:
+        batch_ok = any_of(t.shape[0] == 1, t.shape[0] == query.shape[0])
+        width_ok = any_of(t.shape[2] == pairs, t.shape[2] == 2 * pairs)
+        ok = all_of(batch_ok, t.shape[1] == length, width_ok)
+    check(op, ok, lambda: f"{name} must be {want}, got {shape_of(t)}; check rotary_dim and the lengths")
+
+
 def check_cos_sin(op: str, cos, sin, query, length, rotary_dim: int, length_name: str) -> None:
     """cos and sin `[batch or 1, length, R or 2R]`, float32 or query's dtype."""
     head_dim = query.shape[-1]
@@ -121,18 +129,9 @@ def check_cos_sin(op: str, cos, sin, query, length, rotary_dim: int, length_name
         lambda: f"rotary_dim must be even and at most head_dim {head_dim}, got {rotary_dim}; pass 0 for the whole head",
     )
     pairs = (rotary_dim or head_dim) // 2
+    want = f"[1 or batch, {length_name}, R or 2R] = [1 or {query.shape[0]}, {length}, {pairs} or {2 * pairs}]"
     for name, t in (("cos", cos), ("sin", sin)):
-        check_same_device(op, name, t, "query", query)
-        check_dtype(op, name, t, tuple(dict.fromkeys((torch.float32, query.dtype))))
-        check_last_dim_contiguous(op, name, t)
-        ok = t.dim() == 3
-        if ok:
-            batch_ok = any_of(t.shape[0] == 1, t.shape[0] == query.shape[0])
-            width_ok = any_of(t.shape[2] == pairs, t.shape[2] == 2 * pairs)
-            ok = all_of(batch_ok, t.shape[1] == length, width_ok)
-        want = f"[1 or batch, {length_name}, R or 2R] = [1 or {query.shape[0]}, {length}, {pairs} or {2 * pairs}]"
-        text = f"{name} must be {want}, got {shape_of(t)}; check rotary_dim and the lengths"
-        check(op, ok, functools.partial(str, text))
+        _check_table(op, name, t, query, length, pairs, want)
     check_same_dtype(op, "sin", sin, "cos", cos)
     check_shape(op, "sin", sin, cos.shape, "cos's shape")
 

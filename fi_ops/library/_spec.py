@@ -17,6 +17,7 @@ from .._load import make_stub
 from ._checks import check_no_grad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INDEX_TYPES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ import itertools
 
 import torch
 
-from ._attention_checks import INDEX_TYPES
 from ._checks import check, check_dtype, check_last_dim_contiguous, check_ndim, check_same_device, check_shape
-from ._spec import Cost, ErrorSample, Sample, op
+from ._spec import INDEX_TYPES, Cost, ErrorSample, Sample, op
 
 
 def _check_bits(name: str, x, bitorder: str) -> None:

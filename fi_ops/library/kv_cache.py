@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 
 from ._attention_checks import (
-    INDEX_TYPES,
     check_cos_sin,
     check_mask,
     check_numbers,
@@ -40,7 +39,7 @@ from ._checks import (
     shape_of,
 )
 from ._reference import attend, rotate
-from ._spec import FLOATS, Cost, op
+from ._spec import FLOATS, INDEX_TYPES, Cost, op
 from .attention import attention_cost
 
 

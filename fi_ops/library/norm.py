@@ -20,6 +20,7 @@ from ._checks import (
     check_shape,
     check_writable,
 )
+from ._reference import accumulate_dtype
 from ._spec import FLOATS, Cost, ErrorSample, Sample, op
 
 
@@ -142,7 +143,7 @@ def _fused_cost(input, residual, weight, eps=1e-6):
 
 
 def _accumulate(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(accumulate_dtype(x))
 
 
 def _normalize(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:

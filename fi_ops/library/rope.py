@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from ._attention_checks import INDEX_TYPES, check_cos_sin, number
+from ._attention_checks import check_cos_sin, number
 from ._checks import (
     check,
     check_dtype,
@@ -25,7 +25,7 @@ from ._checks import (
     check_writable,
 )
 from ._reference import rotate
-from ._spec import FLOATS, Cost, ErrorSample, Sample, op
+from ._spec import FLOATS, INDEX_TYPES, Cost, ErrorSample, Sample, op
 
 _ROPE = "Tensor cos, Tensor sin, Tensor? positions=None, *, bool interleaved=False, int rotary_dim=0"
 

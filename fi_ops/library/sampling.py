@@ -15,10 +15,9 @@ import math
 import torch
 
 from ._checks import check, check_dtype, check_last_dim_contiguous, check_ndim, check_same_device, check_shape
-from ._spec import FLOATS, Cost, ErrorSample, Sample, op
+from ._spec import FLOATS, INDEX_TYPES, Cost, ErrorSample, Sample, op
 
 _NAME = "top_k_top_p_sampling_from_logits"
-_INDEX = (torch.int32, torch.int64)
 _SCHEMA = (
     "(Tensor logits, Tensor uniform, Tensor? top_k_arr=None, int top_k=0, Tensor? top_p_arr=None, float top_p=1.0, "
     "Tensor? min_p_arr=None, float min_p=0.0, Tensor? temperature_arr=None, float temperature=1.0, "
@@ -59,7 +58,7 @@ def _fake(
     )
     if indices is not None:
         check_same_device(_NAME, "indices", indices, "logits", logits)
-        check_dtype(_NAME, "indices", indices, _INDEX)
+        check_dtype(_NAME, "indices", indices, INDEX_TYPES)
         check_ndim(_NAME, "indices", indices, 1, "[batch]")
     batch = logits.shape[0] if indices is None else indices.shape[0]
     check_same_device(_NAME, "uniform", uniform, "logits", logits)
@@ -68,7 +67,7 @@ def _fake(
         check_shape(_NAME, "uniform", uniform, (1, batch), "[batch] or [1, batch]")
     else:
         check_shape(_NAME, "uniform", uniform, (batch,), "[batch] or [1, batch]")
-    _check_array("top_k_arr", top_k_arr, _INDEX, logits, batch)
+    _check_array("top_k_arr", top_k_arr, INDEX_TYPES, logits, batch)
     _check_array("top_p_arr", top_p_arr, (torch.float32,), logits, batch)
     _check_array("min_p_arr", min_p_arr, (torch.float32,), logits, batch)
     _check_array("temperature_arr", temperature_arr, (torch.float32,), logits, batch)

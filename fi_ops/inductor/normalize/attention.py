@@ -283,7 +283,3 @@ def check_contiguous_last(node_name: str, which: str, tensor) -> None:
     """The ops read every operand but the mask with a contiguous last dimension."""
     if not same_size(tensor.stride(-1), 1) and not same_size(tensor.shape[-1], 1):
         raise Declined(f"{node_name}: {which} has stride {tensor.stride(-1)} in its last dimension")
-
-
-def is_anchor(node: Node) -> bool:
-    return is_call(node, anchors.SDPA)

@@ -32,7 +32,6 @@ inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 
 FI_INLINE Vec set1(float x) { return Vec{} + x; }
-FI_INLINE VecI set1_i(int32_t x) { return VecI{} + x; }
 FI_INLINE Vec zero() { return Vec{}; }
 
 FI_INLINE VecI iota_i() {
