@@ -202,7 +202,7 @@ def cpu_jobs() -> list[Job]:
     mask = sum(1 << isa.level for isa in levels)
     common = (*_COMMON_FLAGS, f"-DFI_ISA_MASK={mask}", *_variant_flags())
     jobs = []
-    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+    for source in sorted([*(CSRC / "binding").glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")]):
         flags = (*common, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
         jobs.append(Job(source, "binding", flags, _key(source, flags)))
     for source in sorted((CSRC / "cpu" / "kernels").glob("*.cpp")):

@@ -30,7 +30,7 @@ def small_tree(tmp_path, monkeypatch):
     """A private copy of csrc/ with one family only, and a private cache: builds take seconds."""
     csrc = tmp_path / "csrc"
     shutil.copytree(_build.CSRC, csrc)
-    for folder in (csrc / "cpu", csrc / "cpu" / "kernels"):
+    for folder in (csrc / "binding", csrc / "cpu", csrc / "cpu" / "kernels"):
         for source in folder.glob("*.cpp"):
             if source.stem not in SMALL_SOURCES:
                 source.unlink()

@@ -6,8 +6,8 @@
 #include <cstdlib>
 #include <vector>
 
-#include "fi/cpu/attention.h"
-#include "fi/cpu/norm.h"
+#include "fi/cpu/attention_dtypes.h"
+#include "fi/norm.h"
 
 namespace {
 

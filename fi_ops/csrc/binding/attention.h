@@ -5,8 +5,8 @@
 #include <cmath>
 #include <vector>
 
-#include "binding/cpu.h"
-#include "fi/cpu/attention.h"
+#include "binding/device.h"
+#include "fi/attention.h"
 
 namespace fi::binding {
 
@@ -169,13 +169,8 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& key, 
   p.window_left = window_left;
   p.scale = static_cast<float>(scale ? *scale : p.head_dim_qk ? 1.0 / std::sqrt(double(p.head_dim_qk)) : 1.0);
   p.logits_soft_cap = static_cast<float>(soft_cap);
-  auto per_head = [&](const MaybeTensor& t) -> const float* {
-    if (!t) return nullptr;
-    const auto* src = static_cast<const float*>(t->const_data_ptr());
-    if (t->size(0) <= 1 || t->stride(0) == 1) return src;
-    auto* dst = static_cast<float*>(arena.allocate(t->size(0) * int64_t(sizeof(float))));
-    for (int64_t h = 0; h < t->size(0); ++h) dst[h] = src[h * t->stride(0)];
-    return dst;
+  auto per_head = [](const MaybeTensor& t) {
+    return t ? PerHead{static_cast<const float*>(t->const_data_ptr()), t->stride(0)} : PerHead{};
   };
   p.alibi_slopes = per_head(alibi_slopes);
   p.sinks = per_head(sinks);
@@ -195,13 +190,6 @@ inline RopeTable rope_table(const Tensor& cos, const Tensor& sin, int64_t head_d
   t.rotary_dim = rotary_dim ? rotary_dim : head_dim;
   t.interleaved = interleaved;
   return t;
-}
-
-inline void run_attention(const AttentionParams& p) {
-  const Parallel parallel = torch_parallel();
-  return p.dtype == DType::f32    ? FI_DISPATCH(attention_f32)(p, parallel)
-         : p.dtype == DType::bf16 ? FI_DISPATCH(attention_bf16)(p, parallel)
-                                  : FI_DISPATCH(attention_f16)(p, parallel);
 }
 
 }  // namespace fi::binding

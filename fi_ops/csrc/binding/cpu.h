@@ -1,10 +1,13 @@
-// What every CPU binding needs besides the checks: torch's threads as a fi::Parallel, dtypes as fi::DType.
+// What a binding needs of the CPU (see binding/device.h): torch's threads as a fi::Parallel, the ISA's
+// kernel.
 #pragma once
 
 #include "binding/check.h"
 #include "fi/cpu/isa.h"
 #include "fi/cpu/parallel.h"
-#include "fi/scalar.h"
+
+#define FI_DEVICE CPU
+#define FI_KERNEL_OF(name) FI_DISPATCH(name)
 
 namespace fi::binding {
 
@@ -17,25 +20,11 @@ inline Parallel torch_parallel() {
   return {launch, static_cast<int64_t>(torch::stable::get_num_threads())};
 }
 
-inline DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    case ScalarType::Bool:
-      return DType::boolean;
-    case ScalarType::Byte:
-      return DType::u8;
-    case ScalarType::Int:
-      return DType::i32;
-    case ScalarType::Long:
-      return DType::i64;
-    default:
-      throw std::runtime_error("fi_ops: a dtype passed the checks that no kernel has");
-  }
+template <class Params>
+void run(void (*kernel)(const Params&, const Parallel&), const Tensor&, const Params& params) {
+  kernel(params, torch_parallel());
 }
+
+inline std::optional<Tensor> values_to_check(const Tensor& t) { return t; }
 
 }  // namespace fi::binding

@@ -1,5 +1,5 @@
 // Gated activations, one pass over memory.
-#include "fi/cpu/activation.h"
+#include "fi/activation.h"
 
 #include "fi/cpu/rowops.h"
 

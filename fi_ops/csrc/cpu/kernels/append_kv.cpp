@@ -11,7 +11,7 @@ void append(const AppendParams& p, const Parallel& parallel) {
     float scratch[rope_angle_floats(kMaxRotaryDim)];
     RopeAngles angles{};
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / p.new_len, i = row % p.new_len, slot = p.positions[row];
+      const int64_t b = row / p.new_len, i = row % p.new_len, slot = p.positions.at(b, i);
       if (p.rope.cos) angles = rope_angles(p.rope, b, i, scratch);
       for (int64_t h = 0; h < p.num_kv_heads; ++h) {
         const T* k = static_cast<const T*>(p.key) + b * p.k_stride_b + h * p.k_stride_h + i * p.k_stride_n;

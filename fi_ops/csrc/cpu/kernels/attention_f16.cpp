@@ -1,3 +1,4 @@
+#include "fi/cpu/attention_dtypes.h"
 #include "fi/cpu/attention_loop.h"
 
 namespace fi::FI_ISA {

@@ -1,5 +1,5 @@
 // Packing of booleans into bits.
-#include "fi/cpu/bits.h"
+#include "fi/bits.h"
 
 #include "fi/cpu/rowops.h"
 

@@ -1,6 +1,6 @@
 // Merging of attention states. A state whose log-sum-exp is -inf has weight exactly 0 and its output is not
 // read, so that whatever is there (NaN too) does no harm; where all are -inf the result is 0 and -inf.
-#include "fi/cpu/merge.h"
+#include "fi/merge.h"
 
 #include "fi/cpu/rowops.h"
 

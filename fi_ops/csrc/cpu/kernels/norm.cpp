@@ -1,5 +1,5 @@
 // RMSNorm and LayerNorm: one row a time, statistics in fp32, the row read twice (the second time from L1).
-#include "fi/cpu/norm.h"
+#include "fi/norm.h"
 
 #include "fi/cpu/rowops.h"
 

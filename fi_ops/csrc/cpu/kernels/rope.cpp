@@ -1,5 +1,5 @@
 // Rotary embedding over [batch, heads, len, head_dim] by strides, and cos/sin tables in double precision.
-#include "fi/cpu/rope.h"
+#include "fi/rope.h"
 
 #include "fi/cpu/rope_row.h"
 

@@ -10,7 +10,7 @@
 //     in that bucket are the candidates.
 // 3. A radix search on the candidates finds each filter's last token.
 // 4. The draw: a running sum over the candidates (2a), or over chunk sums and then inside one chunk (2b).
-#include "fi/cpu/sampling.h"
+#include "fi/sampling.h"
 
 #include "fi/cpu/sample_row.h"
 

@@ -14,7 +14,7 @@ struct Rows {
   int64_t sizes[max_dims];    // of the leading dimensions, outermost first
   int64_t strides[max_dims];  // in elements
 
-  [[gnu::always_inline]] int64_t offset(int64_t row) const {
+  FI_HD int64_t offset(int64_t row) const {
     int64_t offset = 0;
     for (int d = ndim - 1; d > 0; --d) {
       offset += (row % sizes[d]) * strides[d];

@@ -1,14 +1,20 @@
 // The 16-bit storage types and their conversions, one value at a time.
 //
-// Conversions round to nearest even and keep NaN a NaN. All helpers here are `static`: this header is
-// included by files compiled for different ISA levels, and a weak inline function compiled with AVX-512 must
-// not be the one that the linker keeps for the baseline.
+// On the GPU they are single instructions. Conversions round to nearest even and keep NaN a NaN. All helpers
+// here are `static`: this header is included by files compiled for different ISA levels, and a weak inline
+// function compiled with AVX-512 must not be the one that the linker keeps for the baseline.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#define FI_INLINE [[gnu::always_inline]] static inline
+#ifdef __CUDACC__
+#  define FI_HD __host__ __device__ __forceinline__
+#  define FI_INLINE static __forceinline__ __host__ __device__
+#else
+#  define FI_HD [[gnu::always_inline]]
+#  define FI_INLINE [[gnu::always_inline]] static inline
+#endif
 
 namespace fi {
 
@@ -48,22 +54,39 @@ FI_INLINE float to_float(bf16 x) { return bits_float(uint32_t(x.bits) << 16); }
 // Halves are rebuilt with one float multiply (normal numbers) or one subtraction (denormals), so that no
 // branch depends on the value.
 FI_INLINE float to_float(f16 x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
   const uint32_t w = uint32_t(x.bits) << 16;
   const uint32_t two_w = w + w;
   const float normal = bits_float((two_w >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
   const float denormal = bits_float((two_w >> 17) | (126u << 23)) - 0.5f;
   const uint32_t magnitude = two_w < (1u << 27) ? float_bits(denormal) : float_bits(normal);
   return bits_float((w & 0x80000000u) | magnitude);
+#endif
 }
 
 FI_INLINE bf16 to_bf16(float x) {
+#ifdef __CUDA_ARCH__
+  bf16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
   const uint32_t u = float_bits(x);
   if ((u & 0x7fffffffu) > 0x7f800000u) return bf16{uint16_t((u >> 16) | 0x40u)};
   return bf16{uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+#endif
 }
 
 // The float adder does the rounding: adding a power of two whose last bit is the half's last bit.
 FI_INLINE f16 to_f16(float x) {
+#ifdef __CUDA_ARCH__
+  f16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
   const uint32_t w = float_bits(x);
   const uint32_t shl1 = w + w;
   const float magnitude = (bits_float(w & 0x7fffffffu) * 0x1.0p+112f) * 0x1.0p-110f;
@@ -72,6 +95,7 @@ FI_INLINE f16 to_f16(float x) {
   const uint32_t bits = float_bits(bits_float((bias >> 1) + 0x07800000u) + magnitude);
   const uint32_t nonsign = ((bits >> 13) & 0x7c00u) + (bits & 0x0fffu);
   return f16{uint16_t(((w >> 16) & 0x8000u) | (shl1 > 0xff000000u ? 0x7e00u : nonsign))};
+#endif
 }
 
 template <class T>

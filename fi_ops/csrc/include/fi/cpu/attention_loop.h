@@ -7,7 +7,7 @@
 // number of threads.
 #pragma once
 
-#include "fi/cpu/attention.h"
+#include "fi/attention.h"
 #include "fi/cpu/attention_engine.h"
 #include "fi/cpu/live_tiles.h"
 #include "fi/cpu/online_softmax.h"
@@ -173,7 +173,7 @@ class AttentionCall {
   }
 
   void scan_mask() {
-    mask_batches = p.mask_stride_b == 0 && !p.positions ? 1 : p.batch;
+    mask_batches = p.mask_stride_b == 0 && !p.positions.data ? 1 : p.batch;
     mask_heads = p.mask_stride_h == 0 ? 1 : p.num_kv_heads;
     const int64_t num_lists = mask_batches * mask_heads * num_blocks;
     lists = allocate<int32_t>(p, num_lists * num_tiles);
@@ -477,7 +477,8 @@ class AttentionCall {
         staged_i = mask_i;
         staged_h = mask_h;
       }
-      const RowVariant variant{p.scale, p.logits_soft_cap, p.alibi_slopes ? p.alibi_slopes[h] * kLog2e : 0.0f,
+      const RowVariant variant{p.scale, p.logits_soft_cap,
+                               p.alibi_slopes ? p.alibi_slopes.at(h) * kLog2e : 0.0f,
                                r.begin - query_position(p, k.b, i), masked ? w.additive : nullptr};
       apply_variant(w.s + (row - rows.begin) * s_stride, round_up(n, kLanes), variant);
     }
@@ -488,7 +489,8 @@ class AttentionCall {
   void write_row(const Block& k, int64_t row, const float* acc, float row_max, float row_sum) const {
     const int64_t i = row / group, h = k.kv_head * group + row % group;
     T* out = static_cast<T*>(p.out) + k.b * p.o_stride_b + h * p.o_stride_h + i * p.o_stride_n;
-    const float lse = finish_row(out, acc, p.head_dim_vo, row_max, row_sum, p.sinks ? p.sinks + h : nullptr);
+    const float lse = finish_row(out, acc, p.head_dim_vo, row_max, row_sum,
+                                 p.sinks ? p.sinks.data + h * p.sinks.stride : nullptr);
     if (p.lse) p.lse[(k.b * p.num_qo_heads + h) * p.qo_len + i] = lse;
   }
 

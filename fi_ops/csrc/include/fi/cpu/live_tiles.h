@@ -2,7 +2,7 @@
 // the scan of a mask for tiles with nothing in them. A tile that is not in the list is never loaded.
 #pragma once
 
-#include "fi/cpu/attention.h"
+#include "fi/attention.h"
 #include "fi/cpu/simd.h"
 
 namespace fi::FI_ISA {
@@ -12,7 +12,7 @@ struct Range {
 };
 
 FI_INLINE int64_t query_position(const AttentionParams& p, int64_t b, int64_t i) {
-  return p.positions ? p.positions[b * p.qo_len + i] : i + p.q_offset;
+  return p.positions.data ? p.positions.at(b, i) : i + p.q_offset;
 }
 
 // Keys that causal, window and length leave to query row i; may be empty.

@@ -1,7 +1,7 @@
 // Online softmax over rows of logits, base 2: the running maximum, sum and the passes over one tile row.
 #pragma once
 
-#include "fi/cpu/attention.h"
+#include "fi/attention.h"
 #include "fi/cpu/live_tiles.h"
 #include "fi/cpu/simd.h"
 

@@ -1,7 +1,7 @@
 // The angles of one position out of the table that attention's callers pass.
 #pragma once
 
-#include "fi/cpu/attention.h"
+#include "fi/attention.h"
 #include "fi/cpu/rope_row.h"
 
 namespace fi::FI_ISA {

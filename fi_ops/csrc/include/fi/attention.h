@@ -1,12 +1,11 @@
-// The attention family on the CPU: what the bindings hand to the kernels.
+// The attention family: what the bindings hand to the kernels.
 //
 // Strides are in elements and free (also 0); the last dimension of query, key, value and out is contiguous.
 #pragma once
 
 #include <cstdint>
 
-#include "fi/cpu/isa.h"
-#include "fi/cpu/parallel.h"
+#include "fi/kernel.h"
 #include "fi/scalar.h"
 
 namespace fi {
@@ -29,6 +28,28 @@ struct Scratch {
   void* context;
 };
 
+// The key position of each query row, or the cache slot of each new token: [batch, len] through strides,
+// int32 or int64.
+struct Positions {
+  const void* data = nullptr;  // null: none given
+  bool wide = false;           // int64, else int32
+  int64_t stride_b = 0, stride_i = 0;
+
+  FI_HD int64_t at(int64_t b, int64_t i) const {
+    const int64_t offset = b * stride_b + i * stride_i;
+    return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
+  }
+};
+
+// One fp32 number for each query head.
+struct PerHead {
+  const float* data = nullptr;  // null: none given
+  int64_t stride = 0;
+
+  FI_HD explicit operator bool() const { return data != nullptr; }
+  FI_HD float at(int64_t h) const { return data[h * stride]; }
+};
+
 struct AttentionParams {
   int64_t batch, num_qo_heads, num_kv_heads, qo_len, kv_len, head_dim_qk, head_dim_vo;
   DType dtype;  // of query, key, value and out
@@ -49,13 +70,13 @@ struct AttentionParams {
   int64_t mask_stride_b = 0, mask_stride_h = 0, mask_stride_q = 0, mask_stride_k = 0;
 
   bool causal = false;
-  int64_t window_left = -1;            // -1: none
-  int64_t q_offset = 0;                // row i sits at key position i + q_offset ...
-  const int64_t* positions = nullptr;  // ... or at positions[b, i]: [batch, qo_len] contiguous
+  int64_t window_left = -1;  // -1: none
+  int64_t q_offset = 0;      // row i sits at key position i + q_offset ...
+  Positions positions;       // ... or, where given, at positions.at(b, i)
   float scale = 1.0f;
-  float logits_soft_cap = 0.0f;         // 0: none
-  const float* alibi_slopes = nullptr;  // [num_qo_heads]
-  const float* sinks = nullptr;         // [num_qo_heads]
+  float logits_soft_cap = 0.0f;  // 0: none
+  PerHead alibi_slopes;
+  PerHead sinks;
 
   RopeTable rope;             // rotates query rows, and key rows where rope_keys
   bool rope_keys = false;     // key j takes row j
@@ -66,8 +87,8 @@ struct AttentionParams {
 
 inline constexpr int64_t kMaxRotaryDim = 1024;
 
-// Writes rows into a static cache: cache[b, h, positions[b, i]] = new[b, h, i], keys rotated where rope.cos
-// is set.
+// Writes rows into a static cache: cache[b, h, positions.at(b, i)] = new[b, h, i], keys rotated where
+// rope.cos is set.
 struct AppendParams {
   int64_t batch, num_kv_heads, new_len, head_dim_qk, head_dim_vo;
   DType dtype;
@@ -79,13 +100,11 @@ struct AppendParams {
   int64_t kc_stride_b, kc_stride_h, kc_stride_n;
   void* v_cache;  // [batch, num_kv_heads, max_len, head_dim_vo]
   int64_t vc_stride_b, vc_stride_h, vc_stride_n;
-  const int64_t* positions;  // [batch, new_len] contiguous
-  RopeTable rope;            // key i takes row i; rotary_dim at most kMaxRotaryDim
+  Positions positions;  // the slot of each row
+  RopeTable rope;       // key i takes row i; rotary_dim at most kMaxRotaryDim
 };
 
 }  // namespace fi
 
-FI_DECLARE_KERNEL(void, attention_f32, (const fi::AttentionParams&, const fi::Parallel&))
-FI_DECLARE_KERNEL(void, attention_bf16, (const fi::AttentionParams&, const fi::Parallel&))
-FI_DECLARE_KERNEL(void, attention_f16, (const fi::AttentionParams&, const fi::Parallel&))
-FI_DECLARE_KERNEL(void, append_kv, (const fi::AppendParams&, const fi::Parallel&))
+FI_KERNEL(attention, fi::AttentionParams)
+FI_KERNEL(append_kv, fi::AppendParams)

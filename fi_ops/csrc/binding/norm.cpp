@@ -1,7 +1,7 @@
 // Bindings of the norms: check, params, dispatch.
-#include "fi/cpu/norm.h"
+#include "fi/norm.h"
 
-#include "binding/cpu.h"
+#include "binding/device.h"
 
 namespace fi::binding {
 namespace {
@@ -51,7 +51,7 @@ Tensor rmsnorm_with(const char* op, const Tensor& input, const Tensor& weight, d
   NormParams p = common_params(op, input, weight, eps);
   p.weight_offset = weight_offset;
   Tensor output = empty_output(op, input, p);
-  FI_DISPATCH(rmsnorm)(p, torch_parallel());
+  run(FI_KERNEL_OF(rmsnorm), input, p);
   return output;
 }
 
@@ -72,7 +72,7 @@ void fused_add_rmsnorm_with(const char* op, Tensor& input, Tensor& residual, con
   p.output_rows = p.input_rows;
   p.residual = p.residual_output = residual.mutable_data_ptr();
   p.residual_rows = rows_of(op, "residual", residual);
-  FI_DISPATCH(rmsnorm)(p, torch_parallel());
+  run(FI_KERNEL_OF(rmsnorm), input, p);
 }
 
 Tensor rmsnorm_op(const Tensor& input, const Tensor& weight, double eps) {
@@ -101,14 +101,14 @@ Tensor layernorm_op(const Tensor& input, const Tensor& weight, const Tensor& bia
   p.bias = bias.const_data_ptr();
   p.bias_dtype = dtype_of(bias);
   Tensor output = empty_output(op, input, p);
-  FI_DISPATCH(layernorm)(p, torch_parallel());
+  run(FI_KERNEL_OF(layernorm), input, p);
   return output;
 }
 
 }  // namespace
 }  // namespace fi::binding
 
-STABLE_TORCH_LIBRARY_IMPL(fi, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("rmsnorm", TORCH_BOX(&fi::binding::rmsnorm_op));
   m.impl("gemma_rmsnorm", TORCH_BOX(&fi::binding::gemma_rmsnorm_op));
   m.impl("fused_add_rmsnorm", TORCH_BOX(&fi::binding::fused_add_rmsnorm_op));

@@ -1,8 +1,7 @@
 // RMSNorm and LayerNorm over rows.
 #pragma once
 
-#include "fi/cpu/isa.h"
-#include "fi/cpu/parallel.h"
+#include "fi/kernel.h"
 #include "fi/rows.h"
 #include "fi/scalar.h"
 
@@ -24,5 +23,5 @@ struct NormParams {
 
 }  // namespace fi
 
-FI_DECLARE_KERNEL(void, rmsnorm, (const fi::NormParams& params, const fi::Parallel& parallel))
-FI_DECLARE_KERNEL(void, layernorm, (const fi::NormParams& params, const fi::Parallel& parallel))
+FI_KERNEL(rmsnorm, fi::NormParams)
+FI_KERNEL(layernorm, fi::NormParams)

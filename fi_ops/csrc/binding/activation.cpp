@@ -1,15 +1,14 @@
 // Bindings of the gated activations: check, params, dispatch.
-#include "fi/cpu/activation.h"
+#include "fi/activation.h"
 
 #include <vector>
 
-#include "binding/cpu.h"
+#include "binding/device.h"
 
 namespace fi::binding {
 namespace {
 
-using Kernel = void (*)(const ActivationParams&, const Parallel&);
-
+template <class Kernel>
 Tensor gated(const char* op, const Tensor& input, Kernel kernel) {
   check_no_grads(op, input);
   check_dtype(op, "input", input, floats);
@@ -27,24 +26,24 @@ Tensor gated(const char* op, const Tensor& input, Kernel kernel) {
   p.input_rows = rows_of(op, "input", input);
   p.hidden_size = shape[last];
   p.dtype = dtype_of(input);
-  kernel(p, torch_parallel());
+  run(kernel, input, p);
   return output;
 }
 
 Tensor silu_and_mul_op(const Tensor& input) {
-  return gated("silu_and_mul", input, FI_DISPATCH(silu_and_mul));
+  return gated("silu_and_mul", input, FI_KERNEL_OF(silu_and_mul));
 }
 Tensor gelu_and_mul_op(const Tensor& input) {
-  return gated("gelu_and_mul", input, FI_DISPATCH(gelu_and_mul));
+  return gated("gelu_and_mul", input, FI_KERNEL_OF(gelu_and_mul));
 }
 Tensor gelu_tanh_and_mul_op(const Tensor& input) {
-  return gated("gelu_tanh_and_mul", input, FI_DISPATCH(gelu_tanh_and_mul));
+  return gated("gelu_tanh_and_mul", input, FI_KERNEL_OF(gelu_tanh_and_mul));
 }
 
 }  // namespace
 }  // namespace fi::binding
 
-STABLE_TORCH_LIBRARY_IMPL(fi, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("silu_and_mul", TORCH_BOX(&fi::binding::silu_and_mul_op));
   m.impl("gelu_and_mul", TORCH_BOX(&fi::binding::gelu_and_mul_op));
   m.impl("gelu_tanh_and_mul", TORCH_BOX(&fi::binding::gelu_tanh_and_mul_op));

@@ -1,10 +1,10 @@
 // Bindings of the bit packing ops: check, params, dispatch.
-#include "fi/cpu/bits.h"
+#include "fi/bits.h"
 
 #include <string>
 #include <vector>
 
-#include "binding/cpu.h"
+#include "binding/device.h"
 
 namespace fi::binding {
 namespace {
@@ -48,7 +48,7 @@ Tensor packbits_op(const Tensor& x, StringHandle bitorder_handle) {
   p.input_indptr = input_indptr;
   p.output_indptr = output_indptr;
   p.num_segments = 1;
-  FI_DISPATCH(packbits)(p, torch_parallel());
+  run(FI_KERNEL_OF(packbits), x, p);
   return y;
 }
 
@@ -99,14 +99,14 @@ Tensor segment_packbits_op(const Tensor& x, const Tensor& input_indptr, const Te
   p.input_indptr = in.data();
   p.output_indptr = out.data();
   p.num_segments = static_cast<int64_t>(num_segments);
-  FI_DISPATCH(packbits)(p, torch_parallel());
+  run(FI_KERNEL_OF(packbits), x, p);
   return y;
 }
 
 }  // namespace
 }  // namespace fi::binding
 
-STABLE_TORCH_LIBRARY_IMPL(fi, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("packbits", TORCH_BOX(&fi::binding::packbits_op));
   m.impl("segment_packbits", TORCH_BOX(&fi::binding::segment_packbits_op));
 }

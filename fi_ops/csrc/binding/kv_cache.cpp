@@ -27,29 +27,29 @@ void check_new_tokens(const char* op, const Tensor& k_cache, const Tensor& v_cac
            "], got ", shape_of(positions), "; pass the cache slot of each new token");
 }
 
-// positions as int64 [batch, qo_len], all of them checked before anything is written.
-const int64_t* read_positions(const char* op, const Tensor& positions, int64_t batch, int64_t qo_len,
-                              int64_t max_len, ScratchArena& arena) {
-  auto* out = static_cast<int64_t*>(arena.allocate(batch * qo_len * int64_t(sizeof(int64_t))));
-  const int64_t last = positions.dim() - 1;
-  const int64_t stride_b = last == 1 ? positions.stride(0) : 0, stride_i = positions.stride(last);
-  const void* data = positions.const_data_ptr();
-  const bool wide = positions.scalar_type() == ScalarType::Long;
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = 0; i < qo_len; ++i) {
-      const int64_t at = b * stride_b + i * stride_i;
-      const int64_t slot =
-          wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
-      FI_CHECK(op, slot >= 0 && slot < max_len, "positions must be in [0, ", max_len,
-               "), the cache's slots, got ", slot, "; grow the cache or fix the positions");
-      out[b * qo_len + i] = slot;
+// The positions as the kernels read them; where values are checked, all of them before anything is written.
+Positions read_positions(const char* op, const Tensor& positions, int64_t batch, int64_t qo_len,
+                         int64_t max_len) {
+  auto view = [](const Tensor& t) {
+    const int64_t last = t.dim() - 1;
+    return Positions{t.const_data_ptr(), t.scalar_type() == ScalarType::Long, last == 1 ? t.stride(0) : 0,
+                     t.stride(last)};
+  };
+  if (const auto values = values_to_check(positions)) {
+    const Positions p = view(*values);
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t i = 0; i < qo_len; ++i) {
+        const int64_t slot = p.at(b, i);
+        FI_CHECK(op, slot >= 0 && slot < max_len, "positions must be in [0, ", max_len,
+                 "), the cache's slots, got ", slot, "; grow the cache or fix the positions");
+      }
     }
   }
-  return out;
+  return view(positions);
 }
 
 AppendParams append_params(Tensor& k_cache, Tensor& v_cache, const Tensor& key, const Tensor& value,
-                           const int64_t* positions) {
+                           Positions positions) {
   AppendParams p{};
   p.batch = key.size(0);
   p.num_kv_heads = key.size(1);
@@ -85,9 +85,8 @@ void append_kv_op(Tensor k_cache, Tensor v_cache, const Tensor& key, const Tenso
               "[batch, num_kv_heads, max_len, head_dim_vo]");
   check_ndim(op, "key", key, 4, "[batch, num_kv_heads, qo_len, head_dim]");
   check_new_tokens(op, k_cache, v_cache, key, value, positions, key.size(2));
-  ScratchArena arena(key);
-  const int64_t* slots = read_positions(op, positions, key.size(0), key.size(2), k_cache.size(2), arena);
-  FI_DISPATCH(append_kv)(append_params(k_cache, v_cache, key, value, slots), torch_parallel());
+  const Positions slots = read_positions(op, positions, key.size(0), key.size(2), k_cache.size(2));
+  run(FI_KERNEL_OF(append_kv), key, append_params(k_cache, v_cache, key, value, slots));
 }
 
 struct Rope {
@@ -114,7 +113,7 @@ Tensor append_and_attend(const char* op, const Tensor& query, const Tensor& key,
   if (rope) check_cos_sin(op, rope->cos, rope->sin, query, qo_len, rope->rotary_dim, "qo_len");
 
   ScratchArena arena(query);
-  const int64_t* slots = read_positions(op, positions, batch, qo_len, max_len, arena);
+  const Positions slots = read_positions(op, positions, batch, qo_len, max_len);
   AppendParams append = append_params(k_cache, v_cache, key, value, slots);
   Tensor output = empty_attention_output(query, value.size(3));
   AttentionParams attention = attention_params(query, k_cache, v_cache, output, mask, causal, window_left,
@@ -123,8 +122,8 @@ Tensor append_and_attend(const char* op, const Tensor& query, const Tensor& key,
   if (rope)
     append.rope = attention.rope =
         rope_table(rope->cos, rope->sin, query.size(3), rope->rotary_dim, rope->interleaved);
-  FI_DISPATCH(append_kv)(append, torch_parallel());
-  run_attention(attention);
+  run(FI_KERNEL_OF(append_kv), query, append);
+  run(FI_KERNEL_OF(attention), query, attention);
   return output;
 }
 
@@ -150,7 +149,7 @@ Tensor rope_append_attention_op(const Tensor& query, const Tensor& key, const Te
 }  // namespace
 }  // namespace fi::binding
 
-STABLE_TORCH_LIBRARY_IMPL(fi, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("append_kv", TORCH_BOX(&fi::binding::append_kv_op));
   m.impl("append_attention", TORCH_BOX(&fi::binding::append_attention_op));
   m.impl("rope_append_attention", TORCH_BOX(&fi::binding::rope_append_attention_op));

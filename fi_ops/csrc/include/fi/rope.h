@@ -1,8 +1,7 @@
 // Rotary embedding of queries and keys, and its tables of cos and sin.
 #pragma once
 
-#include "fi/cpu/isa.h"
-#include "fi/cpu/parallel.h"
+#include "fi/kernel.h"
 #include "fi/rows.h"
 #include "fi/scalar.h"
 
@@ -44,5 +43,5 @@ struct RopeCosSinParams {
 
 }  // namespace fi
 
-FI_DECLARE_KERNEL(void, rope, (const fi::RopeParams& params, const fi::Parallel& parallel))
-FI_DECLARE_KERNEL(void, rope_cos_sin, (const fi::RopeCosSinParams& params, const fi::Parallel& parallel))
+FI_KERNEL(rope, fi::RopeParams)
+FI_KERNEL(rope_cos_sin, fi::RopeCosSinParams)

@@ -1,7 +1,7 @@
 // Bindings of the merges of attention states: check, params, dispatch.
-#include "fi/cpu/merge.h"
+#include "fi/merge.h"
 
-#include "binding/cpu.h"
+#include "binding/device.h"
 
 namespace fi::binding {
 namespace {
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> merge_state_op(const Tensor& v_a, const Tensor& s_a, 
   p.b = states_of(v_b, s_b);
   set_output(p, v, s);
   set_sizes(p, v_a.size(0), v_a.size(1), v_a.size(2), v_a);
-  FI_DISPATCH(merge_state)(p, torch_parallel());
+  run(FI_KERNEL_OF(merge_state), v_a, p);
   return {v, s};
 }
 
@@ -84,7 +84,7 @@ void merge_state_in_place_op(Tensor v, Tensor s, const Tensor& v_other, const Te
   p.b = states_of(v_other, s_other);
   set_output(p, v, s);
   set_sizes(p, v.size(0), v.size(1), v.size(2), v);
-  FI_DISPATCH(merge_state)(p, torch_parallel());
+  run(FI_KERNEL_OF(merge_state), v, p);
 }
 
 std::tuple<Tensor, Tensor> merge_states_op(const Tensor& v, const Tensor& s) {
@@ -108,14 +108,14 @@ std::tuple<Tensor, Tensor> merge_states_op(const Tensor& v, const Tensor& s) {
   p.s_state_stride = s.stride(1);
   set_output(p, v_out, s_out);
   set_sizes(p, v.size(0), v.size(2), v.size(3), v);
-  FI_DISPATCH(merge_states)(p, torch_parallel());
+  run(FI_KERNEL_OF(merge_states), v, p);
   return {v_out, s_out};
 }
 
 }  // namespace
 }  // namespace fi::binding
 
-STABLE_TORCH_LIBRARY_IMPL(fi, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("merge_state", TORCH_BOX(&fi::binding::merge_state_op));
   m.impl("merge_state_in_place", TORCH_BOX(&fi::binding::merge_state_in_place_op));
   m.impl("merge_states", TORCH_BOX(&fi::binding::merge_states_op));

@@ -57,7 +57,7 @@ Outputs attend(const char* op, bool with_lse, const Tensor& query, const Tensor&
     outputs.lse = empty({query.size(0), query.size(1), qo_len}, ScalarType::Float, query);
     p.lse = static_cast<float*>(outputs.lse->mutable_data_ptr());
   }
-  run_attention(p);
+  run(FI_KERNEL_OF(attention), query, p);
   return outputs;
 }
 
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> rope_attention_with_lse_op(
 }  // namespace
 }  // namespace fi::binding
 
-STABLE_TORCH_LIBRARY_IMPL(fi, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("attention", TORCH_BOX(&fi::binding::attention_op));
   m.impl("attention_with_lse", TORCH_BOX(&fi::binding::attention_with_lse_op));
   m.impl("rope_attention", TORCH_BOX(&fi::binding::rope_attention_op));

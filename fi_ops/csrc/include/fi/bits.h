@@ -1,8 +1,7 @@
 // Packing of booleans into bits, eight a byte.
 #pragma once
 
-#include "fi/cpu/isa.h"
-#include "fi/cpu/parallel.h"
+#include "fi/kernel.h"
 
 namespace fi {
 
@@ -18,4 +17,4 @@ struct PackBitsParams {
 
 }  // namespace fi
 
-FI_DECLARE_KERNEL(void, packbits, (const fi::PackBitsParams& params, const fi::Parallel& parallel))
+FI_KERNEL(packbits, fi::PackBitsParams)

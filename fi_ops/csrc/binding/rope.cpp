@@ -1,19 +1,14 @@
 // Bindings of the rope ops: check, params, dispatch.
-#include "fi/cpu/rope.h"
+#include "fi/rope.h"
 
 #include <cmath>
 #include <vector>
 
-#include "binding/cpu.h"
+#include "binding/device.h"
 #include "binding/rope.h"
 
 namespace fi::binding {
 namespace {
-
-int64_t index_at(const Tensor& t, int64_t offset) {
-  return t.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(t.const_data_ptr())[offset]
-                                             : static_cast<const int32_t*>(t.const_data_ptr())[offset];
-}
 
 // Fills everything but the outputs.
 RopeParams check_rope(const char* op, const Tensor& query, const Tensor& key, const Tensor& cos,
@@ -47,12 +42,16 @@ RopeParams check_rope(const char* op, const Tensor& query, const Tensor& key, co
     p.position_dtype = dtype_of(*positions);
     p.position_strides[0] = per_batch ? positions->stride(0) : 0;
     p.position_strides[1] = positions->stride(per_batch ? 1 : 0);
-    for (int64_t b = 0; b < (per_batch ? batch : 1); ++b)
-      for (int64_t l = 0; l < len; ++l) {
-        const int64_t row = index_at(*positions, b * p.position_strides[0] + l * p.position_strides[1]);
-        FI_CHECK(op, row >= 0 && row < num_rows, "positions must be rows of cos, at least 0 and less than ",
-                 num_rows, ", got ", row, "; make longer tables with rope_cos_sin");
-      }
+    if (const auto values = values_to_check(*positions)) {
+      const int64_t stride_b = per_batch ? values->stride(0) : 0,
+                    stride_l = values->stride(per_batch ? 1 : 0);
+      for (int64_t b = 0; b < (per_batch ? batch : 1); ++b)
+        for (int64_t l = 0; l < len; ++l) {
+          const int64_t row = index_at(*values, b * stride_b + l * stride_l);
+          FI_CHECK(op, row >= 0 && row < num_rows, "positions must be rows of cos, at least 0 and less than ",
+                   num_rows, ", got ", row, "; make longer tables with rope_cos_sin");
+        }
+    }
   }
   p.query.input = query.const_data_ptr();
   p.query.num_heads = query.size(1);
@@ -98,7 +97,7 @@ std::tuple<Tensor, Tensor> rope_op(const Tensor& query, const Tensor& key, const
   RopeParams p = check_rope("rope", query, key, cos, sin, positions, interleaved, rotary_dim);
   Tensor query_out = output_like("rope", "query", query, p.query);
   Tensor key_out = output_like("rope", "key", key, p.key);
-  FI_DISPATCH(rope)(p, torch_parallel());
+  run(FI_KERNEL_OF(rope), query, p);
   return {query_out, key_out};
 }
 
@@ -109,7 +108,7 @@ void rope_in_place_op(Tensor query, Tensor key, const Tensor& cos, const Tensor&
   check_writable("rope_", "key", key);
   write_to(query, p.query);
   write_to(key, p.key);
-  FI_DISPATCH(rope)(p, torch_parallel());
+  run(FI_KERNEL_OF(rope), query, p);
 }
 
 constexpr double two_pi = 6.283185307179586476925;
@@ -160,11 +159,14 @@ std::tuple<Tensor, Tensor> rope_cos_sin_op(const Tensor& positions, int64_t rota
   RopeCosSinParams p{};
   p.position_rows = rows_of(op, "positions", positions, /*keep_last=*/false);
   p.positions = positions.const_data_ptr();
-  for (int64_t row = 0; row < p.position_rows.num_rows; ++row) {
-    const int64_t position = index_at(positions, p.position_rows.offset(row));
-    FI_CHECK(op, std::fabs(static_cast<double>(position)) * fastest < 2147483648.0,
-             "positions must give angles of less than 2^31 radians, got position ", position,
-             "; check positions, rope_scale and rope_theta");
+  if (const auto values = values_to_check(positions)) {
+    const Rows rows = rows_of(op, "positions", *values, /*keep_last=*/false);
+    for (int64_t row = 0; row < rows.num_rows; ++row) {
+      const int64_t position = index_at(*values, rows.offset(row));
+      FI_CHECK(op, std::fabs(static_cast<double>(position)) * fastest < 2147483648.0,
+               "positions must give angles of less than 2^31 radians, got position ", position,
+               "; check positions, rope_scale and rope_theta");
+    }
   }
   std::vector<int64_t> shape(positions.sizes().begin(), positions.sizes().end());
   shape.push_back(rotary_dim / 2);
@@ -178,14 +180,14 @@ std::tuple<Tensor, Tensor> rope_cos_sin_op(const Tensor& positions, int64_t rota
   p.num_pairs = rotary_dim / 2;
   p.cos = static_cast<float*>(cos.mutable_data_ptr());
   p.sin = static_cast<float*>(sin.mutable_data_ptr());
-  FI_DISPATCH(rope_cos_sin)(p, torch_parallel());
+  run(FI_KERNEL_OF(rope_cos_sin), positions, p);
   return {cos, sin};
 }
 
 }  // namespace
 }  // namespace fi::binding
 
-STABLE_TORCH_LIBRARY_IMPL(fi, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("rope", TORCH_BOX(&fi::binding::rope_op));
   m.impl("rope_", TORCH_BOX(&fi::binding::rope_in_place_op));
   m.impl("rope_cos_sin", TORCH_BOX(&fi::binding::rope_cos_sin_op));

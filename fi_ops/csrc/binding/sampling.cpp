@@ -1,10 +1,10 @@
 // Binding of the samplers: check, one SamplingDraw for each draw, dispatch.
-#include "fi/cpu/sampling.h"
+#include "fi/sampling.h"
 
 #include <tuple>
 #include <vector>
 
-#include "binding/cpu.h"
+#include "binding/device.h"
 
 namespace fi::binding {
 namespace {
@@ -123,13 +123,13 @@ std::tuple<Tensor, Tensor> top_k_top_p_sampling_from_logits(const Tensor& logits
   p.sample_dtype = dtype_of(samples);
   p.top_k_first = top_k_first;
   p.exact_ties = top_k_ties == "exact";
-  FI_DISPATCH(top_k_top_p_sample)(p, torch_parallel());
+  run(FI_KERNEL_OF(top_k_top_p_sample), logits, p);
   return {samples, valid};
 }
 
 }  // namespace
 }  // namespace fi::binding
 
-STABLE_TORCH_LIBRARY_IMPL(fi, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("top_k_top_p_sampling_from_logits", TORCH_BOX(&fi::binding::top_k_top_p_sampling_from_logits));
 }

@@ -1,8 +1,7 @@
 // Sampling from logits.
 #pragma once
 
-#include "fi/cpu/isa.h"
-#include "fi/cpu/parallel.h"
+#include "fi/kernel.h"
 #include "fi/scalar.h"
 
 namespace fi {
@@ -33,4 +32,4 @@ struct SamplingParams {
 
 }  // namespace fi
 
-FI_DECLARE_KERNEL(void, top_k_top_p_sample, (const fi::SamplingParams& params, const fi::Parallel& parallel))
+FI_KERNEL(top_k_top_p_sample, fi::SamplingParams)

@@ -2,8 +2,7 @@
 // its logits.
 #pragma once
 
-#include "fi/cpu/isa.h"
-#include "fi/cpu/parallel.h"
+#include "fi/kernel.h"
 #include "fi/scalar.h"
 
 namespace fi {
@@ -32,5 +31,5 @@ struct MergeParams {
 
 }  // namespace fi
 
-FI_DECLARE_KERNEL(void, merge_state, (const fi::MergeParams& params, const fi::Parallel& parallel))
-FI_DECLARE_KERNEL(void, merge_states, (const fi::MergeParams& params, const fi::Parallel& parallel))
+FI_KERNEL(merge_state, fi::MergeParams)
+FI_KERNEL(merge_states, fi::MergeParams)

@@ -1,0 +1,46 @@
+// The device that a library is for. A binding source is compiled once for each: everything that differs is
+// behind these names.
+//
+//   run(FI_KERNEL_OF(name), like, params)   run a kernel where the tensor `like` is
+//   values_to_check(t)                      a tensor's contents on the host, where they are to be checked
+//   FI_DEVICE                               the dispatch key: STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m)
+#pragma once
+
+#ifdef FI_ON_CUDA
+#  include "binding/cuda.h"
+#else
+#  include "binding/cpu.h"
+#endif
+
+#include "fi/scalar.h"
+
+namespace fi::binding {
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::Bool:
+      return DType::boolean;
+    case ScalarType::Byte:
+      return DType::u8;
+    case ScalarType::Int:
+      return DType::i32;
+    case ScalarType::Long:
+      return DType::i64;
+    default:
+      throw std::runtime_error("fi_ops: a dtype passed the checks that no kernel has");
+  }
+}
+
+// Element `offset` of a host tensor of int32 or int64.
+inline int64_t index_at(const Tensor& t, int64_t offset) {
+  return t.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(t.const_data_ptr())[offset]
+                                             : static_cast<const int32_t*>(t.const_data_ptr())[offset];
+}
+
+}  // namespace fi::binding

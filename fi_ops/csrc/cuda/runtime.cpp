@@ -1,0 +1,61 @@
+// Torch's streams and the devices' properties, for every binding of the CUDA library.
+#include <dlfcn.h>
+
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "binding/cuda.h"
+
+namespace fi::binding {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("fi_ops: CUDA error in ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Resolved at run time: a CPU-only torch, against which this library may be linked, has no libtorch_cuda.
+using CurrentStream = AOTITorchError (*)(int32_t, void**);
+CurrentStream current_stream_function() {
+  static const auto function =
+      reinterpret_cast<CurrentStream>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  if (function == nullptr)
+    throw std::runtime_error("fi_ops: this torch was built without CUDA; install a CUDA build");
+  return function;
+}
+
+constexpr int kMaxDevices = 64;
+std::array<std::atomic<int>, kMaxDevices> num_sms{};  // 0: not asked yet
+std::array<std::atomic<int>, kMaxDevices> compute_capabilities{};
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+}  // namespace
+
+cuda::Gpu gpu_at(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(current_stream_function()(device, &stream));
+  if (device < 0 || device >= kMaxDevices) throw std::runtime_error("fi_ops: CUDA device index out of range");
+  if (num_sms[device].load(std::memory_order_acquire) == 0) {
+    compute_capabilities[device].store(attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
+                                       attribute(cudaDevAttrComputeCapabilityMinor, device));
+    num_sms[device].store(attribute(cudaDevAttrMultiProcessorCount, device), std::memory_order_release);
+  }
+  return {static_cast<cudaStream_t>(stream), num_sms[device].load(), compute_capabilities[device].load()};
+}
+
+bool checks_values() {
+  static const bool on = [] {
+    const char* value = std::getenv("FI_OPS_CHECK");
+    return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
+  }();
+  return on;
+}
+
+}  // namespace fi::binding

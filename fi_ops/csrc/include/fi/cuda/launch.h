@@ -1,0 +1,58 @@
+// Kernel launches: one function for the host, one for the kernel's dynamic shared memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+#include "fi/cuda/gpu.h"
+
+namespace fi::cuda {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // a launch that failed must not be reported again by the next one
+  throw std::runtime_error(std::string("fi_ops: CUDA error in ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Launches `kernel<<<grid, block, smem>>>(args...)` on gpu.stream. `smem` may exceed 48 KB. With `overlap`
+// the kernel may start while the one before it in the stream runs its last blocks (sm_90, programmatic
+// dependent launch); it must then call wait_for_previous_kernel() (fi/cuda/ptx.h) before it reads what that
+// one wrote.
+template <class... Params, class... Args>
+void launch(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, bool overlap,
+            Args&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (smem > 48 * 1024)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)),
+          "cudaFuncSetAttribute");
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = smem;
+  config.stream = gpu.stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlap && gpu.compute_capability >= 90 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "a kernel launch");
+}
+
+template <class... Params, class... Args>
+void launch(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, Args&&... args) {
+  launch(gpu, kernel, grid, block, smem, /*overlap=*/false, std::forward<Args>(args)...);
+}
+
+#ifdef __CUDACC__
+// The block's dynamic shared memory, 1024-byte aligned (what 128-byte swizzled TMA boxes need).
+__device__ __forceinline__ unsigned char* dynamic_smem() {
+  extern __shared__ __align__(1024) unsigned char fi_dynamic_smem[];
+  return fi_dynamic_smem;
+}
+#endif
+
+}  // namespace fi::cuda
