@@ -6,6 +6,24 @@ import pytest
 import torch
 
 import fi_ops  # noqa: F401  (defines torch.ops.fi)
+from fi_ops import _load
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--emulate-cuda",
+        action="store_true",
+        help="run CPU tensors through the emulated CUDA kernels (tests/emulation)",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--emulate-cuda"):
+        from emulation import build as emulation
+
+        library = emulation.build()
+        torch.ops.load_library(str(library))
+        _load._loaded["cpu"] = library
 
 
 def pytest_collection_modifyitems(items):

@@ -47,6 +47,13 @@ FI_DEVICE_INLINE uint4 load_streaming_16(const void* p) {
   return v;
 }
 
+// ---- barriers ----
+
+// Barrier `id` (1 to 15; 0 is __syncthreads) for `threads` threads, a multiple of 32.
+FI_DEVICE_INLINE void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+
 // ---- matrix fragments ----
 
 // Four 8x8 matrices of 16-bit elements; lanes 8i .. 8i+7 give the row addresses (16 bytes each) of matrix i;

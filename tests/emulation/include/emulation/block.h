@@ -1,0 +1,89 @@
+// A CUDA block on one CPU thread: every CUDA thread is a fiber, and barriers and warp collectives are where
+// fibers wait for each other.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "emulation/types.h"
+
+namespace fi::emulation {
+
+// A cp.async that was issued and has not arrived yet.
+struct Copy {
+  void* smem;
+  const void* source;  // null: zeros
+  int bytes;
+};
+
+// Where threads meet: complete when `expected` have arrived. Two sets of slots, because a thread may reach
+// the next meeting before the slowest has read this one's.
+struct Meeting {
+  uint64_t generation = 0;
+  int arrived = 0;
+  const char* what = nullptr;  // the operation of the first to arrive
+  alignas(16) unsigned char slots[2][32][64];
+};
+
+struct Thread {
+  uint3 thread_idx;
+  int lane, warp;
+  void* stack_pointer = nullptr;
+  bool done = false;
+  const uint64_t* waits_for = nullptr;  // runs again when *waits_for != waits_while
+  uint64_t waits_while = 0;
+  const char* waits_at = "";
+  std::vector<std::vector<Copy>> committed;
+  std::vector<Copy> issued;
+};
+
+Thread& current();
+uint3 block_idx();
+dim3 block_dim();
+dim3 grid_dim();
+
+// Meets the lanes of `mask` in this thread's warp; returns what each of them brought, 64 bytes a lane.
+const unsigned char (*meet_warp(uint32_t mask, const char* what, const void* value, size_t size))[64];
+
+// Barrier `id` for `threads` threads; 0 threads: all of the block.
+void meet_block(int id, int threads, const char* what);
+
+// The same, all of the block at barrier 0; returns how many came with `predicate`.
+int block_count(const char* what, bool predicate);
+
+// Lets other threads run once: for spin loops.
+void yield();
+
+[[noreturn]] void fail(const std::string& what);
+
+unsigned char* dynamic_smem();
+void run_grid(dim3 grid, dim3 block, size_t smem, const std::function<void()>& body);
+
+// Brings a value to the lanes of `mask` and returns the one of lane `source`.
+template <class T>
+T from_lane(uint32_t mask, const char* what, const T& value, int source) {
+  static_assert(sizeof(T) <= 64);
+  const auto* slots = meet_warp(mask, what, &value, sizeof(T));
+  T result;
+  std::memcpy(&result, slots[source & 31], sizeof(T));
+  return result;
+}
+
+// Folds the values of all lanes in `mask`, in the order of the lanes.
+template <class T, class F>
+T fold_lanes(uint32_t mask, const char* what, const T& value, T result, const F& f) {
+  const auto* slots = meet_warp(mask, what, &value, sizeof(T));
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    T x;
+    std::memcpy(&x, slots[lane], sizeof(T));
+    result = f(result, x);
+  }
+  return result;
+}
+
+}  // namespace fi::emulation

@@ -1,0 +1,29 @@
+// The emulated twin of fi/cuda/launch.h.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "fi/cuda/gpu.h"
+
+namespace fi::cuda {
+
+inline void check(cudaError_t, const char*) {}
+
+template <class... Params, class... Args>
+void launch(const Gpu&, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, bool, Args&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  emulation::run_grid(grid, block, smem, [&] { kernel(args...); });
+}
+
+template <class... Params, class... Args>
+void launch(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, Args&&... args) {
+  launch(gpu, kernel, grid, block, smem, false, std::forward<Args>(args)...);
+}
+
+inline unsigned char* dynamic_smem() { return emulation::dynamic_smem(); }
+
+}  // namespace fi::cuda
