@@ -1,7 +1,8 @@
 """The one builder: compiles a device's native library with ninja, ahead of time or on first use.
 
 It serves `pip install .` (through `_build_backend.py`), `python -m fi_ops.build` and the first call of an op (`_load.py`),
-and imports neither torch nor the rest of the package, so that a build environment can use it too.
+and imports neither torch nor the rest of the package, so that a build environment can use it too. Here is what every
+device shares, and the CPU library; the CUDA library is in `_build_cuda.py`.
 
 How a build is keyed. An object file is named by a hash of everything that decides its content: the source, the headers it
 includes from `csrc/`, the flags and the compiler. A library is named by the hashes of its objects. So editing one kernel
@@ -53,7 +54,7 @@ ISA_LEVELS = (
     IsaLevel("amx", 4, (*_X86_AVX2, *_X86_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")),
 )
 
-_COMMON_FLAGS = [
+COMMON_FLAGS = [
     "-std=c++20",
     "-O3",
     "-fPIC",
@@ -81,10 +82,31 @@ class Job:
     label: str
     flags: tuple[str, ...]
     key: str
+    rule: str = "cxx"
+    """Which of the plan's rules compiles it."""
 
     @property
     def object_name(self) -> str:
         return f"{self.source.stem}.{self.label}.{self.key}.o"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a device's library is made of, and how: ninja rules by name, and the command that links it."""
+
+    device: str
+    jobs: tuple[Job, ...]
+    rules: dict[str, str]
+    link: str
+    """With `@$out.rsp` for the objects and `$out` for the library."""
+
+    @property
+    def library_name(self) -> str:
+        digest = hashlib.sha256("\n".join(job.object_name for job in self.jobs).encode()).hexdigest()[:20]
+        return f"libfi_ops_{self.device}-{digest}.so"
+
+    def object_path(self, job: Job) -> Path:
+        return cache_root() / "obj" / job.object_name
 
 
 # ------------------------------------------------------------------------------------------------ what is at hand
@@ -116,7 +138,7 @@ def compiler() -> tuple[str, str]:
             out = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
             return path, out.splitlines()[0] if out else path
     raise BuildError(
-        "fi_ops: the CPU kernels need a C++20 compiler and none was found (looked for $CXX, g++, clang++, c++); install "
+        "fi_ops: the kernels need a C++20 compiler and none was found (looked for $CXX, g++, clang++, c++); install "
         "one (Debian: `apt install g++`), or install a wheel that has the library prebuilt"
     )
 
@@ -128,7 +150,7 @@ def ninja_command() -> list[str]:
     path = shutil.which("ninja")
     if path:
         return [path]
-    raise BuildError("fi_ops: building the CPU kernels needs ninja and it was not found; run `pip install ninja`")
+    raise BuildError("fi_ops: building the kernels needs ninja and it was not found; run `pip install ninja`")
 
 
 def torch_root() -> Path:
@@ -177,16 +199,17 @@ def _closure(source: Path) -> tuple[Path, ...]:
     return tuple(sorted(seen))
 
 
-def _key(source: Path, flags: tuple[str, ...]) -> str:
+def job_key(source: Path, flags: tuple[str, ...], *tools: str) -> str:
+    """The key of a source compiled with `flags` by the C++ compiler and `tools` (what those say of their versions)."""
     h = hashlib.sha256()
-    for part in (compiler()[1], platform.machine(), *flags):
+    for part in (compiler()[1], platform.machine(), *tools, *flags):
         h.update(part.encode() + b"\0")
     for path in _closure(source):
         h.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
     return h.hexdigest()[:20]
 
 
-def _variant_flags() -> tuple[str, ...]:
+def variant_flags() -> tuple[str, ...]:
     """Flags of a non-standard build: FI_OPS_SANITIZE=address,undefined."""
     sanitize = os.environ.get("FI_OPS_SANITIZE")
     return (
@@ -200,42 +223,65 @@ def cpu_jobs() -> list[Job]:
     """Every object of the CPU library: bindings once, kernels once per ISA level. The folders are the source list."""
     levels = isa_levels()
     mask = sum(1 << isa.level for isa in levels)
-    common = (*_COMMON_FLAGS, f"-DFI_ISA_MASK={mask}", *_variant_flags())
+    common = (*COMMON_FLAGS, f"-DFI_ISA_MASK={mask}", *variant_flags())
     jobs = []
     for source in sorted([*(CSRC / "binding").glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")]):
         flags = (*common, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
-        jobs.append(Job(source, "binding", flags, _key(source, flags)))
+        jobs.append(Job(source, "binding", flags, job_key(source, flags)))
     for source in sorted((CSRC / "cpu" / "kernels").glob("*.cpp")):
         for isa in levels:
             flags = (*common, *isa.flags, f"-DFI_ISA={isa.name}", f"-DFI_ISA_LEVEL={isa.level}")
-            jobs.append(Job(source, isa.name, flags, _key(source, flags)))
+            jobs.append(Job(source, isa.name, flags, job_key(source, flags)))
     return jobs
 
 
-def _library_name(jobs: list[Job]) -> str:
-    digest = hashlib.sha256("\n".join(job.object_name for job in jobs).encode()).hexdigest()[:20]
-    return f"libfi_ops_cpu-{digest}.so"
+def includes() -> str:
+    """Include flags of every file: ours, and torch's as -isystem, because its headers are not ours to warn about."""
+    return f"-I{CSRC / 'include'} -I{CSRC} -isystem {torch_root() / 'include'}"
+
+
+def link_command(extra: str = "") -> str:
+    """Link against torch. Its libraries are loaded before ours, so the loader finds them by soname: no path is recorded."""
+    sanitizer = " ".join(flag for flag in variant_flags() if flag.startswith("-fsanitize"))
+    options = f"-L{torch_root() / 'lib'} -ltorch_cpu -lc10 {extra}"
+    return f"{compiler()[0]} -shared {sanitizer} @$out.rsp -o $out {options}"
+
+
+def cpu_plan() -> Plan:
+    compile_command = f"{compiler()[0]} {includes()} $flags -c $source -o $out"
+    return Plan("cpu", tuple(cpu_jobs()), {"cxx": compile_command}, link_command())
 
 
 def source_hash() -> str:
-    """A hash of all native sources and of this file: names a prebuilt library."""
-    h = hashlib.sha256(Path(__file__).read_bytes())
+    """A hash of all native sources and of the builder: names a prebuilt library."""
+    h = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("_build*.py")):
+        h.update(path.read_bytes())
     for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")):
         h.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
     return h.hexdigest()[:20]
 
 
-def prebuilt_library(device: str) -> Path | None:
-    """The library that `pip install .` compiled, if it is there and was made from these very sources."""
-    path = PREBUILT / f"libfi_ops_{device}-{source_hash()}.so"
-    return path if path.is_file() and not os.environ.get("FI_OPS_SANITIZE") else None
+def prebuilt_name(device: str, variant: str = "") -> str:
+    """The file name of a library built ahead of time. `variant` says what else one must know to choose it."""
+    return f"libfi_ops_{device}-{source_hash()}{variant}.so"
+
+
+def prebuilt_libraries(device: str) -> list[Path]:
+    """The libraries built ahead of time (`pip install .`, `--out fi_ops/_lib`) from these very sources."""
+    return [] if os.environ.get("FI_OPS_SANITIZE") else sorted(PREBUILT.glob(prebuilt_name(device, "*")))
 
 
 # ------------------------------------------------------------------------------------------------ building
 
 
 def build_cpu(verbose: bool = False, progress: Callable[[str], None] | None = None) -> Path:
-    """Build the CPU library, or find it in the cache.
+    """Build the CPU library, or find it in the cache; see `build`."""
+    return build(cpu_plan(), verbose, progress)
+
+
+def build(plan: Plan, verbose: bool = False, progress: Callable[[str], None] | None = None) -> Path:
+    """Build the plan's library, or find it in the cache.
 
     Args:
         verbose: print the compiler commands and their output.
@@ -247,15 +293,14 @@ def build_cpu(verbose: bool = False, progress: Callable[[str], None] | None = No
     Raises:
         BuildError: what is missing, or the first compiler error.
     """
-    jobs = cpu_jobs()
     root = cache_root()
-    library = root / "lib" / _library_name(jobs)
+    library = root / "lib" / plan.library_name
     if library.is_file():
         return library
     with _lock(root / "build.lock"):
         if not library.is_file():  # else another process built it while we waited
-            _run_ninja(root, jobs, library, verbose, progress or _report)
-            _prune(root, jobs)
+            _run_ninja(root, plan, library, verbose, progress or report)
+            _prune(root, plan)
     return library
 
 
@@ -281,41 +326,34 @@ def _quote(text: str) -> str:
     return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _run_ninja(root: Path, jobs: list[Job], library: Path, verbose: bool, progress: Callable[[str], None]) -> None:
+def _run_ninja(root: Path, plan: Plan, library: Path, verbose: bool, progress: Callable[[str], None]) -> None:
     for folder in ("obj", "lib"):
         (root / folder).mkdir(mode=0o700, exist_ok=True)
-    cxx, _ = compiler()
-    torch = torch_root()
-    # -isystem, not -I: torch's headers are not ours to warn about. libtorch_cpu is already loaded when ours is, so the
-    # loader resolves it by its soname and no path is recorded.
-    includes = f"-I{CSRC / 'include'} -I{CSRC} -isystem {torch / 'include'}"
     staging = root / "lib" / f".{library.name}.{os.getpid()}"
-    lines = [
-        "ninja_required_version = 1.8",
-        f"builddir = {_quote(str(root / 'obj'))}",
-        "rule cc",
-        f"  command = {cxx} {includes} $flags -c $source -o $out",
-        "  description = $what",
+    lines = ["ninja_required_version = 1.8", f"builddir = {_quote(str(root / 'obj'))}"]
+    for name, rule in plan.rules.items():
+        lines += [f"rule {name}", f"  command = {rule}", "  description = $what"]
+    lines += [
         "rule link",
-        f"  command = {cxx} -shared $flags @$out.rsp -o $out -L{torch / 'lib'} -ltorch_cpu -lc10",
+        f"  command = {plan.link}",
         "  rspfile = $out.rsp",
         "  rspfile_content = $in_newline",
         "  description = link",
     ]
     objects = []
-    for job in jobs:
-        out = _quote(str(root / "obj" / job.object_name))
+    for job in plan.jobs:
+        out = _quote(str(plan.object_path(job)))
         objects.append(out)
         lines += [
-            f"build {out}: cc",
+            f"build {out}: {job.rule}",
             f"  flags = {' '.join(job.flags)}",
             f"  source = {_quote(str(job.source))}",
             f"  what = {job.source.stem} {job.label}",
         ]
-    link_flags = " ".join(f for f in _variant_flags() if f.startswith("-fsanitize"))
-    lines += [f"build {_quote(str(staging))}: link {' '.join(objects)}", f"  flags = {link_flags}"]
+    lines.append(f"build {_quote(str(staging))}: link {' '.join(objects)}")
     script = root / "obj" / "build.ninja"
     script.write_text("\n".join(lines) + "\n")
+    what = f"the {plan.device.upper()} kernels"
 
     limit = os.environ.get("MAX_JOBS")
     command = [*ninja_command(), "-f", str(script), *(["-j", limit] if limit else []), *(["-v"] if verbose else [])]
@@ -329,32 +367,43 @@ def _run_ninja(root: Path, jobs: list[Job], library: Path, verbose: bool, progre
         if verbose:
             progress(line.rstrip())
         elif match:
-            progress(f"fi_ops: building the CPU kernels {match[1]} ({match[2]})")
+            progress(f"fi_ops: building {what} {match[1]} ({match[2]})")
     if process.wait() != 0:
         staging.unlink(missing_ok=True)
         text = "".join(log)
         start = text.find("FAILED:")
-        raise BuildError(f"fi_ops: the compiler failed ({cxx}); its output:\n{text[max(start, 0) :][:6000]}")
+        raise BuildError(f"fi_ops: the compiler failed ({compiler()[0]}); its output:\n{text[max(start, 0) :][:6000]}")
     staging.with_suffix(staging.suffix + ".rsp").unlink(missing_ok=True)
     os.replace(staging, library)  # atomic: a reader sees all of it or nothing
-    progress(f"fi_ops: built the CPU kernels in {time.monotonic() - started:.0f} s")
+    progress(f"fi_ops: built {what} in {time.monotonic() - started:.0f} s")
     if sys.stderr.isatty() and not verbose:
         print(file=sys.stderr)
 
 
-def _report(line: str) -> None:
+def report(line: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
     elif "building" not in line or re.search(r" (1|\d+0)/", line):  # a log gets a tenth of the lines
         print(line, file=sys.stderr, flush=True)
 
 
-def _prune(root: Path, jobs: list[Job], keep_days: float = 14) -> None:
+def seconds_by_object() -> dict[str, float]:
+    """How long each object in the cache took to compile when it was last compiled, from ninja's own log."""
+    log = cache_root() / "obj" / ".ninja_log"
+    seconds = {}
+    for entry in log.read_text().splitlines() if log.is_file() else []:
+        if not entry.startswith("#"):
+            start, end, _, output, *_ = entry.split("\t")
+            seconds[Path(output).name] = (int(end) - int(start)) / 1000
+    return seconds
+
+
+def _prune(root: Path, plan: Plan, keep_days: float = 14) -> None:
     """Drop objects and libraries that no build has used for two weeks."""
     horizon = time.time() - keep_days * 86400
-    current = {job.object_name for job in jobs}
-    for path in [*(root / "obj").glob("*.o"), *(root / "lib").glob("*.so")]:
-        if path.name in current:
+    current = {job.object_name for job in plan.jobs}
+    for path in [*(root / "obj").glob("*.o"), *(root / "obj").glob("*.o.log"), *(root / "lib").glob("*.so")]:
+        if path.name.removesuffix(".log") in current:
             os.utime(path)
         elif path.stat().st_mtime < horizon:
             path.unlink(missing_ok=True)

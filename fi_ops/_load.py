@@ -1,13 +1,15 @@
 """Find or build a device's native library and load it, once a process; one clear error when it can't be had.
 
 Until a library is loaded, a stub stands behind every op (registered as CompositeExplicitAutograd, which any kernel for a
-device outranks): the first call on a CPU tensor loads the library, whose own registrations then take over, and repeats
-the call. After that no Python runs in a call.
+device outranks): the first call on a device's tensors loads its library, whose own registrations then take over, and
+repeats the call. After that no Python runs in a call.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
-from . import _build
+from . import _build, _build_cuda
 
 _lock = threading.RLock()
 _loaded: dict[str, Path] = {}
@@ -32,17 +34,70 @@ def load(device: str = "cpu") -> Path:
     Raises:
         RuntimeError: no library can be had; the message names what is missing and what to do.
     """
-    if device != "cpu":
+    if device not in _finders:
         raise RuntimeError(
             f"fi_ops has no kernels for device type '{device}' in this version (see the support matrix in README.md); "
             f"move the tensors to the CPU or use stock torch for this call"
         )
     with _lock:
         if device not in _loaded:
-            path = _build.prebuilt_library(device) or _build.build_cpu()
+            path = _finders[device]()
             torch.ops.load_library(str(path))
             _loaded[device] = path
         return _loaded[device]
+
+
+def available(device: str) -> bool:
+    """Whether `load(device)` can be expected to succeed. Compiles nothing: asks for a card, a library or a compiler."""
+    return device in _loaded or (device in _finders and _obtainable(device))
+
+
+@functools.cache
+def _obtainable(device: str) -> bool:
+    try:
+        if device == "cuda":
+            return _build_cuda.prebuilt_library(_cuda_cards()) is not None or bool(_build_cuda.nvcc())
+        return bool(_build.prebuilt_libraries(device) or _build.compiler())
+    except RuntimeError:
+        return False
+
+
+def _cpu_library() -> Path:
+    prebuilt = _build.prebuilt_libraries("cpu")
+    return prebuilt[0] if prebuilt else _build.build_cpu()
+
+
+def _cuda_library() -> Path:
+    cards = _cuda_cards()
+    # Built here, it is for the cards of this machine alone: half the time to wait before the first call.
+    return _build_cuda.prebuilt_library(cards) or _build_cuda.build_cuda(archs=_archs_to_build(cards))
+
+
+def _archs_to_build(cards: tuple[_build_cuda.Capability, ...]) -> tuple[_build_cuda.CudaArch, ...]:
+    return _build_cuda.selected_archs() if os.environ.get("FI_OPS_CUDA_ARCHS") else _build_cuda.archs_for(cards)
+
+
+def _cuda_cards() -> tuple[_build_cuda.Capability, ...]:
+    """The compute capabilities of the cards that torch sees; RuntimeError with one line where none can be used."""
+    rest = "CPU ops keep working, and so does stock torch"
+    if torch.version.cuda is None:
+        raise RuntimeError(f"fi_ops: torch {torch.__version__} is not a CUDA build; install one that is. {rest}")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"fi_ops: no CUDA device can be used (torch.cuda.is_available() is False): no GPU, no driver, or "
+            f"CUDA_VISIBLE_DEVICES hides it; see what nvidia-smi says. {rest}"
+        )
+    cards = tuple(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    usable = tuple(card for card in cards if _build_cuda.archs_for([card]))
+    if not usable:
+        raise RuntimeError(
+            f"fi_ops: the CUDA kernels need a GPU of compute capability 8.0 or newer, got "
+            f"{', '.join(f'{major}.{minor}' for major, minor in cards)}. {rest}"
+        )
+    return usable
+
+
+_finders: dict[str, Callable[[], Path]] = {"cpu": _cpu_library, "cuda": _cuda_library}
 
 
 def cpu_isa() -> str:

@@ -16,11 +16,16 @@ void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("fi_ops: CUDA error in ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Resolved at run time: a CPU-only torch, against which this library may be linked, has no libtorch_cuda.
+// Resolved at run time: a CPU-only torch, against which this library may be linked, has no libtorch_cuda. It is
+// asked for by name because torch loads it with local scope, where RTLD_DEFAULT does not look.
 using CurrentStream = AOTITorchError (*)(int32_t, void**);
 CurrentStream current_stream_function() {
-  static const auto function =
-      reinterpret_cast<CurrentStream>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const auto function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr
+               ? nullptr
+               : reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
   if (function == nullptr)
     throw std::runtime_error("fi_ops: this torch was built without CUDA; install a CUDA build");
   return function;
@@ -36,6 +41,21 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+// The architecture whose code runs on the card (the table in fi_ops/_build_cuda.py): Hopper's own only on
+// Hopper, and only where it was compiled; all other cards run sm_80's, by its PTX where they are newer.
+int code_capability(int device) {
+  const int card = attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
+                   attribute(cudaDevAttrComputeCapabilityMinor, device);
+#ifdef FI_CUDA_SM90A
+  if (card == 90) return 90;
+#endif
+  if (card < 80)
+    throw std::runtime_error(
+        "fi_ops: the CUDA kernels need compute capability 8.0 or newer, got " + std::to_string(card / 10) + "." +
+        std::to_string(card % 10) + "; use stock torch or the CPU ops with this GPU");
+  return 80;
+}
+
 }  // namespace
 
 cuda::Gpu gpu_at(int32_t device) {
@@ -43,8 +63,7 @@ cuda::Gpu gpu_at(int32_t device) {
   TORCH_ERROR_CODE_CHECK(current_stream_function()(device, &stream));
   if (device < 0 || device >= kMaxDevices) throw std::runtime_error("fi_ops: CUDA device index out of range");
   if (num_sms[device].load(std::memory_order_acquire) == 0) {
-    compute_capabilities[device].store(attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
-                                       attribute(cudaDevAttrComputeCapabilityMinor, device));
+    compute_capabilities[device].store(code_capability(device));
     num_sms[device].store(attribute(cudaDevAttrMultiProcessorCount, device), std::memory_order_release);
   }
   return {static_cast<cudaStream_t>(stream), num_sms[device].load(), compute_capabilities[device].load()};

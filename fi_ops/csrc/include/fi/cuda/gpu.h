@@ -8,7 +8,7 @@ namespace fi::cuda {
 struct Gpu {
   cudaStream_t stream;
   int num_sms;
-  int compute_capability;  // 10 * major + minor: 90 for Hopper
+  int compute_capability;  // of the code that runs: 90 on Hopper where its own was compiled, else 80
 };
 
 }  // namespace fi::cuda
