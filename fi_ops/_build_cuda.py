@@ -131,7 +131,7 @@ def cuda_plan(archs: tuple[CudaArch, ...] | None = None) -> Plan:
     jobs = []
 
     kernels = _build.CSRC / "cuda" / "kernels"
-    compilations = [  # first, because these take longest
+    compilations: list[tuple[Path, tuple[CudaArch, ...]]] = [  # first, because these take longest
         (source, (arch,)) for arch in archs if arch.folder for source in sorted((kernels / arch.folder).glob("*.cu"))
     ]
     compilations += [(source, archs) for source in sorted(kernels.glob("*.cu"))]
@@ -174,9 +174,10 @@ def build_cuda(
     What was compiled is summed up at the end: the slowest files, and every kernel that spills registers.
     """
     plan = cuda_plan(archs)
-    fresh = [job for job in plan.jobs if job.rule == "nvcc" and not plan.object_path(job).is_file()]
+    absent = [job for job in plan.jobs if job.rule == "nvcc" and not plan.object_path(job).is_file()]
     library = _build.build(plan, verbose, progress)
-    for line in _summary(plan, fresh):
+    compiled = [job for job in absent if plan.object_path(job).is_file()]
+    for line in _summary(plan, compiled):
         (progress or _build.report)(line)
     return library
 
@@ -251,19 +252,19 @@ def _demangled(names: list[str]) -> list[str]:
     return subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def _summary(plan: Plan, fresh: list[Job], slowest: int = 5) -> list[str]:
+def _summary(plan: Plan, compiled: list[Job], slowest: int = 5) -> list[str]:
     seconds = _build.seconds_by_object()
-    timed = sorted(((seconds.get(job.object_name, 0.0), job.source.name) for job in fresh), reverse=True)
+    timed = sorted(((seconds.get(job.object_name, 0.0), job.source.name) for job in compiled), reverse=True)
     lines = []
     if timed:
         lines.append("fi_ops: slowest files: " + ", ".join(f"{name} {took:.1f} s" for took, name in timed[:slowest]))
-    for job in fresh:
+    for job in compiled:
         log = plan.object_path(job).with_suffix(".o.log").read_text()
         found = dict.fromkeys(
             line.strip() for line in log.splitlines() if re.search(r"\bwarning\b|Potential Performance", line)
         )
         lines += [f"fi_ops: {job.source.name}: {line}" for line in found]
-    sources = {job.source for job in fresh}
+    sources = {job.source for job in compiled}
     heavy = [use for use in plan_uses(plan) if use.source in sources and (use.spills or use.stack)]
     for use, name in zip(heavy, _demangled([use.kernel for use in heavy]), strict=True):
         what = f"spills {use.spill_stores} + {use.spill_loads} bytes" if use.spills else "has a stack frame"

@@ -4,6 +4,8 @@
 // level (fi/cpu/isa.h), in a CUDA library `void fi::cuda::name(const Params&, const Gpu&)` (fi/cuda/gpu.h).
 #pragma once
 
+#include <cstdint>
+
 #ifdef FI_ON_CUDA
 #  include "fi/cuda/gpu.h"
 #  define FI_KERNEL(name, Params)               \
