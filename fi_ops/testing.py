@@ -80,22 +80,27 @@ def assert_within_budget(
 # ---------------------------------------------------------------------------------------------------- memory guards
 
 
-def with_canaries(t: torch.Tensor, margin: int = 64) -> torch.Tensor:
+def with_canaries(t: torch.Tensor, margin: int = 64, device: torch.device | None = None) -> torch.Tensor:
     """A copy of `t` (same sizes, strides and values) inside a larger buffer whose every other element is a canary.
 
     NaN for floats, the lowest value for integers, True for bool. `canaries_intact` says later whether all are still there.
+    The copy is on `device`, by default where `t` is.
     """
+    device = device or t.device
     if t.numel() == 0:
-        return t.clone()
+        return t.to(device, copy=True)
     span = sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride(), strict=True)) + 1
-    buffer = torch.full((span + 2 * margin,), _canary(t.dtype), dtype=t.dtype, device=t.device)
+    buffer = torch.full((span + 2 * margin,), _canary(t.dtype), dtype=t.dtype, device=device)
     view = torch.as_strided(buffer, t.shape, t.stride(), margin)
-    if all(s != 0 or n <= 1 for n, s in zip(t.shape, t.stride(), strict=True)):
-        view.copy_(t)
-    else:  # broadcast: write each element once
-        compact = tuple(slice(0, 1) if s == 0 else slice(None) for s in t.stride())
-        view[compact].copy_(t[compact])
+    copy_values(view, t)
     return view
+
+
+def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Write `source`'s values to `target`, of the same sizes and strides: once each where a dimension is expanded."""
+    if target.numel() > 0:
+        once = tuple(slice(0, 1) if s == 0 else slice(None) for s in target.stride())
+        target[once].copy_(source[once])
 
 
 def _canary(dtype: torch.dtype):
@@ -122,9 +127,9 @@ def canaries_intact(view: torch.Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------------- an op against its spec
 
 
-def clone_sample(sample: Sample) -> Sample:
-    """A copy whose tensors share no memory with the original's and keep its strides."""
-    return sample.map_tensors(with_canaries)
+def clone_sample(sample: Sample, device: torch.device | None = None) -> Sample:
+    """A copy whose tensors share no memory with the original's and keep its strides; on `device`, by default its own."""
+    return sample.map_tensors(lambda t: with_canaries(t, device=device))
 
 
 def outputs_of(spec: OpSpec, fn: Callable, sample: Sample) -> dict[str, torch.Tensor]:

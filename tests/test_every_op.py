@@ -15,27 +15,36 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fi_ops import _build, _load
 from fi_ops.library import SPECS
-from fi_ops.testing import assert_op_matches_reference, clone_sample, outputs_of
+from fi_ops.testing import (
+    assert_op_matches_reference,
+    clone_sample,
+    copy_values,
+    deviation,
+    outputs_of,
+    upcast,
+)
 
-DEVICES = [torch.device("cpu")]
+GPUS = [torch.device("cuda:0")] if torch.cuda.is_available() else []
+DEVICES = [torch.device("cpu"), *GPUS]
 
 # {(op, check): reason}: empty at best. An entry whose check passes is an error too.
 KNOWN_FAILURES: dict[tuple[str, str], str] = {}
 
 
-def cases(*axes):
+def cases(*axes, devices=DEVICES):
     """`spec` x `device` (x dtype) as pytest parameters, known failures marked so that an unexpected pass fails."""
 
     def decorate(fn):
         check = fn.__name__.removeprefix("test_")  # the key in KNOWN_FAILURES
         params = []
         for name, spec in SPECS.items():
-            for device in DEVICES:
+            for device in devices:
                 for dtype in spec.dtypes if "dtype" in axes else (None,):
                     reason = KNOWN_FAILURES.get((name, check))
                     marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
+                    marks += [pytest.mark.gpu] if device.type == "cuda" else []
                     label = "-".join(
-                        filter(None, (name, str(device), str(dtype).removeprefix("torch.") if dtype else ""))
+                        filter(None, (name, device.type, str(dtype).removeprefix("torch.") if dtype else ""))
                     )
                     values = (spec, device, dtype) if "dtype" in axes else (spec, device)
                     params.append(pytest.param(*values, id=label, marks=marks))
@@ -58,6 +67,13 @@ def test_numerics(spec, device, dtype):
         assert_op_matches_reference(spec, sample)
 
 
+def assert_same(actual, expected, what):
+    """Bit for bit the same outputs, by name."""
+    assert actual.keys() == expected.keys(), what
+    for name, value in expected.items():
+        assert torch.equal(value.nan_to_num(7.0), actual[name].nan_to_num(7.0)), f"{what}: {name} differs"
+
+
 @cases("dtype")
 def test_deterministic_and_thread_invariant(spec, device, dtype):
     threads = torch.get_num_threads()
@@ -68,9 +84,7 @@ def test_deterministic_and_thread_invariant(spec, device, dtype):
                 torch.set_num_threads(count)
                 results.append(outputs_of(spec, spec.overload, clone_sample(sample)))
             for other in results[1:]:
-                for name, value in results[0].items():
-                    same = torch.equal(value.nan_to_num(7.0), other[name].nan_to_num(7.0))
-                    assert same, f"fi::{spec.name} [{sample.name}]: {name} depends on the number of threads"
+                assert_same(other, results[0], f"fi::{spec.name} [{sample.name}], called again with other threads")
     finally:
         torch.set_num_threads(threads)
 
@@ -125,10 +139,7 @@ def test_compile_fullgraph_dynamic(spec, device):
             continue
         expected = outputs_of(spec, spec.overload, clone_sample(trial))
         actual = outputs_of(spec, compiled, clone_sample(trial))
-        for name, value in expected.items():
-            assert torch.equal(value.nan_to_num(7.0), actual[name].nan_to_num(7.0)), (
-                f"{name} differs under torch.compile"
-            )
+        assert_same(actual, expected, f"fi::{spec.name} under torch.compile")
         compiles = (
             compiles or count.frame_count
         )  # the first call may try more than once (floats are specialised on a retry)
@@ -147,6 +158,8 @@ def test_bad_input(spec, device):
     samples = list(spec.errors(device))
     assert samples, f"fi::{spec.name} has no error samples"
     for sample in samples:
+        if sample.needs_values and not _values_are_checked(device):
+            continue
         tensors = [t for t in (*sample.args, *sample.kwargs.values()) if isinstance(t, torch.Tensor) and not t.is_meta]
         before = [t.detach().clone() for t in tensors]
         eager = _refusal(lambda s=sample: spec.overload(*s.args, **s.kwargs))
@@ -165,13 +178,28 @@ def test_bad_input(spec, device):
                 assert _refusal(lambda a=args, k=kwargs: spec.overload(*a, **k)) == eager
 
 
+def _values_are_checked(device) -> bool:
+    """On the CPU always; on CUDA, where it costs a sync, only in a process that was started under FI_OPS_CHECK=1."""
+    return device.type == "cpu" or os.environ.get("FI_OPS_CHECK") == "1"
+
+
+def _sweep_again(select: str, **env) -> None:
+    """Run the tests of this file that `select` picks in a process with other environment variables."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", select]
+    run = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+    assert run.returncode == 0, f"with {env}:\n{run.stdout[-4000:]}{run.stderr[-1000:]}"
+
+
 def test_complete():
-    """Every overload in torch.ops.fi has a spec, and every spec a kernel, a docstring and a cost."""
+    """Every overload in torch.ops.fi has a spec, and every spec a kernel on each device, a docstring and a cost."""
     registered = {n.removeprefix("fi::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("fi::")}
     assert registered == set(SPECS)
-    _load.load("cpu")
+    for device in DEVICES:
+        _load.load(device.type)
+        key = device.type.upper()
+        for name in SPECS:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fi::{name}", key), f"fi::{name} has no {key} kernel"
     for name, spec in SPECS.items():
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fi::{name}", "CPU"), f"fi::{name} has no CPU kernel"
         assert spec.doc, f"fi::{name} has no docstring"
         for sample in samples_of(spec, torch.device("cpu"), spec.dtypes[0]):
             assert spec.cost(*sample.args, **sample.kwargs).bytes >= 0
@@ -188,7 +216,79 @@ def _machine_levels() -> list[str]:
 @pytest.mark.parametrize("isa", _machine_levels() if not os.environ.get("FI_OPS_CPU_ISA") else [])
 def test_lower_isa_levels(isa):
     """The numerics of the whole sweep again, in a process that is held to a lower ISA level."""
-    env = {**os.environ, "FI_OPS_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "test_numerics"]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, f"with FI_OPS_CPU_ISA={isa}:\n{run.stdout[-4000:]}"
+    _sweep_again("test_numerics and cpu", FI_OPS_CPU_ISA=isa)
+
+
+# ---------------------------------------------------------------------------------------------------- what only a GPU can show
+
+
+def _seeded_samples(spec, device, dtype, seed):
+    torch.manual_seed(seed)
+    return samples_of(spec, device, dtype)
+
+
+def _tensors(sample):
+    return [v for v in (*sample.args, *sample.kwargs.values()) if isinstance(v, torch.Tensor)]
+
+
+@cases("dtype", devices=GPUS)
+def test_graph_capture(spec, device, dtype):
+    """Captured once and replayed on other values, an op does what it does in eager on those: nothing was read on the host."""
+    pairs = zip(*(_seeded_samples(spec, device, dtype, seed) for seed in (1, 2)), strict=True)
+    for sample, other in pairs:
+        what = f"fi::{spec.name} [{sample.name}] replayed"
+        expected = [outputs_of(spec, spec.overload, clone_sample(s)) for s in (other, sample)]
+        static = clone_sample(sample)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = outputs_of(spec, spec.overload, static)
+        for values, wanted in zip((other, sample), expected, strict=True):
+            for mine, theirs in zip(_tensors(static), _tensors(values), strict=True):
+                copy_values(mine, theirs)
+            graph.replay()
+            assert_same(captured, wanted, what)
+
+
+@cases("dtype", devices=GPUS)
+def test_two_streams(spec, device, dtype):
+    """The same op at once on two streams, on other values each: calls share no scratch and no state."""
+    pairs = zip(*(_seeded_samples(spec, device, dtype, seed) for seed in (1, 2)), strict=True)
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
+    for pair in pairs:
+        expected = [outputs_of(spec, spec.overload, clone_sample(s)) for s in pair]
+        calls = [(side, clone_sample(pair[side])) for _ in range(4) for side in (0, 1)]
+        torch.cuda.synchronize()
+        results = []
+        for side, sample in calls:
+            with torch.cuda.stream(streams[side]):
+                results.append((side, outputs_of(spec, spec.overload, sample)))
+        torch.cuda.synchronize()
+        for side, actual in results:
+            assert_same(actual, expected[side], f"fi::{spec.name} [{pair[side].name}] on stream {side}")
+
+
+@cases("dtype", devices=GPUS)
+def test_cpu_and_cuda_agree(spec, device, dtype):
+    """The two devices' results on the same values are no further apart than their budgets together allow."""
+    for sample in samples_of(spec, torch.device("cpu"), dtype):
+        on_cpu = outputs_of(spec, spec.overload, clone_sample(sample))
+        on_cuda = outputs_of(spec, spec.overload, clone_sample(sample, device))
+        same = outputs_of(spec, spec.reference, clone_sample(sample))
+        exact = outputs_of(spec, spec.reference, clone_sample(sample).map_tensors(upcast))
+        for name, value in on_cpu.items():
+            where, other = f"fi::{spec.name} [{sample.name}]: {name}", on_cuda[name].cpu()
+            assert (value.shape, value.dtype) == (other.shape, other.dtype), where
+            if spec.exact or not value.dtype.is_floating_point:
+                assert torch.equal(value, other), f"{where} differs"
+            else:
+                limit = (
+                    deviation(value, exact[name], same[name]).limit + deviation(other, exact[name], same[name]).limit
+                )
+                apart = (value.double() - other.double()).nan_to_num(0.0, 0.0, 0.0).abs()  # infinities: compared above
+                assert apart.numel() == 0 or apart.max().item() <= limit, f"{where}: {apart.max().item()} > {limit}"
+
+
+@pytest.mark.gpu
+def test_values_are_refused_under_fi_ops_check():
+    """With FI_OPS_CHECK=1 what is wrong in a tensor's data is refused on CUDA too, in the same words as on the CPU."""
+    _sweep_again("test_bad_input and cuda", FI_OPS_CHECK="1")
