@@ -2,9 +2,9 @@
 #include "fi/bits.h"
 
 #include <string>
-#include <vector>
 
 #include "binding/device.h"
+#include "binding/indices.h"
 
 namespace fi::binding {
 namespace {
@@ -41,25 +41,31 @@ Tensor packbits_op(const Tensor& x, StringHandle bitorder_handle) {
   const StringArgument bitorder(bitorder_handle);
   PackBitsParams p{};
   p.little = check_bits("packbits", x, bitorder.text());
-  const int64_t input_indptr[2] = {0, x.size(0)}, output_indptr[2] = {0, (x.size(0) + 7) / 8};
-  Tensor y = empty({output_indptr[1]}, ScalarType::Byte, x);
+  p.num_elements = x.size(0);
+  p.num_bytes = (x.size(0) + 7) / 8;
+  p.num_segments = 1;
+  Tensor y = empty({p.num_bytes}, ScalarType::Byte, x);
   p.input = static_cast<const uint8_t*>(x.const_data_ptr());
   p.output = static_cast<uint8_t*>(y.mutable_data_ptr());
-  p.input_indptr = input_indptr;
-  p.output_indptr = output_indptr;
-  p.num_segments = 1;
   run(FI_KERNEL_OF(packbits), x, p);
   return y;
 }
 
-std::vector<int64_t> as_int64(const Tensor& t) {
-  std::vector<int64_t> values(t.size(0));
-  for (size_t i = 0; i < values.size(); ++i) {
-    const int64_t offset = static_cast<int64_t>(i) * t.stride(0);
-    values[i] = t.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(t.const_data_ptr())[offset]
-                                                    : static_cast<const int32_t*>(t.const_data_ptr())[offset];
+void check_segments(const char* op, const Indices& in, const Indices& out, int64_t num_segments,
+                    int64_t num_elements, int64_t output_len) {
+  FI_CHECK(op, in.at(0) >= 0 && in.at(num_segments) <= num_elements, "input_indptr must lie in x's ",
+           num_elements, " elements, got ", in.at(0), " to ", in.at(num_segments),
+           "; pass the indptr of this x");
+  FI_CHECK(op, out.at(0) == 0 && out.at(num_segments) == output_len,
+           "output_indptr must go from 0 to output_len ", output_len, ", got ", out.at(0), " to ",
+           out.at(num_segments), "; pass its last value as output_len");
+  for (int64_t s = 0; s < num_segments; ++s) {
+    FI_CHECK(op, in.at(s) <= in.at(s + 1), "input_indptr must not decrease, got ", in.at(s), " before ",
+             in.at(s + 1), "; sort the segments");
+    const int64_t packed = (in.at(s + 1) - in.at(s) + 7) / 8, given = out.at(s + 1) - out.at(s);
+    FI_CHECK(op, given == packed, "output_indptr must give segment ", s, " its ", packed, " bytes, got ",
+             given, "; make it from input_indptr, each length rounded up to whole bytes");
   }
-  return values;
 }
 
 Tensor segment_packbits_op(const Tensor& x, const Tensor& input_indptr, const Tensor& output_indptr,
@@ -79,26 +85,17 @@ Tensor segment_packbits_op(const Tensor& x, const Tensor& input_indptr, const Te
   FI_CHECK(op, output_len >= 0, "output_len must be 0 or more, got ", output_len,
            "; pass output_indptr's last value");
 
-  const std::vector<int64_t> in = as_int64(input_indptr), out = as_int64(output_indptr);
-  const size_t num_segments = in.size() - 1;
-  FI_CHECK(op, in[0] >= 0 && in[num_segments] <= x.size(0), "input_indptr must lie in x's ", x.size(0),
-           " elements, got ", in[0], " to ", in[num_segments], "; pass the indptr of this x");
-  FI_CHECK(op, out[0] == 0 && out[num_segments] == output_len, "output_indptr must go from 0 to output_len ",
-           output_len, ", got ", out[0], " to ", out[num_segments], "; pass its last value as output_len");
-  for (size_t s = 0; s < num_segments; ++s) {
-    FI_CHECK(op, in[s] <= in[s + 1], "input_indptr must not decrease, got ", in[s], " before ", in[s + 1],
-             "; sort the segments");
-    const int64_t packed = (in[s + 1] - in[s] + 7) / 8;
-    FI_CHECK(op, out[s + 1] - out[s] == packed, "output_indptr must give segment ", s, " its ", packed,
-             " bytes, got ", out[s + 1] - out[s],
-             "; make it from input_indptr, each length rounded up to whole bytes");
-  }
+  p.num_elements = x.size(0);
+  p.num_bytes = output_len;
+  p.num_segments = input_indptr.size(0) - 1;
+  p.input_indptr = indices_of(input_indptr);
+  p.output_indptr = indices_of(output_indptr);
+  const auto in = values_to_check(input_indptr), out = values_to_check(output_indptr);
+  if (in && out)
+    check_segments(op, indices_of(*in), indices_of(*out), p.num_segments, p.num_elements, output_len);
   Tensor y = empty({output_len}, ScalarType::Byte, x);
   p.input = static_cast<const uint8_t*>(x.const_data_ptr());
   p.output = static_cast<uint8_t*>(y.mutable_data_ptr());
-  p.input_indptr = in.data();
-  p.output_indptr = out.data();
-  p.num_segments = static_cast<int64_t>(num_segments);
   run(FI_KERNEL_OF(packbits), x, p);
   return y;
 }

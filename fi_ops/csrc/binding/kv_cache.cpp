@@ -1,5 +1,6 @@
 // Bindings of the static KV cache: append, and attention that appends first.
 #include "binding/attention.h"
+#include "binding/indices.h"
 
 namespace fi::binding {
 namespace {
@@ -30,13 +31,8 @@ void check_new_tokens(const char* op, const Tensor& k_cache, const Tensor& v_cac
 // The positions as the kernels read them; where values are checked, all of them before anything is written.
 Positions read_positions(const char* op, const Tensor& positions, int64_t batch, int64_t qo_len,
                          int64_t max_len) {
-  auto view = [](const Tensor& t) {
-    const int64_t last = t.dim() - 1;
-    return Positions{t.const_data_ptr(), t.scalar_type() == ScalarType::Long, last == 1 ? t.stride(0) : 0,
-                     t.stride(last)};
-  };
   if (const auto values = values_to_check(positions)) {
-    const Positions p = view(*values);
+    const Positions p = positions_of(*values);
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t i = 0; i < qo_len; ++i) {
         const int64_t slot = p.at(b, i);
@@ -45,7 +41,7 @@ Positions read_positions(const char* op, const Tensor& positions, int64_t batch,
       }
     }
   }
-  return view(positions);
+  return positions_of(positions);
 }
 
 AppendParams append_params(Tensor& k_cache, Tensor& v_cache, const Tensor& key, const Tensor& value,
@@ -65,6 +61,7 @@ AppendParams append_params(Tensor& k_cache, Tensor& v_cache, const Tensor& key, 
   p.kc_stride_b = k_cache.stride(0), p.kc_stride_h = k_cache.stride(1), p.kc_stride_n = k_cache.stride(2);
   p.v_cache = v_cache.mutable_data_ptr();
   p.vc_stride_b = v_cache.stride(0), p.vc_stride_h = v_cache.stride(1), p.vc_stride_n = v_cache.stride(2);
+  p.max_len = k_cache.size(2);
   p.positions = positions;
   return p;
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "binding/device.h"
+#include "binding/indices.h"
 #include "binding/rope.h"
 
 namespace fi::binding {
@@ -38,16 +39,12 @@ RopeParams check_rope(const char* op, const Tensor& query, const Tensor& key, co
     } else {
       check_shape(op, "positions", *positions, {len}, "[len] or [batch, len]");
     }
-    p.positions = positions->const_data_ptr();
-    p.position_dtype = dtype_of(*positions);
-    p.position_strides[0] = per_batch ? positions->stride(0) : 0;
-    p.position_strides[1] = positions->stride(per_batch ? 1 : 0);
+    p.positions = positions_of(*positions);
     if (const auto values = values_to_check(*positions)) {
-      const int64_t stride_b = per_batch ? values->stride(0) : 0,
-                    stride_l = values->stride(per_batch ? 1 : 0);
+      const Positions rows = positions_of(*values);
       for (int64_t b = 0; b < (per_batch ? batch : 1); ++b)
         for (int64_t l = 0; l < len; ++l) {
-          const int64_t row = index_at(*values, b * stride_b + l * stride_l);
+          const int64_t row = rows.at(b, l);
           FI_CHECK(op, row >= 0 && row < num_rows, "positions must be rows of cos, at least 0 and less than ",
                    num_rows, ", got ", row, "; make longer tables with rope_cos_sin");
         }
@@ -67,6 +64,7 @@ RopeParams check_rope(const char* op, const Tensor& query, const Tensor& key, co
   p.sin_strides[0] = sin.size(0) == 1 ? 0 : sin.stride(0);
   p.cos_strides[1] = cos.stride(1);
   p.sin_strides[1] = sin.stride(1);
+  p.num_rows = num_rows;
   p.batch = batch;
   p.len = len;
   p.head_dim = head_dim;
@@ -111,28 +109,6 @@ void rope_in_place_op(Tensor query, Tensor key, const Tensor& cos, const Tensor&
   run(FI_KERNEL_OF(rope), query, p);
 }
 
-constexpr double two_pi = 6.283185307179586476925;
-
-// Radians a position for each pair, in double.
-std::vector<double> frequencies(int64_t num_pairs, double rope_scale, double rope_theta,
-                                double low_freq_factor, double high_freq_factor, int64_t old_context_len) {
-  std::vector<double> result(num_pairs);
-  for (int64_t i = 0; i < num_pairs; ++i) {
-    double f = std::pow(rope_theta, -static_cast<double>(i) / static_cast<double>(num_pairs));
-    if (old_context_len > 0) {
-      // Llama 3.1: wavelengths longer than the old context are stretched by rope_scale, short ones kept, in
-      // between mixed.
-      double turns = static_cast<double>(old_context_len) * f / two_pi;
-      double keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
-      keep = keep < 0 ? 0 : keep > 1 ? 1 : keep;
-      result[i] = (1 - keep) * (f / rope_scale) + keep * f;
-    } else {
-      result[i] = f / rope_scale;
-    }
-  }
-  return result;
-}
-
 std::tuple<Tensor, Tensor> rope_cos_sin_op(const Tensor& positions, int64_t rotary_dim, double rope_scale,
                                            double rope_theta, double low_freq_factor, double high_freq_factor,
                                            int64_t old_context_len) {
@@ -152,17 +128,19 @@ std::tuple<Tensor, Tensor> rope_cos_sin_op(const Tensor& positions, int64_t rota
            "low_freq_factor and high_freq_factor must be 0 <= low < high with old_context_len, got ",
            low_freq_factor, " and ", high_freq_factor, "; Llama 3.1 has 1 and 4");
 
-  const std::vector<double> f =
-      frequencies(rotary_dim / 2, rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len);
-  double fastest = 0;
-  for (double x : f) fastest = x > fastest ? x : fastest;
+  const bool wide = positions.scalar_type() == ScalarType::Long;
   RopeCosSinParams p{};
   p.position_rows = rows_of(op, "positions", positions, /*keep_last=*/false);
-  p.positions = positions.const_data_ptr();
+  p.positions = {positions.const_data_ptr(), wide};
+  p.frequencies = {rotary_dim / 2,  rope_scale,       rope_theta,
+                   low_freq_factor, high_freq_factor, old_context_len};
   if (const auto values = values_to_check(positions)) {
+    double fastest = 0;
+    for (int64_t i = 0; i < rotary_dim / 2; ++i) fastest = std::fmax(fastest, p.frequencies.at(i));
     const Rows rows = rows_of(op, "positions", *values, /*keep_last=*/false);
+    const Indices host{values->const_data_ptr(), wide};
     for (int64_t row = 0; row < rows.num_rows; ++row) {
-      const int64_t position = index_at(*values, rows.offset(row));
+      const int64_t position = host.at(rows.offset(row));
       FI_CHECK(op, std::fabs(static_cast<double>(position)) * fastest < 2147483648.0,
                "positions must give angles of less than 2^31 radians, got position ", position,
                "; check positions, rope_scale and rope_theta");
@@ -175,9 +153,6 @@ std::tuple<Tensor, Tensor> rope_cos_sin_op(const Tensor& positions, int64_t rota
                                 positions.device());
   };
   Tensor cos = make(), sin = make();
-  p.position_dtype = dtype_of(positions);
-  p.frequencies = f.data();
-  p.num_pairs = rotary_dim / 2;
   p.cos = static_cast<float*>(cos.mutable_data_ptr());
   p.sin = static_cast<float*>(sin.mutable_data_ptr());
   run(FI_KERNEL_OF(rope_cos_sin), positions, p);

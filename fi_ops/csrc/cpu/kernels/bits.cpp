@@ -54,20 +54,20 @@ FI_INLINE void pack(const uint8_t* x, uint8_t* y, int64_t n, bool little) {
 
 void packbits(const PackBitsParams& p, const Parallel& parallel) {
   constexpr int64_t elements = 8 * kTaskElements;  // of a task; a multiple of 8
+  if (p.num_segments == 0) return;
+  const Indices &in = p.input_indptr, &out = p.output_indptr;
   if (p.num_segments == 1) {
-    const int64_t first = p.input_indptr[0], n = p.input_indptr[1] - first;
+    const int64_t first = in ? in.at(0) : 0, n = in ? in.at(1) - first : p.num_elements;
     for_each_block(serial_if_small(parallel, n / 8), n, elements, [&](int64_t begin, int64_t end) {
-      pack(p.input + first + begin, p.output + p.output_indptr[0] + begin / 8, end - begin, p.little);
+      pack(p.input + first + begin, p.output + begin / 8, end - begin, p.little);
     });
     return;
   }
-  if (p.num_segments == 0) return;
-  const int64_t mean = (p.input_indptr[p.num_segments] - p.input_indptr[0]) / p.num_segments;
+  const int64_t mean = (in.at(p.num_segments) - in.at(0)) / p.num_segments;
   for_each_block(serial_if_small(parallel, mean * p.num_segments / 8), p.num_segments, elements / (mean + 64),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t s = begin; s < end; ++s)
-                     pack(p.input + p.input_indptr[s], p.output + p.output_indptr[s],
-                          p.input_indptr[s + 1] - p.input_indptr[s], p.little);
+                     pack(p.input + in.at(s), p.output + out.at(s), in.at(s + 1) - in.at(s), p.little);
                  });
 }
 

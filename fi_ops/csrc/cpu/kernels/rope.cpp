@@ -15,15 +15,8 @@ constexpr int64_t kManyTasks = 64;
 FI_INLINE int64_t at_least_1(int64_t x) { return x < 1 ? 1 : x; }
 FI_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-FI_INLINE int64_t load_index(const void* p, DType dtype, int64_t i) {
-  return dtype == DType::i64 ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
-}
-
 FI_INLINE RopeAngles token_angles(const RopeParams& p, int64_t b, int64_t l, float* scratch) {
-  const int64_t row =
-      p.positions == nullptr
-          ? l
-          : load_index(p.positions, p.position_dtype, b * p.position_strides[0] + l * p.position_strides[1]);
+  const int64_t row = p.positions ? p.positions.at(b, l) : l;
   const int64_t size = size_of(p.angle_dtype);
   const auto* cos = static_cast<const char*>(p.cos) + size * (b * p.cos_strides[0] + row * p.cos_strides[1]);
   const auto* sin = static_cast<const char*>(p.sin) + size * (b * p.sin_strides[0] + row * p.sin_strides[1]);
@@ -176,13 +169,15 @@ void rope(const RopeParams& p, const Parallel& parallel) {
 }
 
 void rope_cos_sin(const RopeCosSinParams& p, const Parallel& parallel) {
-  for_each_row_block(parallel, p.position_rows.num_rows, 4 * p.num_pairs, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t position = load_index(p.positions, p.position_dtype, p.position_rows.offset(row));
-      cos_sin_row(double(position), p.frequencies, p.num_pairs, p.cos + row * p.num_pairs,
-                  p.sin + row * p.num_pairs);
-    }
+  const int64_t n = p.frequencies.num_pairs;
+  auto* frequencies = static_cast<double*>(__builtin_malloc(sizeof(double) * n));
+  for (int64_t i = 0; i < n; ++i) frequencies[i] = p.frequencies.at(i);
+  for_each_row_block(parallel, p.position_rows.num_rows, 4 * n, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      cos_sin_row(double(p.positions.at(p.position_rows.offset(row))), frequencies, n, p.cos + row * n,
+                  p.sin + row * n);
   });
+  __builtin_free(frequencies);
 }
 
 }  // namespace fi::FI_ISA

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "fi/indices.h"
 #include "fi/kernel.h"
 #include "fi/scalar.h"
 
@@ -26,19 +27,6 @@ struct RopeTable {
 struct Scratch {
   void* (*allocate)(void* context, int64_t bytes);
   void* context;
-};
-
-// The key position of each query row, or the cache slot of each new token: [batch, len] through strides,
-// int32 or int64.
-struct Positions {
-  const void* data = nullptr;  // null: none given
-  bool wide = false;           // int64, else int32
-  int64_t stride_b = 0, stride_i = 0;
-
-  FI_HD int64_t at(int64_t b, int64_t i) const {
-    const int64_t offset = b * stride_b + i * stride_i;
-    return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
-  }
 };
 
 // One fp32 number for each query head.
@@ -100,6 +88,7 @@ struct AppendParams {
   int64_t kc_stride_b, kc_stride_h, kc_stride_n;
   void* v_cache;  // [batch, num_kv_heads, max_len, head_dim_vo]
   int64_t vc_stride_b, vc_stride_h, vc_stride_n;
+  int64_t max_len;
   Positions positions;  // the slot of each row
   RopeTable rope;       // key i takes row i; rotary_dim at most kMaxRotaryDim
 };

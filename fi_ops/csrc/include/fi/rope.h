@@ -1,6 +1,9 @@
 // Rotary embedding of queries and keys, and its tables of cos and sin.
 #pragma once
 
+#include <math.h>
+
+#include "fi/indices.h"
 #include "fi/kernel.h"
 #include "fi/rows.h"
 #include "fi/scalar.h"
@@ -22,21 +25,38 @@ struct RopeParams {
   const void* sin;
   int64_t cos_strides[2];  // batch, row
   int64_t sin_strides[2];
-  const void* positions;  // batch (or stride 0) x len, i32 or i64: the row of each token; null: row = token
-  int64_t position_strides[2];
+  Positions positions;  // batch (or stride 0) x len: the row of each token; none: row = token
+  int64_t num_rows;     // of cos and sin
   int64_t batch, len, head_dim;
   int64_t rotary_dim;  // even, at most head_dim
   int64_t width;       // rotary_dim / 2, or rotary_dim (each value twice)
-  DType dtype, angle_dtype, position_dtype;
+  DType dtype, angle_dtype;
   bool interleaved;
 };
 
-struct RopeCosSinParams {
-  const void* positions;  // single elements, i32 or i64
-  Rows position_rows;
-  DType position_dtype;
-  const double* frequencies;  // [num_pairs], radians a position
+// Radians a position for each pair, in double: theta^(-i / num_pairs) / scale, or scaled as for Llama 3.1.
+struct RopeFrequencies {
   int64_t num_pairs;
+  double scale, theta;
+  double low_freq_factor, high_freq_factor;
+  int64_t old_context_len;  // 0: plain
+
+  FI_HD double at(int64_t i) const {
+    const double f = pow(theta, -static_cast<double>(i) / static_cast<double>(num_pairs));
+    if (old_context_len == 0) return f / scale;
+    // Llama 3.1: wavelengths longer than the old context are stretched by scale, short ones kept, in between
+    // mixed.
+    const double turns = static_cast<double>(old_context_len) * f / 6.283185307179586476925;
+    double keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+    keep = keep < 0 ? 0 : keep > 1 ? 1 : keep;
+    return (1 - keep) * (f / scale) + keep * f;
+  }
+};
+
+struct RopeCosSinParams {
+  Indices positions;  // at the offsets of position_rows
+  Rows position_rows;
+  RopeFrequencies frequencies;
   float* cos;  // positions x num_pairs
   float* sin;
 };
