@@ -6,6 +6,8 @@ python -m bench single_prefill --dtype float32
 python -m bench models --quick                 # whole decode steps, stock torch.compile against fi_ops
 python -m bench ops                            # every op of the registry on its typical sample
 python -m bench all --quick --markdown bench/results/mine.md
+python -m bench all --device cuda --csv rows.csv --plot plots/
+python -m bench decline --device cuda --csv decline.csv     # where is stock attention faster? (not part of `all`)
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from pathlib import Path
 
 import torch
 
-from . import harness
+from . import harness, plot
+from .clock import clock_of
+from .machine import Ceilings, describe
+from .output import Report
 
 BENCHES = {
     "single_prefill": "bench_single_prefill",
@@ -25,56 +30,82 @@ BENCHES = {
     "sampling": "bench_sampling",
     "models": "bench_models",
     "ops": "bench_ops",
+    "decline": "bench_decline",
 }
+ALL = [name for name in BENCHES if name != "decline"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TURN = {"cpu": 0.03, "cuda": 0.002}
 
 
-def main(argv: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bench", choices=[*BENCHES, "all"])
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: the bench's own (bfloat16; samplers float32)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: as torch chooses)")
     parser.add_argument("--batch", type=int, help="only this batch size")
     parser.add_argument("--length", type=int, help="only this length (prefill, decode) or vocabulary (sampling)")
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and turns")
+    parser.add_argument("--full", action="store_true", help="CUDA: more compiled peers and cases than fit in 4 minutes")
     parser.add_argument("--turns", type=int, default=15, help="turns of each candidate (default 15)")
-    parser.add_argument("--turn", type=float, default=0.03, help="seconds of a turn (default 0.03)")
+    parser.add_argument("--turn", type=float, help="seconds of a turn (default 0.03; CUDA 0.002)")
+    parser.add_argument("--warm", action="store_true", help="time nothing: compile and run each candidate once")
     parser.add_argument("--csv", type=Path, help="write all rows to this file")
     parser.add_argument("--markdown", type=Path, help="write a page for bench/results/")
-    args = parser.parse_args(argv)
+    parser.add_argument("--plot", type=Path, help="write PNGs of time against length to this folder (needs matplotlib)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("bench: torch sees no CUDA device; leave --device out to measure the CPU", file=sys.stderr)
+        return 2
+    if args.plot:
+        plot.check_available()
     if args.threads:
         torch.set_num_threads(args.threads)
     options = harness.Options(
-        device=args.device, dtype=DTYPES.get(args.dtype), threads=args.threads, quick=args.quick, batch=args.batch,
-        length=args.length, compiled=not args.no_compile, turns=args.turns, turn=args.turn,
+        device=args.device, dtype=DTYPES.get(args.dtype), threads=args.threads, quick=args.quick, full=args.full,
+        batch=args.batch, length=args.length, compiled=not args.no_compile, turns=args.turns,
+        turn=TURN[args.device] if args.turn is None else args.turn, warm=args.warm,
     )  # fmt: skip
     torch.manual_seed(0)
-    command = "python -m bench " + " ".join(sys.argv[1:] if argv is None else argv)
-    dtype = options.pick(torch.bfloat16)
-    ceilings = harness.Ceilings(dtype)
-    for _ in range(20):
-        ceilings.probe()
-    gb_s, gflop_s = ceilings.rate("read") / 1e9, ceilings.rate("gemm") / 1e9
-    measured = (
-        f"ceilings at the start: read {gb_s:.1f} GB/s, GEMM {gflop_s:.0f} GFLOP/s ({str(dtype).removeprefix('torch.')})"
-    )
-    report = harness.Report(header=[*harness.describe(), measured, f"`{command}`"])
-    print("\n".join(report.header))
+    report = Report(csv=args.csv, markdown=args.markdown)
+    _write_header(report, options, sys.argv[1:] if argv is None else argv)
     with torch.no_grad():
-        for name in BENCHES if args.bench == "all" else [args.bench]:
+        for name in ALL if args.bench == "all" else [args.bench]:
             module = importlib.import_module(f".{BENCHES[name]}", __package__)
             harness.run(name, module.cases(options), options, report)
-    if args.csv:
-        harness.write_csv(report, args.csv)
-    if args.markdown:
-        harness.write_markdown(report, args.markdown)
-    wrong = [row for row in report.rows if row.check not in ("ok", "-") and not row.check.startswith("fails")]
-    for row in wrong:
-        print(f"WRONG {row.bench}: {row.case}: {row.candidate}: {row.check}", file=sys.stderr)
+    if args.plot:
+        report.plots = plot.write_plots(report, args.plot)
+    report.save()
+    return _verdict(report)
+
+
+def _write_header(report: Report, options: harness.Options, argv: list[str]) -> None:
+    dtype = options.pick(torch.bfloat16)
+    ceilings = Ceilings(options.device, dtype, clock_of(options.device))
+    for name in ("read", "gemm") * 20:
+        ceilings.probe(name)
+    measured = f"ceilings at the start: {ceilings}, {str(dtype).removeprefix('torch.')}"
+    report.header = [*describe(options.device), measured, f"`python -m bench {' '.join(argv)}`"]
+    print("\n".join(report.header), flush=True)
+
+
+def _verdict(report: Report) -> int:
+    """1 when an output was wrong, or ours could not do its job; a peer that can't do it is not our fault."""
+    wrong = 0
+    for row in report.rows:
+        failed = row.check.startswith("fails")
+        if row.check not in ("ok", "-") and (not failed or row.ours):
+            print(f"WRONG {row.bench}: {row.case}: {row.candidate}: {row.check}", file=sys.stderr)
+            wrong += 1
+        if row.slower_than:
+            print(f"slower than {row.slower_than}: {row.bench}: {row.case}: {1 / row.ratio:.2f} x its time")
     return 1 if wrong else 0
 
 

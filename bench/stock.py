@@ -1,14 +1,17 @@
-"""What people run today, in stock torch: the peers of the benches."""
+"""What people run today: the peers of the benches. Stock torch, and FlashInfer where it is installed."""
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .harness import Candidate, Options, cold
+from .harness import Candidate, Options
 
 
 def own_code(fn: Callable) -> Callable:
@@ -16,13 +19,21 @@ def own_code(fn: Callable) -> Callable:
     return types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
 
 
+def eager(name: str, fn: Callable, copies: list[tuple]) -> Candidate:
+    return Candidate(name, fn, inputs=copies)
+
+
+def compiled(name: str, fn: Callable, copies: list[tuple]) -> Candidate:
+    return Candidate(name, torch.compile(own_code(fn), dynamic=False), inputs=copies)
+
+
 def eager_and_compiled(name: str, fn: Callable, copies: list[tuple], options: Options) -> list[Candidate]:
     """Both ways to run a stock function, over argument tuples in turn."""
-    both = [Candidate(f"{name}, eager", cold(copies, fn))]
-    if options.compiled:
-        compiled = torch.compile(own_code(fn), dynamic=False)
-        both.append(Candidate(f"{name}, compiled", cold(copies, compiled)))
-    return both
+    both = [eager(f"{name}, eager", fn, copies)]
+    return [*both, compiled(f"{name}, compiled", fn, copies)] if options.compiled else both
+
+
+# ------------------------------------------------------------------------------------------------ samplers
 
 
 def hf_sample(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -46,13 +57,124 @@ def gpt_fast_sample(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return torch.argmax(probs / torch.empty_like(probs).exponential_(1), dim=-1)
 
 
+def flashinfer_sample(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """FlashInfer's kernel for the filters asked for; those for a single one start from probabilities."""
+    sampling = flashinfer().sampling
+    if top_k > 0 and top_p < 1.0:
+        return sampling.top_k_top_p_sampling_from_logits(logits, top_k, top_p)
+    probs = torch.softmax(logits, dim=-1)
+    if top_k > 0:
+        return sampling.top_k_sampling_from_probs(probs, top_k)
+    return sampling.top_p_sampling_from_probs(probs, top_p)
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
 def sdpa(query, key, value, causal: bool = False) -> torch.Tensor:
-    """torch's flash kernel; GQA by its own flag."""
+    """torch's choice of kernel; GQA by its own flag."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
 
 
-def sdpa_repeat_kv(query, key, value, mask) -> torch.Tensor:
+def sdpa_masked(query, key, value, mask) -> torch.Tensor:
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def sdpa_repeat_kv(query, key, value, mask=None) -> torch.Tensor:
     """What stock models do over a static cache: repeat the heads of the whole cache, mask the empty slots."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def with_backend(backend: SDPBackend, fn: Callable) -> Callable:
+    """The function with torch held to one SDPA kernel."""
+
+    def call(*args):
+        with sdpa_kernel(backend):
+            return fn(*args)
+
+    return call
+
+
+def flex(query, key, value, block_mask=None) -> torch.Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(query, key, value, block_mask=block_mask, enable_gqa=True)
+
+
+def flex_peer(copies: list[tuple], keep: Callable | None = None) -> Candidate:
+    """Compiled FlexAttention; `keep(batch, head, query index, key index)` is its mask, planned here, outside the timing."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    query, key = copies[0][:2]
+    plan: Any = None
+    if keep is not None:
+        sizes = (query.shape[0], None, query.shape[2], key.shape[2])
+        plan = create_block_mask(keep, *sizes, device=str(query.device))
+    call = torch.compile(own_code(flex), dynamic=False)
+    return Candidate("FlexAttention, compiled", lambda q, k, v, *_: call(q, k, v, plan), inputs=copies)
+
+
+def causal_rule(batch, head, i, j):
+    """FlexAttention's way to say causal."""
+    return i >= j
+
+
+def dense_peers(copies: list[tuple], options: Options, with_flex: bool = False) -> list[Candidate]:
+    """For inputs (query, key, value) or (query, key, value, causal), no mask."""
+    if options.device == "cpu":
+        return eager_and_compiled("torch SDPA", sdpa, copies, options)
+    causal = len(copies[0]) > 3 and copies[0][3]
+    peers = [
+        eager("torch flash", with_backend(SDPBackend.FLASH_ATTENTION, sdpa), copies),
+        eager("torch cuDNN", with_backend(SDPBackend.CUDNN_ATTENTION, sdpa), copies),
+    ]
+    if with_flex and options.compiled:
+        peers.append(flex_peer(copies, causal_rule if causal else None))
+    if flashinfer() and copies[0][0].shape[0] == 1:
+        peers.append(flashinfer_peer(copies, causal))
+    return peers
+
+
+def masked_peers(copies: list[tuple], options: Options, with_flex: bool = False) -> list[Candidate]:
+    """For inputs (query, key, value, bool mask [batch or 1, 1, 1, kv_len])."""
+    if options.device == "cpu":
+        return eager_and_compiled("torch repeat_kv + mask", sdpa_repeat_kv, copies, options)
+    peers = [
+        eager("torch repeat_kv + mask", sdpa_repeat_kv, copies),
+        eager("torch cuDNN, masked", with_backend(SDPBackend.CUDNN_ATTENTION, sdpa_masked), copies),
+    ]
+    if with_flex and options.compiled:
+        live = copies[0][3].expand(copies[0][0].shape[0], 1, 1, -1)
+        peers.append(flex_peer(copies, lambda batch, head, i, j: live[batch, 0, 0, j]))
+    return peers
+
+
+# ------------------------------------------------------------------------------------------------ FlashInfer
+
+
+@functools.cache
+def flashinfer() -> Any:
+    """FlashInfer where it is installed and loads, else None."""
+    try:
+        import flashinfer
+        import flashinfer.sampling
+    except Exception:
+        return None
+    return flashinfer
+
+
+def flashinfer_peer(copies: list[tuple], causal: bool = False) -> Candidate:
+    """Its kernels for one sequence, on its own layout (query `[len, heads, head_dim]`), made outside the timing."""
+    library = flashinfer()
+    own = [(q[0].transpose(0, 1).contiguous(), k[0], v[0]) for q, k, v, *_ in copies]
+
+    def decode(query, key, value):
+        return library.single_decode_with_kv_cache(query[0], key, value, kv_layout="HND")[None, :, None]
+
+    def prefill(query, key, value):
+        out = library.single_prefill_with_kv_cache(query, key, value, causal=causal, kv_layout="HND")
+        return out.transpose(0, 1)[None]
+
+    return Candidate("FlashInfer", decode if own[0][0].shape[0] == 1 else prefill, inputs=own)
