@@ -1,0 +1,99 @@
+// The rows of a block of query rows: which keys each of them may see by causal, window and length.
+//
+// Head-query fusion: the rows of a KV head are query heads of its group x query positions, row = position *
+// group + head. A block takes consecutive rows, so its few queries reach almost the same keys, and each
+// row of K and V is read once for the whole group.
+#pragma once
+
+#include "fi/attention.h"
+#include "fi/cuda/ptx.h"
+
+namespace fi::cuda {
+
+inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kInf = __builtin_inff();
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct KeyRange {
+  int begin, end;
+};
+
+FI_DEVICE_INLINE int64_t query_position(const AttentionParams& p, int64_t b, int64_t i) {
+  return p.positions.data ? p.positions.at(b, i) : i + p.q_offset;
+}
+
+// Keys that causal, window and length leave to a query row at `position`; [0, 0) where there are none.
+FI_DEVICE_INLINE KeyRange allowed_keys(const AttentionParams& p, int64_t position) {
+  int64_t begin = 0, end = p.kv_len;
+  if (p.causal && position + 1 < end) end = position + 1;
+  if (p.window_left >= 0 && position - p.window_left > 0) begin = position - p.window_left;
+  if (begin >= end) return {0, 0};
+  return {static_cast<int>(begin), static_cast<int>(end)};
+}
+
+// What the kernels ask about one row; kept in shared memory.
+struct Row {
+  int begin, end;   // its keys
+  float position;   // for ALiBi
+  float slope;      // of ALiBi, base 2; 0: none
+};
+
+struct BlockRange {
+  int begin, end;            // the union of the rows' keys
+  int open_begin, open_end;  // keys that every row sees
+  bool flag;                 // `flag` of every row
+};
+
+// Coordinates of a block of rows: rows [row_begin, row_begin + its size) of a KV head, `num_rows` in all.
+struct BlockOfRows {
+  int64_t b, kv_head, row_begin, num_rows;
+  int group;
+
+  FI_DEVICE_INLINE int64_t query(int64_t r) const { return (row_begin + r) / group; }
+  FI_DEVICE_INLINE int64_t head(int64_t r) const { return kv_head * group + (row_begin + r) % group; }
+  FI_DEVICE_INLINE bool has(int64_t r) const { return row_begin + r < num_rows; }
+};
+
+// Fills rows[0, kRows) and returns what they have in common. `flag` is a property of row threadIdx.x.
+// For all threads of the block, kThreads >= kRows; `partial`: 5 ints a warp. Ends with a barrier.
+template <int kRows, int kThreads>
+FI_DEVICE_INLINE BlockRange load_rows(const AttentionParams& p, const BlockOfRows& block, Row* rows,
+                                      bool flag, int* partial) {
+  constexpr int kFar = 0x7fffffff;
+  const int r = threadIdx.x;
+  // begin, -end, -open_begin, open_end, flag: all joined by the minimum.
+  int v[5] = {kFar, 0, 0, kFar, 1};
+  if (r < kRows) {
+    Row row{0, 0, 0.0f, 0.0f};
+    if (block.has(r)) {
+      const int64_t position = query_position(p, block.b, block.query(r));
+      const KeyRange keys = allowed_keys(p, position);
+      row = {keys.begin, keys.end, static_cast<float>(position), 0.0f};
+      if (p.alibi_slopes) row.slope = p.alibi_slopes.at(block.head(r)) * kLog2e;
+      if (keys.begin < keys.end) {
+        v[0] = keys.begin, v[1] = -keys.end;
+        v[2] = -keys.begin, v[3] = keys.end;
+      } else {
+        v[2] = -kFar, v[3] = 0;
+      }
+      v[4] = flag;
+    }
+    rows[r] = row;
+  }
+#pragma unroll
+  for (int k = 0; k < 5; ++k) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) v[k] = min(v[k], __shfl_xor_sync(kAllLanes, v[k], lanes));
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32 * 5 + k] = v[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < 5; ++k) {
+    for (int w = 0; w < kThreads / 32; ++w) v[k] = min(v[k], partial[w * 5 + k]);
+  }
+  BlockRange range{v[0], -v[1], -v[2], v[3], v[4] != 0};
+  if (range.begin >= range.end) range.begin = range.end = 0;
+  return range;
+}
+
+}  // namespace fi::cuda
