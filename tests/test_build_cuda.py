@@ -1,0 +1,252 @@
+"""The CUDA side of the builder and loader. Where nvcc is there, all CUDA code is compiled (no GPU is needed); none is run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fi_ops import _build, _build_cuda, _load
+from fi_ops import build as build_command
+from fi_ops.library import SPECS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _nvcc_is_there() -> bool:
+    try:
+        return bool(_build_cuda.nvcc())
+    except _build.BuildError:
+        return False
+
+
+needs_nvcc = pytest.mark.skipif(not _nvcc_is_there(), reason="no nvcc here: CUDA code is not compiled")
+
+LARGE_FRAME = """
+#include "fi/cuda/launch.h"
+namespace fi::cuda {
+__global__ void large_frame(float* x, int n) {
+  float local[512];
+  for (int i = 0; i < 512; ++i) local[i] = x[i * n];
+  for (int i = 0; i < n; ++i) local[(i * n) & 511] += local[(i + n) & 511];
+  x[0] = local[n & 511];
+}
+void launch_large_frame(const Gpu& gpu) { launch(gpu, large_frame, dim3(1), dim3(32), 0, (float*)nullptr, 1); }
+}  // namespace fi::cuda
+"""
+
+
+@pytest.fixture
+def one_kernel_file(tmp_path, monkeypatch):
+    """A csrc/ of the headers, cuda/runtime.cpp and one kernel file, and a private cache: builds take seconds."""
+    csrc = tmp_path / "csrc"
+    shutil.copytree(_build.CSRC, csrc)
+    for source in [*csrc.rglob("*.cpp"), *csrc.rglob("*.cu")]:
+        if source.name != "runtime.cpp":
+            source.unlink()
+    kernel = csrc / "cuda" / "kernels" / "large_frame.cu"
+    kernel.parent.mkdir(exist_ok=True)
+    kernel.write_text(LARGE_FRAME)
+    monkeypatch.setattr(_build, "CSRC", csrc)
+    monkeypatch.setenv("FI_OPS_CACHE_DIR", str(tmp_path / "cache"))
+    _build._closure.cache_clear()
+    yield kernel
+    _build._closure.cache_clear()
+
+
+@needs_nvcc
+def test_builds_once_and_reports(one_kernel_file, monkeypatch):
+    monkeypatch.setenv("FI_OPS_CUDA_ARCHS", "sm_80")
+    lines: list[str] = []
+    first = _build_cuda.build_cuda(progress=lines.append)
+    assert first.is_file() and any("built the CUDA kernels" in line for line in lines)
+    assert any("slowest files: large_frame.cu" in line for line in lines), lines
+    warning = next(line for line in lines if "warning" in line)
+    assert "large_frame.cu (sm_80)" in warning and "stack frame (2048 bytes of stack" in warning
+    lines.clear()
+    assert _build_cuda.build_cuda(progress=lines.append) == first and not lines, "a second build must do nothing"
+
+    one_kernel_file.write_text(LARGE_FRAME.replace("x[0] =", "// x[0] ="))  # all of it is dead code now
+    _build._closure.cache_clear()
+    assert _build_cuda.build_cuda(progress=lines.append) != first
+    assert not any("warning" in line for line in lines)
+
+
+@needs_nvcc
+def test_compiler_errors_are_shown(one_kernel_file):
+    one_kernel_file.write_text("#error something is wrong here\n")
+    _build._closure.cache_clear()
+    with pytest.raises(_build.BuildError, match="something is wrong here"):
+        _build_cuda.build_cuda(progress=lambda line: None)
+
+
+@needs_nvcc
+def test_whole_library():
+    """Every CUDA source compiles for every architecture, no kernel spills, and the library has every op."""
+    library = _build_cuda.build_cuda()
+    spills = [use for use in _build_cuda.plan_uses(_build_cuda.cuda_plan()) if use.spills]
+    assert not spills, "\n".join(map(str, spills))
+    script = f"""
+import torch, fi_ops
+torch.ops.load_library({str(library)!r})
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+print(*(name for name in fi_ops.library.SPECS if not has(f"fi::{{name}}", "CUDA")))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "", f"no CUDA kernel for: {run.stdout}"
+
+
+def test_ptxas_report_is_read():
+    log = """
+ptxas info    : 24 bytes gmem
+ptxas info    : Compiling entry function '_Z1av' for 'sm_80'
+ptxas info    : Function properties for _Z1av
+    40 bytes stack frame, 36 bytes spill stores, 32 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 40 bytes cumulative stack size, 376 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1bv' for 'sm_90a'
+ptxas info    : Function properties for _Z1bv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 4 registers, used 0 barriers
+"""
+    a, b = _build_cuda.kernel_uses(Path("x.cu"), log)
+    assert (a.kernel, a.arch, a.registers, a.stack, a.spill_stores, a.spill_loads) == (
+        "_Z1av",
+        "sm_80",
+        255,
+        40,
+        36,
+        32,
+    )
+    assert a.spills and not b.spills and (b.kernel, b.arch, b.registers) == ("_Z1bv", "sm_90a", 4)
+
+
+def test_arch_table():
+    def names(*cards):
+        return [arch.name for arch in _build_cuda.archs_for(cards)]
+
+    assert names((8, 0)) == names((8, 9)) == names((12, 0)) == ["sm_80"]
+    assert names((9, 0)) == ["sm_90a"]
+    assert names((9, 0), (8, 6)) == ["sm_80", "sm_90a"]
+    assert names((7, 5)) == []
+
+
+def test_arch_variable_is_checked(monkeypatch):
+    monkeypatch.setenv("FI_OPS_CUDA_ARCHS", "sm_90a")
+    assert [arch.name for arch in _build_cuda.selected_archs()] == ["sm_90a"]
+    monkeypatch.setenv("FI_OPS_CUDA_ARCHS", "sm_80,sm_70")
+    with pytest.raises(_build.BuildError, match="has sm_70; it takes sm_80, sm_90a"):
+        _build_cuda.selected_archs()
+
+
+def test_prebuilt_library_is_chosen_by_its_archs(tmp_path, monkeypatch):
+    monkeypatch.setattr(_build, "PREBUILT", tmp_path)
+    assert _build_cuda.prebuilt_library([(9, 0)]) is None
+    hopper = tmp_path / _build.prebuilt_name("cuda", _build_cuda.prebuilt_variant(_build_cuda.archs_for([(9, 0)])))
+    hopper.touch()
+    assert _build_cuda.prebuilt_library([(9, 0)]) == hopper
+    assert _build_cuda.prebuilt_library([(8, 0)]) is None and _build_cuda.prebuilt_library([(9, 0), (8, 0)]) is None
+    both = tmp_path / _build.prebuilt_name("cuda", _build_cuda.prebuilt_variant(_build_cuda.CUDA_ARCHS))
+    both.touch()
+    assert _build_cuda.prebuilt_library([(9, 0), (8, 0)]) == both
+    both.rename(tmp_path / both.name.replace(_build.source_hash(), "of-other-sources"))
+    assert _build_cuda.prebuilt_library([(8, 0)]) is None
+
+
+def test_out_makes_a_prebuilt_library(tmp_path, monkeypatch):
+    library = tmp_path / "library.so"
+    library.write_text("a library")
+    monkeypatch.setattr(_build_cuda, "build_cuda", lambda **kwargs: library)
+    monkeypatch.setattr(_build, "PREBUILT", tmp_path / "_lib")
+    assert build_command.main(["--device", "cuda", "--out", str(tmp_path / "_lib")]) == 0
+    found = _build_cuda.prebuilt_library([(8, 0), (9, 0)])
+    assert found is not None and found.read_text() == "a library"
+
+
+# ---------------------------------------------------------------------------------------------------- what is said
+
+
+REST = "CPU ops keep working, and so does stock torch"
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """torch as it is on a machine with one H100; the library is neither prebuilt nor loaded."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
+    monkeypatch.setattr(_build, "prebuilt_libraries", lambda device: [])
+    monkeypatch.setattr(_load, "_loaded", {})
+    for cached in (_load._obtainable, _build_cuda.nvcc):
+        cached.cache_clear()
+    yield
+    for cached in (_load._obtainable, _build_cuda.nvcc):
+        cached.cache_clear()
+
+
+def refusal() -> str:
+    """What load("cuda") says; it must be one line, and say what still works."""
+    assert not _load.available("cuda")
+    with pytest.raises(RuntimeError) as caught:
+        _load.load("cuda")
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith("fi_ops: ") and text.endswith(REST)
+    return text
+
+
+def test_missing_nvcc_says_so(a_gpu, monkeypatch):
+    monkeypatch.setattr(_build_cuda.shutil, "which", lambda name: None)
+    assert "need nvcc" in refusal()
+
+
+def test_old_nvcc_says_so(a_gpu, monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    assert "CUDA toolkit 12.4 or newer" in refusal() and "is of 11.8" in refusal()
+
+
+def test_missing_gpu_says_so(a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device can be used" in refusal()
+
+
+def test_cpu_build_of_torch_says_so(a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is not a CUDA build" in refusal()
+
+
+def test_old_gpu_says_so(a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
+    assert "compute capability 8.0 or newer, got 7.5" in refusal()
+
+
+@needs_nvcc
+def test_first_use_builds_for_this_machines_cards(a_gpu, monkeypatch):
+    assert _load.available("cuda")
+    asked = []
+    monkeypatch.setattr(_build_cuda, "build_cuda", lambda archs: asked.append([arch.name for arch in archs]))
+    _load._cuda_library()
+    monkeypatch.setenv("FI_OPS_CUDA_ARCHS", "sm_80")
+    _load._cuda_library()
+    assert asked == [["sm_90a"], ["sm_80"]]
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(RuntimeError, match="no kernels for device type 'xpu'"):
+        _load.load("xpu")
+    assert not _load.available("xpu")
+
+
+def test_bindings_are_the_same_for_both_devices():
+    """What the support matrix rests on: a binding source registers an op under whichever device it is compiled for."""
+    text = "\n".join(path.read_text() for path in sorted((_build.CSRC / "binding").glob("*.cpp")))
+    assert "STABLE_TORCH_LIBRARY_IMPL(fi, CPU" not in text and "STABLE_TORCH_LIBRARY_IMPL(fi, CUDA" not in text
+    for name in SPECS:
+        assert f'm.impl("{name}"' in text
