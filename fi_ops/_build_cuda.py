@@ -267,9 +267,8 @@ def _summary(plan: Plan, compiled: list[Job], slowest: int = 5) -> list[str]:
     sources = {job.source for job in compiled}
     heavy = [use for use in plan_uses(plan) if use.source in sources and (use.spills or use.stack)]
     for use, name in zip(heavy, _demangled([use.kernel for use in heavy]), strict=True):
-        what = f"spills {use.spill_stores} + {use.spill_loads} bytes" if use.spills else "has a stack frame"
+        what = f"warning: spills {use.spill_stores} + {use.spill_loads} bytes" if use.spills else "has a stack frame"
         lines.append(
-            f"fi_ops: warning: {use.source.name} ({use.arch}): {name} {what} ({use.stack} bytes of stack, "
-            f"{use.registers} registers)"
+            f"fi_ops: {use.source.name} ({use.arch}): {what} ({use.stack} bytes of stack, {use.registers} registers): {name}"
         )
     return lines
