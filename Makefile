@@ -1,8 +1,9 @@
 # Every target sets up what it needs: a virtual environment, the dependencies, the native library.
-# PYTHON chooses the interpreter, VENV the environment's folder, PYTEST_ARGS what pytest gets.
+# PYTHON chooses the interpreter, VENV the environment's folder, PYTEST_ARGS what pytest gets, DEVICE whose library is built.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+DEVICE ?= cpu
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -13,30 +14,34 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "fi_ops: installing torch and the test dependencies into $(VENV) ..."
 	$(PIP) torch ninja setuptools
 	$(PIP) --no-build-isolation --no-deps -e .
-	$(PIP) "torch>=2.11" ninja "pytest>=8" "expecttest>=0.2" "transformers>=5" "hypothesis>=6" numpy
+	$(PIP) "torch>=2.11" ninja "pytest>=8" pytest-xdist "expecttest>=0.2" "transformers>=5" "hypothesis>=6" numpy
 	@touch $@
 
 $(VENV)/.lint-ready: $(VENV)/.ready
 	$(PIP) "ruff>=0.9" "mypy>=1.13" "clang-format>=18"
 	@touch $@
 
-build: $(VENV)/.ready        ## build the native libraries ahead of time (a no-op when nothing changed)
-	$(PY) -m fi_ops.build
+build: $(VENV)/.ready        ## build the CPU library ahead of time (a no-op when nothing changed); DEVICE=cuda or all
+	$(PY) -m fi_ops.build --device $(DEVICE)
 
 demo: build                  ## the main job: a real checkpoint, stock torch.compile against fi_ops
 	$(PY) examples/demo.py
 
-test: build                  ## the whole suite on this machine
+test: build                  ## the whole suite; without a GPU, CUDA code is compiled (where nvcc is) and emulated
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.ready     ## what needs a GPU, several tests at once on it
+	$(PY) -m fi_ops.build --device all
+	$(PY) -m pytest -m gpu -n 8 $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint-ready    ## ruff, types, C++ format
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'fi_ops/csrc/*.h' 'fi_ops/csrc/*.cpp')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'fi_ops/csrc/*.h' 'fi_ops/csrc/*.cpp' 'fi_ops/csrc/*.cu')
 
 format: $(VENV)/.lint-ready  ## rewrite the sources in the house format
 	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'fi_ops/csrc/*.h' 'fi_ops/csrc/*.cpp')
+	$(VENV)/bin/clang-format -i $$(git ls-files 'fi_ops/csrc/*.h' 'fi_ops/csrc/*.cpp' 'fi_ops/csrc/*.cu')
 
 asan: $(VENV)/.ready         ## the op sweep on an AddressSanitizer + UBSan build of the CPU library
 	FI_OPS_SANITIZE=address,undefined $(PY) -m fi_ops.build --device cpu
