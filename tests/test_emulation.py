@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from emulation import build as emulation
 from fi_ops import _build
 
 NATIVE = Path(__file__).parent / "native"
+SWEEP = Path(__file__).parent / "test_every_op.py"
 
 pytestmark = pytest.mark.skipif(not emulation.supported(), reason="the emulator runs on x86-64")
 
@@ -26,3 +29,12 @@ def test_smoke(tmp_path):
     for seed in ("0", "1", "2"):
         run = subprocess.run([program], env={**os.environ, "FI_EMULATION_SEED": seed}, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_sweep():
+    """The CUDA kernels by the registry: numerics in bf16 (and the ops without floats), and every refusal."""
+    select = "(test_numerics and (bfloat16 or bool or int)) or test_bad_input"
+    parallel = ["-n", "2"] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *parallel, "--emulate-cuda"]
+    run = subprocess.run([*command, str(SWEEP), "-k", select], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
