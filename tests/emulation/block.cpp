@@ -52,21 +52,36 @@ struct Barrier {
   const char* what = nullptr;
 };
 
+struct Cluster;
+
+}  // namespace
+
 struct Block {
+  Cluster* cluster;
+  unsigned rank;
   uint3 index;
   dim3 dim, grid;
-  const std::function<void()>* body;
+  unsigned char* smem;
   std::vector<Thread> threads;
   std::vector<std::map<uint32_t, Meeting>> warps;  // by mask
   std::map<int, Barrier> barriers;
   int alive = 0;
+};
+
+namespace {
+
+// Blocks that run together: one, or a thread block cluster.
+struct Cluster {
+  std::vector<Block> blocks;
+  const std::function<void()>* body;
+  Barrier barrier;
+  int alive = 0;
   std::exception_ptr error;
 };
 
-Block* block = nullptr;
+Block* block = nullptr;  // the current thread's
 Thread* thread = nullptr;
 void* scheduler_stack = nullptr;
-unsigned char* smem = nullptr;
 std::vector<char*> stacks;
 std::minstd_rand order;
 
@@ -82,17 +97,18 @@ void wait_while(const uint64_t* generation, uint64_t value, const char* what) {
   thread->waits_while = value;
   thread->waits_at = what;
   to_scheduler();
-  if (block->error) std::rethrow_exception(block->error);
+  if (block->cluster->error) std::rethrow_exception(block->cluster->error);
 }
 
 void fiber_main() {
   try {
-    (*block->body)();
+    (*block->cluster->body)();
   } catch (...) {
-    if (!block->error) block->error = std::current_exception();
+    if (!block->cluster->error) block->cluster->error = std::current_exception();
   }
   thread->done = true;
   --block->alive;
+  --block->cluster->alive;
   to_scheduler();
   __builtin_unreachable();
 }
@@ -116,43 +132,47 @@ void prepare(Thread& t, size_t i) {
   t.stack_pointer = top;
 }
 
-void run_block(Block& b, bool shuffled) {
-  block = &b;
-  const size_t n = size_t(b.dim.x) * b.dim.y * b.dim.z;
-  b.threads.resize(n);
-  b.warps.resize((n + 31) / 32);
-  b.alive = int(n);
-  std::vector<size_t> turns(n);
-  for (size_t i = 0; i < n; ++i) {
-    Thread& t = b.threads[i];
-    t.thread_idx = {unsigned(i % b.dim.x), unsigned(i / b.dim.x % b.dim.y), unsigned(i / b.dim.x / b.dim.y)};
-    t.lane = int(i % 32);
-    t.warp = int(i / 32);
-    prepare(t, i);
-    turns[i] = i;
+void run_cluster(Cluster& c, bool shuffled) {
+  const size_t block_size = size_t(c.blocks[0].dim.x) * c.blocks[0].dim.y * c.blocks[0].dim.z;
+  std::vector<Thread*> turns;
+  for (Block& b : c.blocks) {
+    b.threads.resize(block_size);
+    b.warps.resize((block_size + 31) / 32);
+    b.alive = int(block_size);
+    for (size_t i = 0; i < block_size; ++i) {
+      Thread& t = b.threads[i];
+      t.block = &b;
+      t.thread_idx = {unsigned(i % b.dim.x), unsigned(i / b.dim.x % b.dim.y),
+                      unsigned(i / b.dim.x / b.dim.y)};
+      t.lane = int(i % 32);
+      t.warp = int(i / 32);
+      prepare(t, turns.size());
+      turns.push_back(&t);
+    }
   }
-  while (b.alive > 0) {
+  c.alive = int(turns.size());
+  while (c.alive > 0) {
     bool moved = false;
     if (shuffled) std::shuffle(turns.begin(), turns.end(), order);
-    for (size_t i : turns) {
-      Thread& t = b.threads[i];
-      if (t.done || (t.waits_for && *t.waits_for == t.waits_while && !b.error)) continue;
-      t.waits_for = nullptr;
-      thread = &t;
-      fi_emulation_switch(&scheduler_stack, t.stack_pointer);
+    for (Thread* t : turns) {
+      if (t->done || (t->waits_for && *t->waits_for == t->waits_while && !c.error)) continue;
+      t->waits_for = nullptr;
+      thread = t;
+      block = t->block;
+      fi_emulation_switch(&scheduler_stack, t->stack_pointer);
       moved = true;
     }
     if (!moved) {
       std::string text = "deadlock:";
       int listed = 0;
-      for (const Thread& t : b.threads)
-        if (!t.done && listed++ < 4) text += " " + name_of(t) + " waits at " + t.waits_at + ";";
-      b.error = std::make_exception_ptr(std::runtime_error("fi_ops emulation: " + text));
+      for (const Thread* t : turns)
+        if (!t->done && listed++ < 4) text += " " + name_of(*t) + " waits at " + t->waits_at + ";";
+      c.error = std::make_exception_ptr(std::runtime_error("fi_ops emulation: " + text));
     }
   }
   thread = nullptr;
   block = nullptr;
-  if (b.error) std::rethrow_exception(b.error);
+  if (c.error) std::rethrow_exception(c.error);
 }
 
 }  // namespace
@@ -161,7 +181,31 @@ Thread& current() { return *thread; }
 uint3 block_idx() { return block->index; }
 dim3 block_dim() { return block->dim; }
 dim3 grid_dim() { return block->grid; }
-unsigned char* dynamic_smem() { return smem; }
+unsigned char* dynamic_smem() { return block->smem; }
+
+unsigned cluster_size() { return unsigned(block->cluster->blocks.size()); }
+unsigned cluster_rank() { return block->rank; }
+
+void* peer_smem(void* p, unsigned rank) {
+  if (rank >= cluster_size()) fail("peer_smem: no block of that rank");
+  if (block->cluster->blocks[rank].alive == 0) fail("peer_smem: that block has ended");
+  return static_cast<unsigned char*>(p) - block->smem + block->cluster->blocks[rank].smem;
+}
+
+void cluster_arrive() {
+  Cluster& c = *block->cluster;
+  thread->arrived_at = c.barrier.generation;
+  if (++c.barrier.arrived == c.alive) {
+    c.barrier.arrived = 0;
+    ++c.barrier.generation;
+  }
+}
+
+void cluster_wait() {
+  const Barrier& barrier = block->cluster->barrier;
+  if (barrier.generation == thread->arrived_at)
+    wait_while(&barrier.generation, thread->arrived_at, "cluster_wait");
+}
 
 void fail(const std::string& what) {
   throw std::runtime_error("fi_ops emulation: " + name_of(*thread) + ": " + what);
@@ -209,7 +253,7 @@ void meet_block(int id, int threads, const char* what) { meet_at_barrier(id, thr
 
 int block_count(const char* what, bool predicate) { return meet_at_barrier(0, 0, what, predicate).result; }
 
-void run_grid(dim3 grid, dim3 dim, size_t smem_bytes, const std::function<void()>& body) {
+void run_grid(dim3 grid, dim3 dim, size_t smem_bytes, const std::function<void()>& body, unsigned cluster) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   const char* text = std::getenv("FI_EMULATION_SEED");
@@ -222,32 +266,44 @@ void run_grid(dim3 grid, dim3 dim, size_t smem_bytes, const std::function<void()
     throw std::runtime_error("fi_ops emulation: grid.y or grid.z above 65535");
   order.seed(unsigned(seed));
 
+  if (cluster == 0 || cluster > 8 || grid.x % cluster != 0)
+    throw std::runtime_error("fi_ops emulation: grid.x is no multiple of the cluster, or that is above 8");
+
   // The end of shared memory lies at a page without access: a write past it is a fault, not a silent success.
   const size_t rounded = (smem_bytes + 1023) / 1024 * 1024, pages = (rounded + kPage - 1) / kPage * kPage;
   auto* area = static_cast<unsigned char*>(
-      mmap(nullptr, pages + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  mprotect(area + pages, kPage, PROT_NONE);
-  smem = area + pages - rounded;
+      mmap(nullptr, cluster * (pages + kPage), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  for (unsigned rank = 0; rank < cluster; ++rank)
+    mprotect(area + rank * (pages + kPage) + pages, kPage, PROT_NONE);
 
-  std::vector<size_t> blocks(size_t(grid.x) * grid.y * grid.z);
-  for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
-  if (seed != 0) std::shuffle(blocks.begin(), blocks.end(), order);
+  std::vector<size_t> clusters(size_t(grid.x) / cluster * grid.y * grid.z);
+  for (size_t i = 0; i < clusters.size(); ++i) clusters[i] = i;
+  if (seed != 0) std::shuffle(clusters.begin(), clusters.end(), order);
   std::exception_ptr error;
-  for (size_t i : blocks) {
-    std::memset(smem, 0xff, rounded);  // NaN in every float type: memory that is read must have been written
-    Block b;
-    b.index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
-    b.dim = dim;
-    b.grid = grid;
-    b.body = &body;
+  for (size_t i : clusters) {
+    Cluster c;
+    c.body = &body;
+    c.blocks.resize(cluster);
+    for (unsigned rank = 0; rank < cluster; ++rank) {
+      Block& b = c.blocks[rank];
+      const size_t at = i * cluster + rank;
+      b.cluster = &c;
+      b.rank = rank;
+      b.index = {unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y)};
+      b.dim = dim;
+      b.grid = grid;
+      b.smem = area + rank * (pages + kPage) + pages - rounded;
+      // NaN in every float type: memory that is read must have been written
+      std::memset(b.smem, 0xff, rounded);
+    }
     try {
-      run_block(b, seed != 0);
+      run_cluster(c, seed != 0);
     } catch (...) {
       error = std::current_exception();
       break;
     }
   }
-  munmap(area, pages + kPage);
+  munmap(area, cluster * (pages + kPage));
   if (error) std::rethrow_exception(error);
 }
 

@@ -1,8 +1,7 @@
-// Binding of the samplers: check, one SamplingDraw for each draw, dispatch.
+// Binding of the samplers: check, params, dispatch.
 #include "fi/sampling.h"
 
 #include <tuple>
-#include <vector>
 
 #include "binding/device.h"
 
@@ -27,22 +26,44 @@ struct Number {
   }
 };
 
-// A 1-d tensor of numbers, read one at a time.
-class Values {
- public:
-  explicit Values(const Tensor& t)
-      : data_(t.const_data_ptr()), stride_(t.dim() > 0 ? t.stride(t.dim() - 1) : 0), type_(t.scalar_type()) {}
-  float number(int64_t i) const { return static_cast<const float*>(data_)[i * stride_]; }
-  int64_t integer(int64_t i) const {
-    return type_ == ScalarType::Int ? static_cast<const int32_t*>(data_)[i * stride_]
-                                    : static_cast<const int64_t*>(data_)[i * stride_];
-  }
+// What is given for each draw.
+struct Arrays {
+  std::optional<Tensor> indices, top_k, top_p, min_p, temperature, uniform;
 
- private:
-  const void* data_;
-  int64_t stride_;
-  ScalarType type_;
+  void put_into(SamplingParams& p) const {
+    auto put_integers = [](IntegerPerDraw& to, const std::optional<Tensor>& t) {
+      if (t)
+        to.data = t->const_data_ptr(), to.wide = t->scalar_type() == ScalarType::Long,
+        to.stride = t->stride(0);
+    };
+    auto put_numbers = [](NumberPerDraw& to, const std::optional<Tensor>& t) {
+      if (t) to.data = static_cast<const float*>(t->const_data_ptr()), to.stride = t->stride(t->dim() - 1);
+    };
+    put_integers(p.indices, indices);
+    put_integers(p.top_k, top_k);
+    put_numbers(p.top_p, top_p);
+    put_numbers(p.min_p, min_p);
+    put_numbers(p.temperature, temperature);
+    put_numbers(p.uniform, uniform);
+  }
 };
+
+// Checks the values of every draw; the arrays of `p` are on the host.
+void check_draws(const SamplingParams& p) {
+  for (int64_t i = 0; i < p.batch; ++i) {
+    const SamplingDraw d = p.draw(i);
+    FI_CHECK(kOp, d.row >= 0 && d.row < p.rows, "indices must be in [0, ", p.rows, "), got ", d.row, " at ",
+             i, "; pass rows of logits");
+    FI_CHECK(kOp, d.uniform >= 0 && d.uniform < 1, "uniform must be in [0, 1), got ", Number{d.uniform},
+             " at ", i, "; draw it with torch.rand");
+    FI_CHECK(kOp, d.top_p >= 0, "top_p_arr must be numbers >= 0, got ", Number{d.top_p}, " at ", i,
+             "; pass 1 to keep all tokens");
+    FI_CHECK(kOp, d.min_p >= 0 && d.min_p <= 1, "min_p_arr must be in [0, 1], got ", Number{d.min_p}, " at ",
+             i, "; pass 0 to keep all tokens");
+    FI_CHECK(kOp, d.temperature >= 0, "temperature_arr must be numbers >= 0, got ", Number{d.temperature},
+             " at ", i, "; pass 0 for argmax");
+  }
+}
 
 std::tuple<Tensor, Tensor> top_k_top_p_sampling_from_logits(const Tensor& logits, const Tensor& uniform,
                                                             std::optional<Tensor> top_k_arr, int64_t top_k,
@@ -84,39 +105,27 @@ std::tuple<Tensor, Tensor> top_k_top_p_sampling_from_logits(const Tensor& logits
   FI_CHECK(kOp, top_k_ties == "exact" || top_k_ties == "threshold",
            "top_k_ties must be 'exact' or 'threshold', got '", top_k_ties, "'; pass one of the two");
 
-  auto values = [](const std::optional<Tensor>& t) { return t ? std::optional(Values(*t)) : std::nullopt; };
-  const Values uniforms(uniform);
-  const auto row_of = values(indices), top_ks = values(top_k_arr), top_ps = values(top_p_arr),
-             min_ps = values(min_p_arr), temperatures = values(temperature_arr);
-  std::vector<SamplingDraw> draws(static_cast<size_t>(batch));
-  for (int64_t i = 0; i < batch; ++i) {
-    SamplingDraw& d = draws[static_cast<size_t>(i)];
-    d = {row_of ? row_of->integer(i) : i,
-         top_ks ? top_ks->integer(i) : top_k,
-         top_ps ? double(top_ps->number(i)) : top_p,
-         min_ps ? double(min_ps->number(i)) : min_p,
-         temperatures ? temperatures->number(i) : static_cast<float>(temperature),
-         uniforms.number(i)};
-    FI_CHECK(kOp, d.row >= 0 && d.row < rows, "indices must be in [0, ", rows, "), got ", d.row, " at ", i,
-             "; pass rows of logits");
-    FI_CHECK(kOp, d.uniform >= 0 && d.uniform < 1, "uniform must be in [0, 1), got ", Number{d.uniform},
-             " at ", i, "; draw it with torch.rand");
-    FI_CHECK(kOp, d.top_p >= 0, "top_p_arr must be numbers >= 0, got ", Number{d.top_p}, " at ", i,
-             "; pass 1 to keep all tokens");
-    FI_CHECK(kOp, d.min_p >= 0 && d.min_p <= 1, "min_p_arr must be in [0, 1], got ", Number{d.min_p}, " at ",
-             i, "; pass 0 to keep all tokens");
-    FI_CHECK(kOp, d.temperature >= 0, "temperature_arr must be numbers >= 0, got ", Number{d.temperature},
-             " at ", i, "; pass 0 for argmax");
+  SamplingParams p{};
+  p.batch = batch;
+  p.rows = rows;
+  p.top_k.value = top_k;
+  p.top_p.value = top_p;
+  p.min_p.value = min_p;
+  p.temperature.value = temperature;
+  if (const auto host_uniform = values_to_check(uniform)) {
+    auto on_host = [](const std::optional<Tensor>& t) { return t ? values_to_check(*t) : std::nullopt; };
+    const Arrays host{on_host(indices),   on_host(top_k_arr),       on_host(top_p_arr),
+                      on_host(min_p_arr), on_host(temperature_arr), host_uniform};
+    host.put_into(p);
+    check_draws(p);
   }
+  Arrays{indices, top_k_arr, top_p_arr, min_p_arr, temperature_arr, uniform}.put_into(p);
 
   Tensor samples = empty({batch}, indices ? indices->scalar_type() : ScalarType::Int, logits);
   Tensor valid = empty({batch}, ScalarType::Bool, logits);
-  SamplingParams p{};
   p.logits = logits.const_data_ptr();
-  p.draws = draws.data();
   p.samples = samples.mutable_data_ptr();
   p.valid = static_cast<bool*>(valid.mutable_data_ptr());
-  p.batch = batch;
   p.vocab_size = vocab_size;
   p.row_stride = logits.stride(0);
   p.dtype = dtype_of(logits);

@@ -22,12 +22,6 @@ struct Outcome {
   bool valid;
 };
 
-// The weight that a prefix must reach, for top_p in (0, 1).
-FI_INLINE int64_t mass_target(double top_p, int64_t mass) {
-  const int64_t target = int64_t(__builtin_ceil(top_p * double(mass)));
-  return target < 1 ? 1 : target > mass ? mass : target;
-}
-
 // First b with the sum of values[0..b] >= target; `before` is the sum in front of it. kBuckets if there is
 // none.
 template <class V>
@@ -113,7 +107,7 @@ struct Sampler {
         }
       }
     }
-    int64_t left = LogitRow<T>::draw_target(kept, d.uniform), i = 0;
+    int64_t left = draw_target(kept, d.uniform), i = 0;
     while (left >= c.weights[i]) left -= c.weights[i++];
     return c.ids[i];
   }
@@ -184,17 +178,12 @@ struct Sampler {
 
 template <class T>
 void sample_one(const SamplingParams& p, int64_t i, const Parallel& parallel) {
-  const SamplingDraw& d = p.draws[i];
+  const SamplingDraw d = p.draw(i);
   RowScratch scratch(p.vocab_size, LogitRow<T>::num_histograms(p.vocab_size, parallel));
   LogitRow<T> row{static_cast<const T*>(p.logits) + d.row * p.row_stride, p.vocab_size, parallel, scratch};
   const Outcome outcome = Sampler<T>{p, d, row, scratch, false, false, kInf}.run();
   scratch.release();
-  p.valid[i] = outcome.valid;
-  if (p.sample_dtype == DType::i64) {
-    static_cast<int64_t*>(p.samples)[i] = outcome.id;
-  } else {
-    static_cast<int32_t*>(p.samples)[i] = int32_t(outcome.id);
-  }
+  p.write(i, outcome.id, outcome.valid);
 }
 
 template <class T>

@@ -16,18 +16,62 @@ struct SamplingDraw {
   float uniform;      // in [0, 1)
 };
 
+// A number for each draw: [batch] float32 through a stride, or one for all.
+struct NumberPerDraw {
+  const float* data = nullptr;  // null: `value` for all
+  int64_t stride = 0;
+  double value = 0;
+
+  FI_HD double at(int64_t i) const { return data == nullptr ? value : double(data[i * stride]); }
+};
+
+// An integer for each draw: [batch] int32 or int64 through a stride, or one for all.
+struct IntegerPerDraw {
+  const void* data = nullptr;  // null: `value` for all
+  bool wide = false;           // int64, else int32
+  int64_t stride = 0;
+  int64_t value = 0;
+
+  FI_HD int64_t at(int64_t i) const {
+    if (data == nullptr) return value;
+    return wide ? static_cast<const int64_t*>(data)[i * stride]
+                : static_cast<const int32_t*>(data)[i * stride];
+  }
+};
+
 struct SamplingParams {
-  const void* logits;         // rows x vocab_size, of `dtype`
-  const SamplingDraw* draws;  // [batch]
-  void* samples;              // [batch], int32 or int64 by `sample_dtype`
-  bool* valid;                // [batch]
+  const void* logits;      // rows x vocab_size, of `dtype`
+  IntegerPerDraw indices;  // the row of each draw; no data: draw i is from row i
+  IntegerPerDraw top_k;
+  NumberPerDraw top_p, min_p, temperature, uniform;
+  void* samples;  // [batch], int32 or int64 by `sample_dtype`
+  bool* valid;    // [batch]
   int64_t batch;
+  int64_t rows;
   int64_t vocab_size;
   int64_t row_stride;  // elements between rows of logits
   DType dtype;
   DType sample_dtype;
   bool top_k_first;  // top-p's mass is that of what top-k and min-p left; else that of the whole row
   bool exact_ties;   // top-k keeps exactly k, lowest ids first; else all that equal the k-th
+
+  FI_HD SamplingDraw draw(int64_t i) const {
+    return {indices.data == nullptr ? i : indices.at(i),
+            top_k.at(i),
+            top_p.at(i),
+            min_p.at(i),
+            static_cast<float>(temperature.at(i)),
+            static_cast<float>(uniform.at(i))};
+  }
+
+  FI_HD void write(int64_t i, int64_t id, bool is_valid) const {
+    valid[i] = is_valid;
+    if (sample_dtype == DType::i64) {
+      static_cast<int64_t*>(samples)[i] = id;
+    } else {
+      static_cast<int32_t*>(samples)[i] = static_cast<int32_t>(id);
+    }
+  }
 };
 
 }  // namespace fi

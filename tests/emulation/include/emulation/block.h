@@ -29,7 +29,10 @@ struct Meeting {
   alignas(16) unsigned char slots[2][32][64];
 };
 
+struct Block;
+
 struct Thread {
+  Block* block = nullptr;
   uint3 thread_idx;
   int lane, warp;
   void* stack_pointer = nullptr;
@@ -37,6 +40,7 @@ struct Thread {
   const uint64_t* waits_for = nullptr;  // runs again when *waits_for != waits_while
   uint64_t waits_while = 0;
   const char* waits_at = "";
+  uint64_t arrived_at = 0;  // the cluster barrier's generation at this thread's arrival
   std::vector<std::vector<Copy>> committed;
   std::vector<Copy> issued;
 };
@@ -61,7 +65,16 @@ void yield();
 [[noreturn]] void fail(const std::string& what);
 
 unsigned char* dynamic_smem();
-void run_grid(dim3 grid, dim3 block, size_t smem, const std::function<void()>& body);
+
+// Blocks that run at the same time, and the same place in the shared memory of another of them.
+unsigned cluster_size();
+unsigned cluster_rank();
+void cluster_arrive();
+void cluster_wait();
+void* peer_smem(void* p, unsigned rank);
+
+// `cluster` consecutive blocks of grid.x run together, the rest one after the other.
+void run_grid(dim3 grid, dim3 block, size_t smem, const std::function<void()>& body, unsigned cluster = 1);
 
 // Brings a value to the lanes of `mask` and returns the one of lane `source`.
 template <class T>

@@ -1,25 +1,14 @@
 // Where a prefix of a set of tokens ends, without sorting it.
 //
-// Tokens are ordered larger logit first, lower id first among equals. Top-k and top-p each keep the smallest
-// prefix whose count or weight reaches a target; `select_prefix` finds its last token by radix search on the
-// bits of the logits: at most four passes over the candidates, whatever their values. Weights are integers
-// (fixed point), so that sums are exact and their order doesn't matter.
+// Top-k and top-p each keep the smallest prefix (in the order of fi/sampling_math.h) whose count or weight
+// reaches a target; `select_prefix` finds its last token by radix search on the bits of the logits: at most
+// four passes over the candidates, whatever their values.
 #pragma once
 
 #include "fi/cpu/simd.h"
+#include "fi/sampling_math.h"
 
 namespace fi::FI_ISA {
-
-// Order-preserving bits of a logit, inverted: a smaller key comes first. -0 must have been made +0.
-FI_INLINE uint32_t order_key(float x) {
-  const uint32_t bits = float_bits(x);
-  return ~(bits & 0x80000000u ? ~bits : bits | 0x80000000u);
-}
-
-FI_INLINE float key_logit(uint32_t key) {
-  const uint32_t mono = ~key;
-  return bits_float(mono & 0x80000000u ? mono & 0x7fffffffu : ~mono);
-}
 
 // Tokens under consideration, ids ascending.
 struct Candidates {

@@ -232,12 +232,8 @@ struct LogitRow {
   // ---- weights ----
 
   void set_weights(float temperature) {
-    // The sum of n weights of at most 2^fraction_bits stays below 2^62.
-    const int fraction_bits = 62 - (n > 1 ? 64 - __builtin_clzll(uint64_t(n - 1)) : 0);
-    fixed_scale = float(int64_t{1} << fraction_bits);
-    // Within the normal floats, so that 0 * scale and inf * scale are no NaN.
-    const double scale = 1.4426950408889634 / double(temperature);
-    exponent_scale = float(scale > 0x1p127 ? 0x1p127 : scale < 0x1p-126 ? 0x1p-126 : scale);
+    fixed_scale = float(int64_t{1} << weight_fraction_bits(n));
+    exponent_scale = exponent_scale_of(temperature);
   }
 
   // Beyond this distance from the maximum weights are 0 in fixed point.
@@ -441,12 +437,6 @@ struct LogitRow {
       }
     });
     return found;
-  }
-
-  // floor(uniform * total); a cumulative integer weight exceeds uniform * total exactly if it exceeds this.
-  static int64_t draw_target(int64_t total, float uniform) {
-    const uint64_t fraction = uint64_t(double(uniform) * 0x1p63);
-    return int64_t((static_cast<unsigned __int128>(uint64_t(total)) * fraction) >> 63);
   }
 };
 

@@ -11,6 +11,7 @@
 #include "fi/scalar.h"
 
 #define FI_DEVICE_INLINE __device__ __forceinline__
+#define FI_DEVICE_NOINLINE __device__ __noinline__  // rare paths
 
 namespace fi::cuda {
 

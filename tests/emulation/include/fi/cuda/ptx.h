@@ -8,6 +8,7 @@
 #include "fi/scalar.h"
 
 #define FI_DEVICE_INLINE inline
+#define FI_DEVICE_NOINLINE __attribute__((noinline))
 
 namespace fi::cuda {
 

@@ -1,0 +1,258 @@
+// Sampling from logits: a cluster of blocks a row, which it reads from memory once (notes and measurements:
+// docs/kernels/sampling_cuda.md).
+//
+// 1. Fetch and scan: the row's maximum, NaN, +inf.
+// 2. Where the filters end (fi/cuda/sampling_select.h). A small top-k: the k-th largest of the threads'
+// maxima
+//    bounds the k-th logit from below, so the tokens from there on are the list, and top-p ends in it too.
+//    Else a histogram of the row.
+// 3. The draw: the weight that is kept, by warp; then one warp looks into its range of ids.
+#include "fi/sampling.h"
+
+#include <math.h>
+
+#include "fi/cuda/sampling_select.h"
+
+namespace fi::cuda {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int64_t kKeptBytes = 64 * 1024;      // of a row in a block: two blocks fit on a multiprocessor
+constexpr int64_t kMaxKeptBytes = 160 * 1024;  // one does
+constexpr int64_t kWorthABlock = 4096;         // tokens
+
+// In dynamic shared memory, in front of what is kept of the row.
+struct alignas(16) SampleScratch {
+  Team<kThreads>::Scratch team;
+  SelectScratch select;
+  uint64_t warp_sums[kThreads / 32];
+  SamplingDraw draw;
+  float exponent_scale;
+  float min_p_distance;
+};
+
+template <class T>
+struct Sampler {
+  const SamplingParams& p;
+  const int64_t index;  // of the draw
+  SampleScratch& s;
+  Slice<T, kThreads>& slice;
+  Team<kThreads>& team;
+
+  __device__ void write(int64_t id, bool valid) const {
+    if (team.rank == 0 && threadIdx.x == 0) p.write(index, id, valid);
+  }
+
+  // What all threads need and one can find out.
+  __device__ void prepare_draw() const {
+    if (threadIdx.x != 0) return;
+    SamplingDraw d = p.draw(index);
+    d.uniform = d.uniform > 0.0f ? fminf(d.uniform, 1.0f - 0x1p-24f) : 0.0f;
+    s.draw = d;
+    s.exponent_scale = exponent_scale_of(d.temperature);
+    // p >= min_p * max(p), as a distance from the largest logit: a prefix, as the other filters are
+    s.min_p_distance = d.min_p > 0.0 ? float(-double(d.temperature) * log(d.min_p)) : kInfinity;
+  }
+
+  __device__ void run(float fixed_scale) {
+    slice.fetch();
+    prepare_draw();
+    slice.wait();
+    if (team.size > 1) cluster_wait();  // the others have started
+
+    float high = -kInfinity;  // this thread's
+    bool nan = false;
+    slice.for_each([&](float x, int32_t) {
+      nan |= x != x;
+      high = fmaxf(high, x);
+    });
+    const uint32_t largest = uint32_t(team.max(nan ? ~0u : ~order_key(high)));
+    Weights weights{key_logit(~largest), s.exponent_scale, fixed_scale, kInfinity};
+    if (largest == ~0u || weights.max == -kInfinity) return write(0, false);
+    if (weights.max == kInfinity) {
+      slice.infinite = true;
+      high = high == kInfinity ? 0.0f : -kInfinity;
+      weights.max = 0.0f;
+    }
+
+    const SamplingDraw& d = s.draw;
+    if (d.temperature == 0.0f || d.top_p == 0.0 || (d.top_k == 1 && p.exact_ties)) {
+      uint64_t first = kAllPlaces;
+      slice.for_each([&](float x, int32_t id) {
+        if (x == weights.max && uint64_t(id) < first) first = uint64_t(id);
+      });
+      return write(int64_t(team.min(first)), true);
+    }
+
+    uint64_t cut = kAllPlaces;
+    if (d.top_p < 1.0 || (d.top_k > 0 && d.top_k < slice.n)) {
+      if (p.top_k_first || d.top_p >= 1.0) weights.eligible = s.min_p_distance;
+      cut = end_of_filters(weights, high);
+    }
+    weights.eligible = s.min_p_distance;
+    draw(weights, cut);
+  }
+
+  // The place up to which top-k and top-p keep the row's tokens; `high` is the largest logit of this thread.
+  __device__ uint64_t end_of_filters(Weights& weights, float high) const {
+    const SamplingDraw& d = s.draw;
+    const bool use_top_k = d.top_k > 0 && d.top_k < slice.n, use_top_p = d.top_p < 1.0;
+    const float weightless = log2f(weights.fixed_scale) + 1.0f;  // so many octaves below the maximum
+    Selector<T, kThreads> selector{slice, weights, team, s.select};
+    uint64_t mass = 0, kept = 0,
+             before = 0;  // top-p's whole; what top-k keeps of it; what is in front of the list
+
+    // A list of all that is kept, if it is known to be short.
+    bool all_listed = uint32_t(slice.n) <= kListed;
+    if (all_listed || (use_top_k && d.top_k <= team.size * kThreads / 4)) {
+      Bracket bracket{0, kBins - 1, 0, 0};
+      selector.set_bins(weightless);
+      if (!all_listed) {
+        selector.count_threads(high);
+        bracket.last = min(selector.bracket_of_count(uint64_t(d.top_k)).last, kBins - 2);
+      }
+      if (use_top_p && !p.top_k_first) mass = selector.sum_row();
+      all_listed = selector.list_bins(bracket, before);
+    }
+    if (!all_listed) {
+      // Tokens so light that all of the row's together are less than 1 - top_p of the largest one are not
+      // where top-p ends.
+      const float relevant = log2f(float(slice.n) / float(1.0 - d.top_p)) + 1.0f;
+      selector.set_bins(use_top_k ? weightless : fminf(weightless, relevant));
+      kept = mass = selector.count_row(use_top_p);
+    }
+
+    uint64_t cut = kAllPlaces;
+#pragma unroll 1
+    for (int filter = 0; filter < 2; ++filter) {
+      const bool by_count = filter == 0;
+      if (!(by_count ? use_top_k : use_top_p)) continue;
+      uint64_t target = uint64_t(d.top_k), in_front = 0;
+      if (!by_count) {
+        if (all_listed) kept = selector.mass_listed(cut);
+        if (p.top_k_first) mass = kept;
+        target = uint64_t(mass_target(d.top_p, int64_t(mass)));
+        if (target > kept) break;
+      }
+      if (!all_listed) {
+        const Bracket bracket =
+            by_count ? selector.bracket_of_count(target) : selector.bracket_of_mass(target);
+        if (by_count && bracket.last == kBins - 1) continue;  // it keeps all that weighs something
+        in_front = selector.list_end(by_count, bracket, target, before);
+      }
+      cut = selector.end_in_list(by_count, target - in_front, cut);
+      if (by_count && !p.exact_ties) cut |= 0xffffffffu;
+      if (by_count && use_top_p && !all_listed) kept = before + selector.mass_listed(cut);
+    }
+    return cut;
+  }
+
+  // Writes the first kept id at which the cumulative weight exceeds uniform * total.
+  __device__ void draw(const Weights& weights, uint64_t cut) const {
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, last_id = uint32_t(cut);
+    const float cut_logit = cut == kAllPlaces ? -kInfinity : logit_at(cut);
+    auto weigh = [&](float x, int32_t id) {
+      return x > cut_logit || (x == cut_logit && uint32_t(id) <= last_id) ? weights.weigh(x) : 0;
+    };
+    uint64_t sum = 0;
+    slice.for_each([&](float x, int32_t id) { sum += weigh(x, id); });
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    if (lane == 0) s.warp_sums[warp] = sum;
+    __syncthreads();
+    uint64_t of_block = 0, before = 0;
+    for (uint32_t w = 0; w < kThreads / 32; ++w) {
+      if (w == warp) before = of_block;
+      of_block += s.warp_sums[w];
+    }
+    team.share(of_block, 0);
+    uint64_t total = 0;
+    for (uint32_t block = 0; block < team.size; ++block) {
+      if (block == team.rank) before += total;
+      total += team.shared(block).a;
+    }
+    if (total == 0) return write(0, false);  // of values that no check has seen
+    uint64_t left = uint64_t(draw_target(int64_t(total), s.draw.uniform)) - before;
+    if (left >= sum) return;  // another warp's (or negative, as a large number)
+
+    constexpr int kLogits = Slice<T, kThreads>::kLogits;
+    for (int32_t base = slice.warp_begin; base < slice.warp_end; base += 32) {
+      const int32_t vector = base + int32_t(lane), id = vector * kLogits - slice.lead;
+      float x[kLogits];
+      uint64_t mine = 0;
+      if (vector < slice.warp_end) {
+        slice.read(vector, x);
+        for (int j = 0; j < kLogits; ++j) mine += weigh(x[j], id + j);
+      }
+      uint64_t up_to = mine;
+      for (int step = 1; step < 32; step *= 2) {
+        const uint64_t other = __shfl_up_sync(kAllLanes, up_to, step);
+        if (lane >= uint32_t(step)) up_to += other;
+      }
+      const uint32_t reached = __ballot_sync(kAllLanes, up_to > left);
+      if (reached != 0) {
+        if (int(lane) != __ffs(int(reached)) - 1) return;
+        left -= up_to - mine;
+        for (int j = 0; j < kLogits; ++j) {
+          const uint64_t weight = weigh(x[j], id + j);
+          if (left < weight) return p.write(index, id + j, true);
+          left -= weight;
+        }
+        return;
+      }
+      left -= __shfl_sync(kAllLanes, up_to, 31);
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) sample(SamplingParams p, float fixed_scale, bool keep) {
+  auto& s = *reinterpret_cast<SampleScratch*>(dynamic_smem());
+  auto* kept = reinterpret_cast<uint4*>(dynamic_smem() + sizeof(SampleScratch));
+  Team<kThreads> team(&s.team, cluster_rank(), cluster_size());
+  if (team.size > 1) cluster_arrive();
+  const int64_t index = blockIdx.x / team.size;
+  const int64_t row = p.indices.data == nullptr ? index : p.indices.at(index);
+  if (row < 0 || row >= p.rows) {  // of indices that no check has seen
+    if (team.size > 1) cluster_wait();
+    if (team.rank == 0 && threadIdx.x == 0) p.write(index, 0, false);
+    return;
+  }
+  Slice<T, kThreads> slice(static_cast<const T*>(p.logits) + row * p.row_stride, p.vocab_size, team.rank,
+                           team.size, keep ? kept : nullptr);
+  Sampler<T>{p, index, s, slice, team}.run(fixed_scale);
+}
+
+template <class T>
+void sample_all(const SamplingParams& p, const Gpu& gpu) {
+  // As many blocks a row as keep it in shared memory with two of them on a multiprocessor, and more while
+  // there are multiprocessors to spare. The answer is the same however many.
+  unsigned blocks = 1;
+  auto kept_bytes = [&] {
+    const int64_t vectors = (p.vocab_size * int64_t(sizeof(T)) + 15) / 16 + 1;
+    return (vectors + blocks - 1) / blocks * 16;
+  };
+  if (has_clusters(gpu)) {
+    while (blocks < kMaxTeam && kept_bytes() > kKeptBytes) blocks *= 2;
+    while (blocks < kMaxTeam && p.batch * blocks * 2 <= gpu.num_sms && p.vocab_size > blocks * kWorthABlock)
+      blocks *= 2;
+  }
+  const bool keep = kept_bytes() <= kMaxKeptBytes;
+  launch_clusters(gpu, &sample<T>, dim3(unsigned(p.batch) * blocks), blocks, dim3(kThreads),
+                  sizeof(SampleScratch) + (keep ? size_t(kept_bytes()) : 0), p,
+                  float(int64_t{1} << weight_fraction_bits(p.vocab_size)), keep);
+}
+
+}  // namespace
+
+void top_k_top_p_sample(const SamplingParams& p, const Gpu& gpu) {
+  switch (p.dtype) {
+    case DType::bf16:
+      return sample_all<bf16>(p, gpu);
+    case DType::f16:
+      return sample_all<f16>(p, gpu);
+    default:
+      return sample_all<float>(p, gpu);
+  }
+}
+
+}  // namespace fi::cuda

@@ -1,0 +1,84 @@
+// Thread block clusters (sm_90): blocks that run at the same time and read each other's shared memory. Before
+// sm_90 every cluster is one block.
+//
+// tests/emulation/include/fi/cuda/cluster.h has the same functions in plain C++.
+#pragma once
+
+#include "fi/cuda/launch.h"
+#include "fi/cuda/ptx.h"
+
+namespace fi::cuda {
+
+// Launches `kernel` with `cluster` consecutive blocks of grid.x in a cluster (at most 8; 1 where the device
+// has no clusters).
+template <class... Params, class... Args>
+void launch_clusters(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, unsigned cluster, dim3 block,
+                     size_t smem, Args&&... args) {
+  if (cluster == 1) return launch(gpu, kernel, grid, block, smem, std::forward<Args>(args)...);
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (smem > 48 * 1024)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)),
+          "cudaFuncSetAttribute");
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = smem;
+  config.stream = gpu.stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "a kernel launch");
+}
+
+inline bool has_clusters(const Gpu& gpu) { return gpu.compute_capability >= 90; }
+
+#ifdef __CUDACC__
+FI_DEVICE_INLINE uint32_t cluster_size() {
+  uint32_t size = 1;
+#  if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(size));
+#  endif
+  return size;
+}
+
+FI_DEVICE_INLINE uint32_t cluster_rank() {
+  uint32_t rank = 0;
+#  if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+#  endif
+  return rank;
+}
+
+// The cluster's barrier in two halves: what a thread wrote before its arrival, to whatever block's shared
+// memory, all threads see after their wait.
+FI_DEVICE_INLINE void cluster_arrive() {
+#  if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\n" ::: "memory");
+#  endif
+}
+FI_DEVICE_INLINE void cluster_wait() {
+#  if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;\n" ::: "memory");
+#  endif
+}
+
+// Where block `rank` of the cluster has what this block has at `p`, in shared memory. That block must have
+// started and must not have ended.
+template <class T>
+FI_DEVICE_INLINE T* peer_smem(T* p, uint32_t rank) {
+#  if __CUDA_ARCH__ >= 900
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;\n" : "=l"(address) : "l"(p), "r"(rank));
+  return reinterpret_cast<T*>(address);
+#  else
+  return p;
+#  endif
+}
+#endif
+
+}  // namespace fi::cuda

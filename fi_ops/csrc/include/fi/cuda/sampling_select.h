@@ -1,0 +1,393 @@
+// Where a prefix of a row ends, by count (top-k) or by weight (top-p), without sorting the row.
+//
+// Bins are even steps of the logit. A histogram of the row's tokens over them tells the bin in which a count
+// is reached, and bounds from both sides the bins in which a weight can be: only counts are collected for
+// each token, weights are summed in registers. The tokens of those few bins become a list, in which the end
+// is found exactly. Where there are too many for it (ties, a tight cluster) a second histogram, with weights,
+// cuts the range of places that is in question into kFineBins; that may repeat, at most 8 times: a place has
+// 64 bits.
+#pragma once
+
+#include "fi/cuda/sampling_slice.h"
+#include "fi/cuda/team.h"
+
+namespace fi::cuda {
+
+inline constexpr int kBins = 2048, kFineBits = 9, kFineBins = 1 << kFineBits;
+inline constexpr uint32_t kListed = 2048;  // tokens that the list can hold
+inline constexpr uint32_t kFew = 64;       // so few are compared each with each
+inline constexpr uint64_t kAllPlaces = ~uint64_t{0};
+
+struct FineHistogram {
+  uint64_t values[kFineBins];  // counts or weights
+  uint32_t counts[kFineBins];
+};
+
+// In dynamic shared memory. What is in a union is never needed at the same time.
+struct SelectScratch {
+  uint32_t totals[kBins];  // the row's tokens by bin (without the last one)
+  union {
+    uint32_t counts[kBins];  // this block's share of that
+    FineHistogram fine;
+    uint64_t found[kListed];  // this block's share of the list
+  } own;
+  union {
+    FineHistogram fine;
+    uint64_t list[kListed];  // places, in no order
+  } all;
+  uint64_t few[kFew], few_values[kFew];
+  uint64_t answer[4];
+  uint32_t num_found, num_few;
+};
+
+// Bins [first, last]: where a prefix ends.
+struct Bracket {
+  int32_t first, last;
+  uint64_t before, inside;  // tokens in front of them (`before`) and in them (`inside`, at most that many)
+};
+
+// Places [low, high]: where a prefix ends.
+struct Span {
+  uint64_t low, high;
+  uint64_t before;  // tokens (or weight) in front of it
+  uint64_t inside;  // tokens in it
+};
+
+template <class T, int Threads>
+struct Selector {
+  static_assert(Threads == kFineBins && kBins % Threads == 0);
+
+  Slice<T, Threads>& slice;
+  Weights& weights;
+  Team<Threads>& team;
+  SelectScratch& s;
+  float bin_scale = 0;
+  uint32_t listed = 0;
+
+  // ---- bins ----
+
+  // The last bin is for all that is `octaves` or more below the maximum.
+  __device__ void set_bins(float octaves) { bin_scale = float(kBins - 1) / octaves; }
+
+  __device__ int32_t bin_at(float octaves) const {
+    return int32_t(fminf(__fmul_rn(octaves, bin_scale), float(kBins - 1)));
+  }
+  __device__ int32_t bin(float logit) const { return bin_at(weights.octaves(logit)); }
+
+  __device__ void clear_counts() {
+    for (int i = threadIdx.x; i < kBins; i += Threads) s.own.counts[i] = 0;
+    __syncthreads();
+  }
+  __device__ void count(float logit) {
+    const int32_t b = bin(logit);
+    if (b < kBins - 1) atomicAdd(&s.own.counts[b], 1u);
+  }
+
+  // Makes `totals` the numbers of tokens by bin; returns their weight (0 unless `weigh`).
+  __device__ uint64_t count_row(bool weigh) {
+    clear_counts();
+    uint64_t mass = 0;
+    slice.for_each([&](float x, int32_t) {
+      count(x);
+      if (weigh) mass += weights.weigh(x);
+    });
+    mass = team.sum(mass);
+    team.sum_arrays(s.own.counts, s.totals, kBins);
+    return mass;
+  }
+
+  // Makes `totals` the numbers of threads by the bin of their largest logit.
+  __device__ void count_threads(float high) {
+    clear_counts();
+    count(high);
+    team.sync();
+    team.sum_arrays(s.own.counts, s.totals, kBins);
+  }
+
+  __device__ uint64_t sum_row() {
+    uint64_t mass = 0;
+    slice.for_each([&](float x, int32_t) { mass += weights.weigh(x); });
+    return team.sum(mass);
+  }
+
+  // The bin in which the number of tokens reaches `target`; the last one if none does.
+  __device__ Bracket bracket_of_count(uint64_t target) {
+    constexpr int kEach = kBins / Threads;
+    uint32_t counts[kEach];
+    uint64_t before[1] = {0};
+    for (int j = 0; j < kEach; ++j) before[0] += counts[j] = s.totals[threadIdx.x * kEach + j];
+    if (threadIdx.x == 0) s.answer[0] = kBins - 1, s.answer[1] = s.answer[2] = 0;
+    team.scan_block(before);
+    for (int j = 0; j < kEach; ++j) {
+      if (before[0] < target && before[0] + counts[j] >= target) {
+        s.answer[0] = threadIdx.x * kEach + j;
+        s.answer[1] = before[0];
+        s.answer[2] = counts[j];
+      }
+      before[0] += counts[j];
+    }
+    __syncthreads();
+    const Bracket b{int32_t(s.answer[0]), int32_t(s.answer[0]), s.answer[1], s.answer[2]};
+    __syncthreads();
+    return b;
+  }
+
+  // The bins in which the weight of tokens can reach `target`, which is positive and at most that of the row.
+  // All weights of a bin lie between those of its ends: the sums of both bound the sum of what lies before a
+  // token. The margin is for what rounding does to octaves and exponentials.
+  __device__ Bracket bracket_of_mass(uint64_t target) {
+    constexpr int kEach = kBins / Threads;
+    constexpr float kMargin = 0x1p-15f;
+    const float step = 1.0f / bin_scale;
+    const int32_t eligible = bin_at(__fmul_rn(weights.eligible, weights.exponent_scale));
+    uint64_t count[kEach], low[kEach], high[kEach], before[3] = {0, 0, 0};
+    for (int j = 0; j < kEach; ++j) {
+      const int32_t b = int32_t(threadIdx.x) * kEach + j;
+      count[j] = s.totals[b];
+      const float at_most = exp2_approx(-step * float(b)) * (1.0f + kMargin) * weights.fixed_scale;
+      const float at_least = exp2_approx(-step * float(b + 1)) * (1.0f - kMargin) * weights.fixed_scale;
+      high[j] = b <= eligible ? count[j] * uint64_t(at_most) : 0;
+      low[j] = b < eligible ? count[j] * uint64_t(at_least) : 0;
+      before[0] += count[j];
+      before[1] += low[j];
+      before[2] += high[j];
+    }
+    if (threadIdx.x == 0) {
+      s.answer[0] = s.answer[1] = kBins - 1;
+      s.answer[2] = 0;
+      s.answer[3] = uint64_t(slice.n);
+    }
+    team.scan_block(before);
+    for (int j = 0; j < kEach; ++j) {
+      if (before[2] < target && before[2] + high[j] >= target) {
+        s.answer[0] = threadIdx.x * kEach + j;
+        s.answer[2] = before[0];
+      }
+      if (before[1] < target && before[1] + low[j] >= target) {
+        s.answer[1] = threadIdx.x * kEach + j;
+        s.answer[3] = before[0] + count[j];
+      }
+      before[0] += count[j];
+      before[1] += low[j];
+      before[2] += high[j];
+    }
+    __syncthreads();
+    const Bracket b{int32_t(s.answer[0]), int32_t(s.answer[1]), s.answer[2], s.answer[3] - s.answer[2]};
+    __syncthreads();
+    return b;
+  }
+
+  // ---- the list ----
+
+  // Collecting this block's share of the list, between begin_list and end_list.
+  __device__ void begin_list() {
+    if (threadIdx.x == 0) s.num_found = 0;
+    __syncthreads();
+  }
+  __device__ void collect(float logit, int32_t id) {
+    if (!(logit > -kInfinity)) return;
+    const uint32_t slot = atomicAdd(&s.num_found, 1u);
+    if (slot < kListed) s.own.found[slot] = place_of(logit, id);
+  }
+  // Makes the list of the shares; returns the sum of `mass` over the threads of the team. False if it has no
+  // room.
+  __device__ bool end_list(uint64_t& mass) {
+    mass = team.reduce_block(mass, [](uint64_t a, uint64_t b) { return a + b; });
+    team.share(mass, s.num_found);
+    mass = 0;
+    uint64_t all = 0;
+    for (uint32_t block = 0; block < team.size; ++block) {
+      mass += team.shared(block).a;
+      all += team.shared(block).b;
+    }
+    listed = 0;
+    if (all > kListed) return false;
+    for (uint32_t block = 0; block < team.size; ++block) {
+      const uint32_t size = uint32_t(team.shared(block).b);
+      const uint64_t* found = team.at(s.own.found, block);
+      for (uint32_t i = threadIdx.x; i < size; i += Threads) s.all.list[listed + i] = found[i];
+      listed += size;
+    }
+    team.sync();
+    return true;
+  }
+
+  // Makes the tokens of a bracket (without -inf) the list, and `before` the weight in front of them.
+  __device__ bool list_bins(const Bracket& bracket, uint64_t& before) {
+    begin_list();
+    before = 0;
+    slice.for_each([&](float x, int32_t id) {
+      const int32_t b = bin(x);
+      if (b > bracket.last) return;
+      if (b < bracket.first) {
+        before += weights.weigh(x);
+      } else {
+        collect(x, id);
+      }
+    });
+    return end_list(before);
+  }
+
+  // The weight of the list's tokens up to `cut`.
+  __device__ uint64_t mass_listed(uint64_t cut) {
+    uint64_t mass = 0;
+    for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
+      const uint64_t place = s.all.list[i];
+      if (place <= cut) mass += weights.weigh(logit_at(place));
+    }
+    return team.sum(mass, Among::kBlock);
+  }
+
+  // ---- exact ends ----
+
+  // Adds tokens to fine bins; all lanes of a warp call it together. Tokens that crowd into one or two bins
+  // are added up in the warp first: additions to one address wait for each other.
+  __device__ void add_fine(uint32_t b, uint64_t value, bool live) {
+    const uint32_t lane = threadIdx.x % 32;
+    uint32_t left = __ballot_sync(kAllLanes, live);
+    for (int round = 0; round < 2 && left != 0; ++round) {
+      const int leader = __ffs(int(left)) - 1;
+      const uint32_t crowded = __shfl_sync(kAllLanes, b, leader);
+      const bool same = live && b == crowded;
+      const uint32_t group = __ballot_sync(kAllLanes, same);
+      if (__popc(group) < 4) break;
+      uint64_t sum = same ? value : 0;
+#pragma unroll 1
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+      if (int(lane) == leader) add_one_fine(b, uint32_t(__popc(group)), sum);
+      live = live && !same;
+      left &= ~group;
+    }
+    if (live) add_one_fine(b, 1, value);
+  }
+  __device__ void add_one_fine(uint32_t b, uint32_t count, uint64_t value) {
+    atomicAdd(&s.own.fine.counts[b], count);
+    atomicAdd(reinterpret_cast<unsigned long long*>(&s.own.fine.values[b]), value);
+  }
+
+  // Narrows the span in which the value of the tokens (their count or weight) reaches `target` to one of
+  // kFineBins parts of it. The tokens are the row's or the list's.
+  __device__ void narrow(Among among, bool by_count, Span& span, uint64_t target) {
+    const bool of_row = among == Among::kTeam;
+    const int32_t tokens = of_row ? slice.num_tokens() : int32_t(listed);
+    auto place_at = [&](int32_t i) {
+      if (i >= tokens) return kAllPlaces;
+      return of_row ? place_of(slice.logit(i), slice.id_of(i)) : s.all.list[i];
+    };
+    uint64_t low = kAllPlaces, high = 0;
+    for (int32_t i = threadIdx.x; i < tokens; i += Threads) {
+      const uint64_t place = place_at(i);
+      if (place < span.low || place > span.high) continue;
+      low = place < low ? place : low;
+      high = place > high ? place : high;
+    }
+    low = team.min(low, among);
+    high = team.max(high, among);
+    if (low > high) {
+      span.inside = 0;
+      return;
+    }
+    const int bits = low == high ? 0 : 64 - __clzll(int64_t(low ^ high));
+    const int shift = bits > kFineBits ? bits - kFineBits : 0;
+    const uint64_t base = low >> shift;
+
+    s.own.fine.values[threadIdx.x] = 0;
+    s.own.fine.counts[threadIdx.x] = 0;
+    __syncthreads();
+    for (int32_t first = 0; first < tokens; first += Threads) {
+      const uint64_t place = place_at(first + int32_t(threadIdx.x));
+      const bool live = place >= low && place <= high && first + int32_t(threadIdx.x) < tokens;
+      const uint64_t value = !live ? 0 : by_count ? 1 : weights.weigh(logit_at(place));
+      add_fine(live ? uint32_t((place >> shift) - base) : 0, value, live);
+    }
+    FineHistogram* total = &s.own.fine;
+    if (of_row) {
+      total = &s.all.fine;
+      team.sync();
+      team.sum_arrays(s.own.fine.counts, total->counts, kFineBins);
+      team.sum_arrays(s.own.fine.values, total->values, kFineBins);
+    } else {
+      __syncthreads();
+    }
+
+    const uint64_t mine = total->values[threadIdx.x];
+    uint64_t before[1] = {mine};
+    if (threadIdx.x == 0) s.answer[0] = s.answer[1] = s.answer[2] = 0;
+    team.scan_block(before);
+    before[0] += span.before;
+    if (before[0] < target && before[0] + mine >= target) {
+      s.answer[0] = threadIdx.x;
+      s.answer[1] = before[0];
+      s.answer[2] = total->counts[threadIdx.x];
+    }
+    __syncthreads();
+    const uint64_t first = (base + s.answer[0]) << shift, last = first + ((uint64_t{1} << shift) - 1);
+    span = {first > low ? first : low, last < high ? last : high, s.answer[1], s.answer[2]};
+    __syncthreads();
+  }
+
+  // Makes a span that ends a prefix of the row in `bracket` the list, too many as there may be for that;
+  // `before` is the weight in front of it. Returns the value (count or weight) in front of it.
+  __device__ uint64_t list_end(bool by_count, const Bracket& bracket, uint64_t target, uint64_t& before) {
+    if (bracket.inside <= kListed) {
+      list_bins(bracket, before);
+      return by_count ? bracket.before : before;
+    }
+    Span span{kAllPlaces, 0, 0, bracket.inside};
+    uint64_t mass = 0;
+    for (int32_t i = threadIdx.x; i < slice.num_tokens(); i += Threads) {
+      const float x = slice.logit(i);
+      const int32_t b = bin(x);
+      if (b < bracket.first) mass += weights.weigh(x);
+      if (b < bracket.first || b > bracket.last || !(x > -kInfinity)) continue;
+      const uint64_t place = place_of(x, slice.id_of(i));
+      span.low = place < span.low ? place : span.low;
+      span.high = place > span.high ? place : span.high;
+    }
+    span.low = team.min(span.low);
+    span.high = team.max(span.high);
+    mass = team.sum(mass);
+    span.before = by_count ? bracket.before : mass;
+    while (span.inside > kListed) narrow(Among::kTeam, by_count, span, target);
+    begin_list();
+    before = 0;
+    for (int32_t i = threadIdx.x; i < slice.num_tokens(); i += Threads) {
+      const float x = slice.logit(i);
+      const uint64_t place = place_of(x, slice.id_of(i));
+      if (place < span.low) before += weights.weigh(x);
+      if (place >= span.low && place <= span.high) collect(x, slice.id_of(i));
+    }
+    end_list(before);
+    return span.before;
+  }
+
+  // The place of the list's token, up to `limit`, at which their count (or weight) reaches `target`; `limit`
+  // if none does.
+  __device__ uint64_t end_in_list(bool by_count, uint64_t target, uint64_t limit) {
+    Span span{0, limit, 0, listed};
+    while (span.inside > kFew) narrow(Among::kBlock, by_count, span, target);
+    if (threadIdx.x == 0) s.num_few = 0;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
+      const uint64_t place = s.all.list[i];
+      if (place < span.low || place > span.high) continue;
+      const uint32_t slot = atomicAdd(&s.num_few, 1u);
+      if (slot >= kFew) continue;
+      s.few[slot] = place;
+      s.few_values[slot] = by_count ? 1 : weights.weigh(logit_at(place));
+    }
+    __syncthreads();
+    uint64_t end = limit;
+    const uint32_t num_few = s.num_few < kFew ? s.num_few : kFew;
+    if (threadIdx.x < num_few) {
+      const uint64_t place = s.few[threadIdx.x];
+      uint64_t up_to = span.before;
+#pragma unroll 4
+      for (uint32_t i = 0; i < num_few; ++i) up_to += s.few[i] <= place ? s.few_values[i] : 0;
+      if (up_to >= target) end = place;
+    }
+    return team.min(end, Among::kBlock);
+  }
+};
+
+}  // namespace fi::cuda

@@ -1,0 +1,142 @@
+// One block's part of a row of logits: where its tokens are, what they weigh.
+//
+// A row is seen as 16-byte vectors at aligned addresses (the first and the last may stick out of it). A block
+// takes consecutive vectors, each of its warps consecutive ones of those, so that sums by warp are sums over
+// ranges of ids. Where the block's part fits it is read from memory once and kept in shared memory.
+#pragma once
+
+#include "fi/cuda/ptx.h"
+#include "fi/sampling_math.h"
+
+namespace fi::cuda {
+
+inline constexpr float kInfinity = __builtin_huge_valf();
+
+// What orders tokens: larger logit first, lower id first among equals. Smaller comes first.
+FI_DEVICE_INLINE uint64_t place_of(float logit, int32_t id) {
+  return uint64_t(order_key(logit)) << 32 | uint32_t(id);
+}
+FI_DEVICE_INLINE float logit_at(uint64_t place) { return key_logit(uint32_t(place >> 32)); }
+
+// How logits become weights and bins; the same in all blocks of a row.
+struct Weights {
+  float max;             // of the row; 0 where that is infinite
+  float exponent_scale;  // log2(e) / temperature
+  float fixed_scale;     // 2^fraction_bits: the weight of the maximum
+  float eligible;        // logits below max - eligible weigh nothing (min-p)
+
+  // How many octaves a weight is below that of the maximum.
+  __device__ float octaves(float logit) const { return __fmul_rn(max - logit, exponent_scale); }
+
+  __device__ uint64_t weigh(float logit) const {
+    if (!(max - logit <= eligible)) return 0;
+    return uint64_t(exp2_approx(-octaves(logit)) * fixed_scale);
+  }
+};
+
+template <class T, int Threads>
+struct Slice {
+  static constexpr int kLogits = 16 / sizeof(T);  // in a vector
+  static constexpr int kWarps = Threads / 32;
+
+  const uint4* vectors;  // the row's first vector: its address rounded down
+  const T* row;
+  int32_t n;                       // tokens in the row
+  int32_t lead;                    // elements of the first vector in front of the row
+  int32_t block_begin, block_end;  // vectors of this block
+  int32_t warp_begin, warp_end;    // vectors of this warp
+  uint4* kept;    // [block_end - block_begin] in shared memory; null: read from memory each time
+  bool infinite;  // some logit is +inf: those count as 0, all others as -inf
+
+  // Part `rank` of `blocks`.
+  __device__ Slice(const T* row, int64_t vocab_size, uint32_t rank, uint32_t blocks, uint4* kept)
+      : row(row), n(int32_t(vocab_size)), kept(kept), infinite(false) {
+    const auto address = reinterpret_cast<uintptr_t>(row);
+    vectors = reinterpret_cast<const uint4*>(address & ~uintptr_t{15});
+    lead = int32_t(address & 15) / int32_t(sizeof(T));
+    const int32_t all = int32_t((int64_t(lead) + n + kLogits - 1) / kLogits);
+    const int32_t per_block = (all + int32_t(blocks) - 1) / int32_t(blocks);
+    block_begin = min(all, int32_t(rank) * per_block);
+    block_end = min(all, block_begin + per_block);
+    const int32_t per_warp = (block_end - block_begin + kWarps - 1) / kWarps;
+    warp_begin = min(block_end, block_begin + int32_t(threadIdx.x / 32) * per_warp);
+    warp_end = min(block_end, warp_begin + per_warp);
+  }
+
+  // A vector that sticks out of the row, with -inf there.
+  static FI_DEVICE_NOINLINE uint4 load_partial(const T* row, int32_t n, int64_t id) {
+    union {
+      T logits[kLogits];
+      uint4 all;
+    } v;
+    for (int j = 0; j < kLogits; ++j)
+      v.logits[j] = id + j >= 0 && id + j < n ? row[id + j] : from_float<T>(-kInfinity);
+    return v.all;
+  }
+
+  __device__ uint4 load(int32_t vector) const {
+    const int64_t id = int64_t(vector) * kLogits - lead;
+    if (id >= 0 && id + kLogits <= n) return load_streaming_16(vectors + vector);
+    return load_partial(row, n, id);
+  }
+
+  // Begins to bring the slice to shared memory, if it is to be kept there; wait() ends it. Each thread copies
+  // what it will read: no barrier.
+  __device__ void fetch() {
+    if (kept == nullptr) return;
+    for (int32_t v = warp_begin + int32_t(threadIdx.x % 32); v < warp_end; v += 32) {
+      const int64_t id = int64_t(v) * kLogits - lead;
+      if (id >= 0 && id + kLogits <= n) {
+        cp_async_16(kept + (v - block_begin), vectors + v);
+      } else {
+        kept[v - block_begin] = load_partial(row, n, id);
+      }
+    }
+    cp_async_commit();
+  }
+  __device__ void wait() const { cp_async_wait<0>(); }
+
+  __device__ void read(int32_t vector, float (&x)[kLogits]) const {
+    const uint4 v = kept != nullptr ? kept[vector - block_begin] : load(vector);
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        x[i] = __uint_as_float(words[i]);
+      } else {
+        const float2 pair = unpack2<T>(words[i]);
+        x[2 * i] = pair.x;
+        x[2 * i + 1] = pair.y;
+      }
+    }
+    if (infinite) {
+#pragma unroll
+      for (int j = 0; j < kLogits; ++j) x[j] = x[j] == kInfinity ? 0.0f : -kInfinity;
+    }
+#pragma unroll
+    for (int j = 0; j < kLogits; ++j) x[j] += 0.0f;  // -0 becomes +0
+  }
+
+  // f(logit, id) for the tokens of this warp, -inf where a lane has none.
+  template <class F>
+  __device__ __forceinline__ void for_each(const F& f) const {
+    for (int32_t vector = warp_begin + int32_t(threadIdx.x % 32); vector < warp_end; vector += 32) {
+      float x[kLogits];
+      read(vector, x);
+#pragma unroll
+      for (int j = 0; j < kLogits; ++j) f(x[j], vector * kLogits + j - lead);
+    }
+  }
+
+  // The tokens of the block, one at a time: for rare passes, whose code is not to be there kLogits times.
+  __device__ int32_t num_tokens() const { return (block_end - block_begin) * kLogits; }
+  __device__ int32_t id_of(int32_t i) const { return block_begin * kLogits + i - lead; }
+  __device__ float logit(int32_t i) const {
+    const int32_t id = id_of(i);
+    if (id < 0 || id >= n) return -kInfinity;
+    const float x = to_float(kept != nullptr ? reinterpret_cast<const T*>(kept)[i] : row[id]);
+    return infinite ? x == kInfinity ? 0.0f : -kInfinity : x + 0.0f;
+  }
+};
+
+}  // namespace fi::cuda

@@ -1,0 +1,48 @@
+// How samplers order and weigh tokens, on every device.
+//
+// Tokens are ordered larger logit first, lower id first among equals. Weights are exp((logit - max) /
+// temperature) as integers (fixed point), so that sums are exact: their order doesn't matter.
+#pragma once
+
+#include "fi/scalar.h"
+
+namespace fi {
+
+// Order-preserving bits of a logit, inverted: a smaller key comes first. -0 must have been made +0.
+FI_INLINE uint32_t order_key(float x) {
+  const uint32_t bits = float_bits(x);
+  return ~(bits & 0x80000000u ? ~bits : bits | 0x80000000u);
+}
+
+FI_INLINE float key_logit(uint32_t key) {
+  const uint32_t mono = ~key;
+  return bits_float(mono & 0x80000000u ? mono & 0x7fffffffu : ~mono);
+}
+
+// The fraction bits of a weight: the sum of n weights of at most 2^bits stays at most 2^62.
+FI_INLINE int weight_fraction_bits(int64_t n) {
+  int bits = 62;
+  for (uint64_t reach = 1; reach < uint64_t(n); reach *= 2) --bits;
+  return bits;
+}
+
+// log2(e) / temperature, within the normal floats, so that 0 * scale and inf * scale are no NaN.
+FI_INLINE float exponent_scale_of(float temperature) {
+  const double scale = 1.4426950408889634 / double(temperature);
+  return float(scale > 0x1p127 ? 0x1p127 : scale < 0x1p-126 ? 0x1p-126 : scale);
+}
+
+// The weight that a prefix must reach, for top_p in (0, 1).
+FI_INLINE int64_t mass_target(double top_p, int64_t mass) {
+  const int64_t target = int64_t(__builtin_ceil(top_p * double(mass)));
+  return target < 1 ? 1 : target > mass ? mass : target;
+}
+
+// floor(uniform * total), for uniform in [0, 1); a cumulative integer weight exceeds uniform * total exactly
+// if it exceeds this.
+FI_INLINE int64_t draw_target(int64_t total, float uniform) {
+  const uint64_t fraction = uint64_t(double(uniform) * 0x1p63);
+  return int64_t((static_cast<unsigned __int128>(uint64_t(total)) * fraction) >> 63);
+}
+
+}  // namespace fi

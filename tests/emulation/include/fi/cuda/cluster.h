@@ -1,0 +1,29 @@
+// The emulated twin of fi/cuda/cluster.h.
+#pragma once
+
+#include "fi/cuda/launch.h"
+#include "fi/cuda/ptx.h"
+
+namespace fi::cuda {
+
+template <class... Params, class... Args>
+void launch_clusters(const Gpu&, void (*kernel)(Params...), dim3 grid, unsigned cluster, dim3 block,
+                     size_t smem, Args&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  emulation::run_grid(grid, block, smem, [&] { kernel(args...); }, cluster);
+}
+
+// All that kernels/*.cu use of sm_90 is emulated, whatever compute capability the device claims.
+inline bool has_clusters(const Gpu&) { return true; }
+
+inline uint32_t cluster_size() { return emulation::cluster_size(); }
+inline uint32_t cluster_rank() { return emulation::cluster_rank(); }
+inline void cluster_arrive() { emulation::cluster_arrive(); }
+inline void cluster_wait() { emulation::cluster_wait(); }
+
+template <class T>
+T* peer_smem(T* p, uint32_t rank) {
+  return static_cast<T*>(emulation::peer_smem(p, rank));
+}
+
+}  // namespace fi::cuda
