@@ -19,7 +19,9 @@ class CudaCores {
   static constexpr int kMinUnits = 4;
   static constexpr bool kAligned = false;
 
-  FI_INLINE int query_width(const AttentionParams& p) { return static_cast<int>((p.head_dim_qk + 3) / 4 * 4); }
+  FI_INLINE int query_width(const AttentionParams& p) {
+    return static_cast<int>((p.head_dim_qk + 3) / 4 * 4);
+  }
   FI_INLINE int acc_width(const AttentionParams& p) { return static_cast<int>((p.head_dim_vo + 3) / 4 * 4); }
   static size_t query_bytes(const AttentionParams& p) { return kRows * query_width(p) * sizeof(float); }
   static size_t warp_bytes(const AttentionParams& p) {
@@ -167,7 +169,8 @@ class CudaCores {
 
   // Columns [d, d + N) of the accumulators: rescaled, then weights times the values of the live keys.
   template <int N>
-  FI_DEVICE_INLINE void add_values(const T* values, int d, unsigned live_keys, const float (&rescale)[kRows]) {
+  FI_DEVICE_INLINE void add_values(const T* values, int d, unsigned live_keys,
+                                   const float (&rescale)[kRows]) {
     const int width = acc_width(p_);
     float acc[kRows][N];
 #pragma unroll

@@ -44,7 +44,8 @@ FI_DEVICE_INLINE void add_scaled(float (&acc)[4], const float4& x, float factor)
 template <class T, class Engine>
 class DecodeBlock {
  public:
-  FI_DEVICE_INLINE DecodeBlock(const AttentionParams& p, const Plan& plan, unsigned char* query, Shared& shared)
+  FI_DEVICE_INLINE DecodeBlock(const AttentionParams& p, const Plan& plan, unsigned char* query,
+                               Shared& shared)
       : p(p), plan(plan), query(query), shared(shared), chunks((static_cast<int>(p.head_dim_vo) + 3) / 4) {}
 
   FI_DEVICE_INLINE void run(unsigned char* warp_memory) {
@@ -116,12 +117,14 @@ class DecodeBlock {
         if (part == 0.0f) continue;  // nothing seen; the accumulators may not even be there
         const float factor = exp2_approx(shared.warp_max[w][row] - usable_max(top));
         sum += part * factor;
-        add_scaled(acc, *reinterpret_cast<const float4*>(shared.warp_acc[w] + engine.acc_offset(row, chunk)), factor);
+        add_scaled(acc, *reinterpret_cast<const float4*>(shared.warp_acc[w] + engine.acc_offset(row, chunk)),
+                   factor);
       }
       if (left == nullptr) {
         write(at, row, chunk, acc, top, sum);
       } else {
-        *reinterpret_cast<float4*>(left + row * plan.acc_width + chunk * 4) = float4{acc[0], acc[1], acc[2], acc[3]};
+        *reinterpret_cast<float4*>(left + row * plan.acc_width + chunk * 4) =
+            float4{acc[0], acc[1], acc[2], acc[3]};
         if (chunk == 0) {
           float* state = left + plan.part_rows * plan.acc_width;
           state[row] = top;
@@ -155,7 +158,8 @@ class DecodeBlock {
         const float* part = partial(block, block == first);
         const float factor = exp2_approx(__ldcg(part + state + row) - usable_max(top));
         sum = fmaf(__ldcg(part + state + plan.part_rows + row), factor, sum);
-        add_scaled(acc, __ldcg(reinterpret_cast<const float4*>(part + row * plan.acc_width + chunk * 4)), factor);
+        add_scaled(acc, __ldcg(reinterpret_cast<const float4*>(part + row * plan.acc_width + chunk * 4)),
+                   factor);
       }
       write(at, row, chunk, acc, top, sum);
     }
@@ -185,8 +189,8 @@ class DecodeBlock {
 // Dynamic shared memory: the warps' parts, the query rows, Shared.
 template <class T, class Engine>
 __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocksAnSm)
-    decode_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Plan plan, int warp_bytes,
-                  int query_bytes) {
+    decode_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Plan plan,
+                  int warp_bytes, int query_bytes) {
   unsigned char* smem = dynamic_smem();
   unsigned char* query = smem + static_cast<int>(blockDim.x / 32) * warp_bytes;
   DecodeBlock<T, Engine> block(p, plan, query, *reinterpret_cast<Shared*>(query + query_bytes));
@@ -225,7 +229,9 @@ void run_decode(const AttentionParams& p, const Gpu& gpu) {
   const int64_t most_tiles = (p.kv_len + kTileKeys - 1) / kTileKeys;
   const int64_t most_blocks = (plan.num_segments * most_tiles + plan.min_units - 1) / plan.min_units;
   const int64_t room_blocks = int64_t{gpu.num_sms} * Engine::kBlocksAnSm;
-  const int grid = static_cast<int>(most_blocks < 1 ? 1 : most_blocks < room_blocks ? most_blocks : room_blocks);
+  const int grid = static_cast<int>(most_blocks < 1             ? 1
+                                    : most_blocks < room_blocks ? most_blocks
+                                                                : room_blocks);
   plan.partials = static_cast<float*>(p.scratch.allocate(
       p.scratch.context, int64_t{grid} * 2 * plan.partial_floats() * int64_t(sizeof(float))));
   prepare(p, plan, gpu);

@@ -122,7 +122,8 @@ FI_DEVICE_INLINE int scan_list(const AttentionParams& p, int group, int b, int k
       Summary s;
       if (begin < end) {
         const M* m = static_cast<const M*>(p.mask) + mask_row(p, b, h, i);
-        const bool whole = stride == 1 && end - begin == kValues && reinterpret_cast<uintptr_t>(m + key) % 16 == 0;
+        const bool whole =
+            stride == 1 && end - begin == kValues && reinterpret_cast<uintptr_t>(m + key) % 16 == 0;
         s = summarize(m, stride, begin, end, whole);
         open = open && s.top == 0.0f && s.bottom == 0.0f;
         tile_top = fmaxf(tile_top, s.top);

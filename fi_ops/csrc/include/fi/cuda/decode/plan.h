@@ -52,7 +52,8 @@ FI_DEVICE_INLINE int tiles_of_group(const AttentionParams& p, const Plan& plan, 
   const bool by_head = plan.lists.heads > 1;
   const int num_kv_heads = static_cast<int>(p.num_kv_heads);
   const int b = by_head ? group / num_kv_heads : group;
-  if (plan.lists.entries) return __ldcg(&plan.lists.counts[plan.lists.list_of(b, by_head ? group % num_kv_heads : 0)]);
+  if (plan.lists.entries)
+    return __ldcg(&plan.lists.counts[plan.lists.list_of(b, by_head ? group % num_kv_heads : 0)]);
   return tiles_of(range_of(p, plan, b));
 }
 

@@ -21,8 +21,15 @@ class SliceCursor {
  public:
   static constexpr int kSlicesATile = kTileKeys / kSliceKeys;
 
-  FI_DEVICE_INLINE SliceCursor(const AttentionParams& p, const Plan& plan, const Work& work, int warp, int warps)
-      : p_(p), plan_(plan), walk_(work.first), begin_(work.begin), end_(work.end), warp_(warp), warps_(warps) {
+  FI_DEVICE_INLINE SliceCursor(const AttentionParams& p, const Plan& plan, const Work& work, int warp,
+                               int warps)
+      : p_(p),
+        plan_(plan),
+        walk_(work.first),
+        begin_(work.begin),
+        end_(work.end),
+        warp_(warp),
+        warps_(warps) {
     if (!done()) enter();
   }
 

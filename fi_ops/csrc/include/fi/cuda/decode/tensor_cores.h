@@ -21,7 +21,7 @@ struct Shape {
   static constexpr int kWarps = kDim <= 128 ? kMaxWarps : 4;
   static constexpr int kStages = kDim <= 64 ? 6 : 3;
   static constexpr int kBlocksAnSm = 1;
-  static constexpr int kMinUnits = 2;            // a slice for each warp
+  static constexpr int kMinUnits = 2;                     // a slice for each warp
   static constexpr bool kQueryInRegisters = kDim <= 128;  // else read from shared memory for each slice
 };
 
@@ -213,7 +213,8 @@ class TensorCores {
     ldmatrix_x4(q, query_ + offset_of(row, chunk));
   }
 
-  // s + odd = Q K^T. Two chains of products for each 8 keys: the latency of one is not waited for by the next.
+  // s + odd = Q K^T. Two chains of products for each 8 keys: the latency of one is not waited for by the
+  // next.
   FI_DEVICE_INLINE void multiply_keys(const unsigned char* keys, float (&s)[2][4], float (&odd)[2][4]) {
     const int row = lane_ / 16 * 8 + lane_ % 8, chunk = lane_ / 8 % 2;
 #pragma unroll
@@ -221,7 +222,7 @@ class TensorCores {
       uint32_t k[4], q[4];
       ldmatrix_x4(k, keys + offset_of(row, 2 * step + chunk));
       if constexpr (!kQueryInRegisters) load_query_fragment(q, step);
-      const uint32_t(&query)[4] = kQueryInRegisters ? q_[kQueryInRegisters ? step : 0] : q;
+      const uint32_t (&query)[4] = kQueryInRegisters ? q_[kQueryInRegisters ? step : 0] : q;
       mma_m16n8k16<T>(step % 2 ? odd[0] : s[0], query, k[0], k[1]);
       mma_m16n8k16<T>(step % 2 ? odd[1] : s[1], query, k[2], k[3]);
     }
@@ -281,7 +282,8 @@ class TensorCores {
     if (live == (1u << kSliceKeys) - 1u) return;
     for (int item = lane_; item < kSliceKeys * kChunks; item += 32) {
       const int row = item / kChunks;
-      if (!(live >> row & 1)) *reinterpret_cast<uint4*>(values + offset_of(row, item % kChunks)) = uint4{0, 0, 0, 0};
+      if (!(live >> row & 1))
+        *reinterpret_cast<uint4*>(values + offset_of(row, item % kChunks)) = uint4{0, 0, 0, 0};
     }
     __syncwarp();
   }
@@ -311,8 +313,8 @@ class TensorCores {
   SliceCursor<kSliceKeys, kRows> cursor_;
   const T* k_ = nullptr;  // of the cursor's segment
   const T* v_ = nullptr;
-  int out_ = 0;    // the stage to use next
-  int used_ = -1;  // the one that attend() used last; -1: none in this segment
+  int out_ = 0;             // the stage to use next
+  int used_ = -1;           // the one that attend() used last; -1: none in this segment
   int keys_[kStages] = {};  // first key << 1 | open of the slices in flight, oldest first
   uint32_t q_[kQueryInRegisters ? kSteps : 1][4];
   float acc_[kDim / 8][4];
