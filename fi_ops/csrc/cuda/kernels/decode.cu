@@ -10,7 +10,7 @@ namespace {
 
 // Block n scans list n; all of them zero the counters. Without a mask nothing here is waited for until the
 // first partial result is there.
-__global__ void __launch_bounds__(kScanThreads)
+__global__ void __launch_bounds__(kScanThreads, 1)
     prepare_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Plan plan) {
   allow_next_kernel();
   for (int n = blockIdx.x * blockDim.x + threadIdx.x; n < plan.num_segments; n += gridDim.x * blockDim.x)
@@ -57,7 +57,7 @@ bool tensor_cores_take(const AttentionParams& p) {
 
 }  // namespace
 
-void prepare(const AttentionParams& p, Plan& plan, const Gpu& gpu) {
+bool prepare(const AttentionParams& p, Plan& plan, const Gpu& gpu) {
   const bool per_head = p.mask && p.mask_stride_h != 0 && p.num_kv_heads > 1;
   plan.num_groups = static_cast<int>(p.batch * (per_head ? p.num_kv_heads : 1));
   plan.group_segments = plan.num_segments / plan.num_groups;
@@ -74,8 +74,9 @@ void prepare(const AttentionParams& p, Plan& plan, const Gpu& gpu) {
     plan.lists.counts = allocate<int32_t>(p, num_lists);
   }
   // One tile a segment is never split: nobody counts.
-  if (!p.mask && p.kv_len <= kTileKeys) return;
+  if (!p.mask && p.kv_len <= kTileKeys) return false;
   launch(gpu, prepare_kernel, dim3(num_lists), dim3(p.mask ? kScanThreads : 256), 0, p, plan);
+  return true;
 }
 
 }  // namespace decode

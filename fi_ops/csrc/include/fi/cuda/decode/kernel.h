@@ -133,12 +133,10 @@ class DecodeBlock {
       }
     }
     if (left == nullptr) return;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
       wait_for_previous_kernel();  // which has zeroed the counters
-      shared.is_last = atomicAdd(&plan.arrivals[walk.index], 1) == last - first;
-      __threadfence();
+      shared.is_last = atomic_add_acq_rel(&plan.arrivals[walk.index], 1) == last - first;
     }
     __syncthreads();
     if (shared.is_last) join_blocks(at, num_rows, first, last);
@@ -197,15 +195,12 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocksAnSm)
   block.run(smem + static_cast<int>(threadIdx.x / 32) * warp_bytes);
 }
 
-// Fills the rest of the plan and launches. `prepare` runs the kernel that zeroes the counters and lists live
-// tiles.
-void prepare(const AttentionParams& p, Plan& plan, const Gpu& gpu);
+// Fills the rest of the plan; runs the kernel that zeroes the counters and lists live tiles, where there is
+// need of it, and says so.
+bool prepare(const AttentionParams& p, Plan& plan, const Gpu& gpu);
 
-// Shared memory that a block may ask for.
-inline size_t smem_of_block(const Gpu& gpu) {
-  const int cc = gpu.compute_capability;
-  return (cc == 80 || cc == 87 ? 163 : cc >= 90 && cc < 120 ? 227 : 99) * 1024;
-}
+// Shared memory that a block may ask for; before Hopper what sm_86 and sm_89 have.
+inline size_t smem_of_block(const Gpu& gpu) { return (gpu.compute_capability >= 90 ? 227 : 99) * 1024; }
 
 template <class T, class Engine>
 void run_decode(const AttentionParams& p, const Gpu& gpu) {
@@ -234,9 +229,9 @@ void run_decode(const AttentionParams& p, const Gpu& gpu) {
                                                                 : room_blocks);
   plan.partials = static_cast<float*>(p.scratch.allocate(
       p.scratch.context, int64_t{grid} * 2 * plan.partial_floats() * int64_t(sizeof(float))));
-  prepare(p, plan, gpu);
+  const bool overlap = prepare(p, plan, gpu);
   launch(gpu, decode_kernel<T, Engine>, dim3(grid), dim3(used_warps * 32), used_warps * warp_bytes + fixed,
-         /*overlap=*/true, p, plan, static_cast<int>(warp_bytes), static_cast<int>(query_bytes));
+         overlap, p, plan, static_cast<int>(warp_bytes), static_cast<int>(query_bytes));
 }
 
 }  // namespace fi::cuda::decode
