@@ -127,6 +127,16 @@ FI_DEVICE_INLINE float exp2_approx(float x) {
   return r;
 }
 
+// ---- order between blocks ----
+
+// Adds and returns what was there. What this thread wrote before, or had seen behind a barrier, is visible to
+// the thread that finds this addition in *p.
+FI_DEVICE_INLINE int atomic_add_acq_rel(int* p, int value) {
+  int old;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;\n" : "=r"(old) : "l"(p), "r"(value) : "memory");
+  return old;
+}
+
 // ---- order between kernels (sm_90; nothing to do before) ----
 
 // Lets the next kernel of the stream start once all blocks have called it (programmatic dependent launch).

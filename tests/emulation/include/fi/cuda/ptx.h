@@ -127,6 +127,10 @@ float2 unpack2(uint32_t v) {
 }
 inline float exp2_approx(float x) { return exp2f(x); }
 
+// ---- order between blocks: they run one after the other ----
+
+inline int atomic_add_acq_rel(int* p, int value) { return atomicAdd(p, value); }
+
 // ---- order between kernels: they run one after the other ----
 
 inline void allow_next_kernel() {}

@@ -1,0 +1,55 @@
+// The keys that causal, window and length leave to query rows.
+#pragma once
+
+#include "fi/attention.h"
+#include "fi/cuda/ptx.h"
+
+namespace fi::cuda::decode {
+
+// Keys are listed, counted and handed out in tiles of this many: small enough that the edge of a ragged
+// batch wastes little, large enough that a list entry is nothing beside the tile's K and V.
+inline constexpr int kTileKeys = 64;
+
+struct KeyRange {
+  int begin, end;
+};
+
+FI_INLINE int64_t query_position(const AttentionParams& p, int64_t b, int64_t i) {
+  return p.positions.data ? p.positions.at(b, i) : i + p.q_offset;
+}
+
+// Keys that causal, window and length leave to query row i; may be empty.
+FI_INLINE KeyRange allowed_keys(const AttentionParams& p, int64_t b, int64_t i) {
+  int64_t begin = 0, end = p.kv_len;
+  if (p.causal || p.window_left >= 0) {
+    const int64_t position = query_position(p, b, i);
+    if (p.causal && position + 1 < end) end = position + 1 < 0 ? 0 : position + 1;
+    if (p.window_left >= 0 && position - p.window_left > 0) begin = position - p.window_left;
+    if (begin > end) begin = end;
+  }
+  return {static_cast<int>(begin), static_cast<int>(end)};
+}
+
+// The union of allowed_keys over all query rows (positions need not ascend).
+FI_INLINE KeyRange allowed_keys(const AttentionParams& p, int64_t b) {
+  if (!p.causal && p.window_left < 0) return {0, static_cast<int>(p.kv_len)};
+  KeyRange all{static_cast<int>(p.kv_len), 0};
+  for (int64_t i = 0; i < p.qo_len; ++i) {
+    const KeyRange r = allowed_keys(p, b, i);
+    if (r.begin == r.end) continue;
+    if (r.begin < all.begin) all.begin = r.begin;
+    if (r.end > all.end) all.end = r.end;
+  }
+  return all.begin < all.end ? all : KeyRange{0, 0};
+}
+
+// Whether allowed_keys depends on device memory, so that the host can't know it.
+FI_INLINE bool range_is_data(const AttentionParams& p) {
+  return p.positions.data != nullptr && (p.causal || p.window_left >= 0);
+}
+
+FI_INLINE int tiles_of(KeyRange r) {
+  return r.begin < r.end ? (r.end + kTileKeys - 1) / kTileKeys - r.begin / kTileKeys : 0;
+}
+
+}  // namespace fi::cuda::decode

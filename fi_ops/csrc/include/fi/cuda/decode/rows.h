@@ -1,0 +1,83 @@
+// What a segment's query rows need besides their elements: the keys they see, position, ALiBi, mask row; and
+// the logit of one (row, key).
+#pragma once
+
+#include "fi/cuda/decode/plan.h"
+
+namespace fi::cuda::decode {
+
+inline constexpr int kMaxRows = 16;
+
+struct RowTable {
+  int begin[kMaxRows], end[kMaxRows];  // allowed_keys
+  int position[kMaxRows];              // for ALiBi
+  float slope[kMaxRows];               // of ALiBi, base 2
+  int64_t mask[kMaxRows];              // mask_row
+  int common_begin, common_end;        // keys that every row sees
+};
+
+// For the threads of one warp. Rows of the tile past the segment's see all keys: their results are not used.
+FI_DEVICE_INLINE void fill_row_table(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
+                                     RowTable& table) {
+  const int lane = threadIdx.x % 32;
+  KeyRange keys{0, static_cast<int>(p.kv_len)};
+  const int row = at.row_begin + lane;
+  if (lane < kMaxRows && row < plan.rows) {
+    const int i = row / plan.group, h = at.kv_head * plan.group + row % plan.group;
+    keys = allowed_keys(p, at.b, i);
+    if (p.alibi_slopes) {
+      table.position[lane] = static_cast<int>(query_position(p, at.b, i));
+      table.slope[lane] = p.alibi_slopes.at(h) * kLog2e;
+    }
+    table.mask[lane] = mask_row(p, at.b, h, i);
+  } else if (lane < kMaxRows) {
+    table.position[lane] = 0;
+    table.slope[lane] = 0.0f;
+    table.mask[lane] = mask_row(p, at.b, at.kv_head * plan.group, 0);
+  }
+  if (lane < kMaxRows) table.begin[lane] = keys.begin, table.end[lane] = keys.end;
+#pragma unroll
+  for (int other = 8; other > 0; other /= 2) {
+    keys.begin = max(keys.begin, __shfl_xor_sync(~0u, keys.begin, other));
+    keys.end = min(keys.end, __shfl_xor_sync(~0u, keys.end, other));
+  }
+  if (lane == 0) table.common_begin = keys.begin, table.common_end = keys.end;
+}
+
+// Base 2. -inf, also where the product is NaN, for a key that the row doesn't see.
+FI_DEVICE_INLINE float logit(const AttentionParams& p, const RowTable& rows, int row, int key, bool masked,
+                             float product) {
+  if (key < rows.begin[row] || key >= rows.end[row]) return -kInf;
+  float x = product * p.scale;
+  if (p.logits_soft_cap > 0.0f) x = tanhf(x / p.logits_soft_cap) * p.logits_soft_cap;
+  x *= kLog2e;
+  if (p.alibi_slopes) x += static_cast<float>(key - rows.position[row]) * rows.slope[row];
+  if (masked) {
+    const float addend = mask_addend(p, rows.mask[row] + key * p.mask_stride_k);
+    x = addend == -kInf ? addend : x + addend;
+  }
+  return x;
+}
+
+// The maximum so far that may be subtracted: 0 while nothing was attended to.
+FI_DEVICE_INLINE float usable_max(float m) { return m == -kInf ? 0.0f : m; }
+
+struct RowResult {
+  float factor;  // of what was accumulated
+  float lse;     // base 2
+};
+
+// The sink joins the sum, the sum divides.
+FI_DEVICE_INLINE RowResult finish_row(const AttentionParams& p, int h, float row_max, float row_sum) {
+  float total = row_sum, top = row_max, keep = 1.0f;
+  if (p.sinks) {
+    const float sink = p.sinks.at(h) * kLog2e;
+    top = fmaxf(sink, row_max);
+    keep = exp2_approx(row_max - usable_max(top));
+    total = row_sum * keep + exp2_approx(sink - usable_max(top));
+  }
+  return {total == 0.0f ? 0.0f : keep / total,
+          total == 0.0f || top <= 0.99f * kLowestLogit ? -kInf : usable_max(top) + log2f(total)};
+}
+
+}  // namespace fi::cuda::decode

@@ -1,0 +1,324 @@
+// A warp's part of decode attention on tensor cores: 16 query rows against slices of 16 keys.
+//
+// K and V come through a ring in shared memory that is the warp's own: cp.async several slices ahead, no
+// barrier but the warp's. The ring keeps running over the segments of the block, so that the memory pipe
+// stays full while one segment is finished. Products and weights stay in registers: the accumulators of
+// Q K^T have the layout that the weights need as the left side of P V.
+#pragma once
+
+#include "fi/cuda/decode/rope.h"
+#include "fi/cuda/decode/rows.h"
+#include "fi/cuda/decode/slices.h"
+
+namespace fi::cuda::decode {
+
+// How a head_dim is run. One block an SM: fewer partial results to join than with two, and the ring hides
+// what a second block would (its slices in flight cover the merge at a segment's end). 8 warps x 3 stages x
+// 8 KB (head_dim 128) have 128 to 192 KB of K and V in flight an SM; 16 to 32 KB would cover the latency of
+// HBM at full rate, the rest is slack for the merges. Devices with less shared memory run fewer warps.
+template <int kDim>
+struct Shape {
+  static constexpr int kWarps = kDim <= 128 ? kMaxWarps : 4;
+  static constexpr int kStages = kDim <= 64 ? 6 : 3;
+  static constexpr int kBlocksAnSm = 1;
+  static constexpr int kMinUnits = 2;                     // a slice for each warp
+  static constexpr bool kQueryInRegisters = kDim <= 128;  // else read from shared memory for each slice
+};
+
+template <class T, int kDim>
+class TensorCores {
+ public:
+  static constexpr int kRows = 16, kSliceKeys = 16;
+  static constexpr int kWarps = Shape<kDim>::kWarps;
+  static constexpr int kBlocksAnSm = Shape<kDim>::kBlocksAnSm;
+  static constexpr int kMinUnits = Shape<kDim>::kMinUnits;
+  static constexpr bool kAligned = true;
+
+  static size_t query_bytes(const AttentionParams&) { return kRows * kRowBytes; }
+  static size_t warp_bytes(const AttentionParams&) { return kStages * kStageBytes; }
+  static int acc_width(const AttentionParams&) { return kDim; }
+
+  FI_DEVICE_INLINE TensorCores(const AttentionParams& p, const Plan& plan, const Work& work,
+                               unsigned char* query, unsigned char* warp_memory)
+      : p_(p),
+        query_(query),
+        ring_(warp_memory),
+        lane_(threadIdx.x % 32),
+        cursor_(p, plan, work, threadIdx.x / 32, blockDim.x / 32) {
+#pragma unroll 1
+    for (int s = 0; s < kStages; ++s) issue(s);
+  }
+
+  // By all threads of the block: the segment's query rows, rotated, into shared memory.
+  FI_DEVICE_INLINE static void load_query(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
+                                          unsigned char* query) {
+    for (int item = threadIdx.x; item < kRows * kChunks; item += blockDim.x) {
+      const int r = item / kChunks, chunk = item % kChunks, row = at.row_begin + r;
+      uint4 v{0, 0, 0, 0};
+      if (row < plan.rows && chunk * 8 < p.head_dim_qk) {
+        const int64_t i = row / plan.group, h = at.kv_head * plan.group + row % plan.group;
+        const T* src =
+            static_cast<const T*>(p.query) + at.b * p.q_stride_b + h * p.q_stride_h + i * p.q_stride_n;
+        if (p.rope.cos) {
+          T x[8];
+#pragma unroll
+          for (int e = 0; e < 8; ++e) x[e] = rotated(p.rope, at.b, i + p.rope_q_offset, src, chunk * 8 + e);
+          auto two = [&](int e) { return uint32_t(x[e].bits) | uint32_t(x[e + 1].bits) << 16; };
+          v = uint4{two(0), two(2), two(4), two(6)};
+        } else {
+          v = *reinterpret_cast<const uint4*>(src + chunk * 8);
+        }
+      }
+      *reinterpret_cast<uint4*>(query + offset_of(r, chunk)) = v;
+    }
+  }
+
+  // After load_query and a barrier.
+  FI_DEVICE_INLINE void begin_segment() {
+    if constexpr (kQueryInRegisters) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) load_query_fragment(q_[step], step);
+    }
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc_[n][e] = 0.0f;
+    }
+    max_[0] = max_[1] = -kInf;
+    sum_[0] = sum_[1] = 0.0f;
+    used_ = -1;
+  }
+
+  // The next slice of the ring.
+  FI_DEVICE_INLINE void attend(const RowTable& rows, const SegmentPlace& at, int num_rows) {
+    cp_async_wait<kStages - 1>();
+    __syncwarp();
+    unsigned char* stage = ring_ + out_ * kStageBytes;
+    const int key = keys_[0] >> 1;
+    const bool masked = p_.mask != nullptr && !(keys_[0] & 1);
+    used_ = out_;
+    if (++out_ == kStages) out_ = 0;
+    if (p_.rope_keys) rotate_keys(stage, at.b, key);
+
+    float s[2][4] = {}, odd[2][4] = {};
+    multiply_keys(stage, s, odd);
+    const bool special = masked || p_.logits_soft_cap > 0.0f || p_.alibi_slopes || key < rows.common_begin ||
+                         key + kSliceKeys > rows.common_end;
+    if (special) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          s[n][e] = logit(p_, rows, row_of(e), key + column_of(n, e), masked, s[n][e] + odd[n][e]);
+      }
+      clear_dead_values(stage + kSliceKeys * kRowBytes, s, num_rows);
+    } else {
+      const float scale = p_.scale * kLog2e;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[n][e] = (s[n][e] + odd[n][e]) * scale;
+      }
+    }
+    weigh(s);
+    const uint32_t weights[4] = {pack2<T>(s[0][0], s[0][1]), pack2<T>(s[0][2], s[0][3]),
+                                 pack2<T>(s[1][0], s[1][1]), pack2<T>(s[1][2], s[1][3])};
+    multiply_values(stage + kSliceKeys * kRowBytes, weights);
+  }
+
+  // Refills the stage that attend() has used.
+  FI_DEVICE_INLINE void release() {
+    __syncwarp();
+    issue(used_);
+  }
+
+  // The warp's result of a segment, for all warps to read: maxima and sums of the rows, the accumulators over
+  // the stage that was used last. Without a slice only sums of 0.
+  FI_DEVICE_INLINE void publish(float* row_max, float* row_sum, const float** acc, int num_rows) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int other = 1; other < 4; other *= 2) sum_[half] += __shfl_xor_sync(~0u, sum_[half], other);
+      const int row = row_of(2 * half);
+      if (lane_ % 4 == 0) row_max[row] = max_[half], row_sum[row] = sum_[half];
+    }
+    if (used_ < 0) return;
+    __syncwarp();
+    float* stage = reinterpret_cast<float*>(ring_ + used_ * kStageBytes);
+    if (lane_ == 0) *acc = stage;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of(2 * half);
+      if (row >= num_rows) continue;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        const int column = 8 * n + 2 * (lane_ % 4);
+        *reinterpret_cast<float2*>(stage + acc_offset(row, column / 4) + column % 4) =
+            float2{acc_[n][2 * half], acc_[n][2 * half + 1]};
+      }
+    }
+  }
+
+  // Where four columns of a published row are.
+  FI_DEVICE_INLINE static int acc_offset(int row, int chunk) { return row * kDim + (chunk ^ (row & 7)) * 4; }
+
+ private:
+  static constexpr int kStages = Shape<kDim>::kStages;
+  static constexpr bool kQueryInRegisters = Shape<kDim>::kQueryInRegisters;
+  static constexpr int kRowBytes = kDim * 2, kChunks = kDim / 8, kSteps = kDim / 16;
+  static constexpr int kStageBytes = 2 * kSliceKeys * kRowBytes;  // K, then V
+  static_assert(kStageBytes == kRows * kDim * sizeof(float), "publish() puts the accumulators into a stage");
+
+  // Rows of 16-byte chunks; the exclusive or spreads a column of chunks over all banks.
+  FI_DEVICE_INLINE static int offset_of(int row, int chunk) {
+    return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+  }
+  // Row and column, in the tile, of an accumulator of this lane.
+  FI_DEVICE_INLINE int row_of(int e) const { return lane_ / 4 + (e / 2) * 8; }
+  FI_DEVICE_INLINE int column_of(int n, int e) const { return n * 8 + lane_ % 4 * 2 + e % 2; }
+
+  // Copies the cursor's slice into a stage. One group of copies a call, empty ones at the end.
+  FI_DEVICE_INLINE void issue(int to_stage) {
+#pragma unroll
+    for (int s = 0; s + 1 < kStages; ++s) keys_[s] = keys_[s + 1];
+    if (!cursor_.done()) {
+      constexpr int kRowsAtOnce = 32 / kChunks;
+      if (cursor_.entered()) {
+        const SegmentPlace at = cursor_.place();
+        k_ = static_cast<const T*>(p_.key) + at.b * p_.k_stride_b + at.kv_head * p_.k_stride_h;
+        v_ = static_cast<const T*>(p_.value) + at.b * p_.v_stride_b + at.kv_head * p_.v_stride_h;
+      }
+      const Slice slice = cursor_.slice();
+      const int row = lane_ / kChunks, chunk = lane_ % kChunks;
+      unsigned char* stage = ring_ + to_stage * kStageBytes;
+      auto copy = [&](unsigned char* to, const T* head, int64_t stride, int64_t dim) {
+        const T* src = head + (slice.key + row) * stride + chunk * 8;
+        const bool chunk_inside = chunk * 8 < dim;
+#pragma unroll
+        for (int r = 0; r < kSliceKeys; r += kRowsAtOnce) {
+          const bool inside = chunk_inside && slice.key + row + r < cursor_.key_end();
+          cp_async_16(to + offset_of(row + r, chunk), inside ? src + r * stride : head, inside);
+        }
+      };
+      copy(stage, k_, p_.k_stride_n, p_.head_dim_qk);
+      copy(stage + kSliceKeys * kRowBytes, v_, p_.v_stride_n, p_.head_dim_vo);
+      keys_[kStages - 1] = slice.key << 1 | int(slice.open);
+      cursor_.step();
+    }
+    cp_async_commit();
+  }
+
+  FI_DEVICE_INLINE void load_query_fragment(uint32_t (&q)[4], int step) const {
+    const int row = lane_ % 16, chunk = 2 * step + lane_ / 16;
+    ldmatrix_x4(q, query_ + offset_of(row, chunk));
+  }
+
+  // s + odd = Q K^T. Two chains of products for each 8 keys: the latency of one is not waited for by the
+  // next.
+  FI_DEVICE_INLINE void multiply_keys(const unsigned char* keys, float (&s)[2][4], float (&odd)[2][4]) {
+    const int row = lane_ / 16 * 8 + lane_ % 8, chunk = lane_ / 8 % 2;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t k[4], q[4];
+      ldmatrix_x4(k, keys + offset_of(row, 2 * step + chunk));
+      if constexpr (!kQueryInRegisters) load_query_fragment(q, step);
+      const uint32_t (&query)[4] = kQueryInRegisters ? q_[kQueryInRegisters ? step : 0] : q;
+      mma_m16n8k16<T>(step % 2 ? odd[0] : s[0], query, k[0], k[1]);
+      mma_m16n8k16<T>(step % 2 ? odd[1] : s[1], query, k[2], k[3]);
+    }
+  }
+
+  FI_DEVICE_INLINE void multiply_values(const unsigned char* values, const uint32_t (&weights)[4]) {
+    const int row = lane_ / 8 % 2 * 8 + lane_ % 8, chunk = lane_ / 16;
+#pragma unroll
+    for (int n = 0; n < kDim / 16; ++n) {
+      uint32_t v[4];
+      ldmatrix_x4_trans(v, values + offset_of(row, 2 * n + chunk));
+      mma_m16n8k16<T>(acc_[2 * n], weights, v[0], v[1]);
+      mma_m16n8k16<T>(acc_[2 * n + 1], weights, v[2], v[3]);
+    }
+  }
+
+  // Logits to weights; moves the maxima, sums and accumulators.
+  FI_DEVICE_INLINE void weigh(float (&s)[2][4]) {
+    float rescale[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int e = 2 * half;
+      float top = fmaxf(fmaxf(s[0][e], s[0][e + 1]), fmaxf(s[1][e], s[1][e + 1]));
+#pragma unroll
+      for (int other = 1; other < 4; other *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, other));
+      top = fmaxf(top, max_[half]);
+      const float shift = usable_max(top);
+      rescale[half] = exp2_approx(max_[half] - shift);
+      max_[half] = top;
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) sum += s[n][e + c] = exp2_approx(s[n][e + c] - shift);
+      }
+      sum_[half] = sum_[half] * rescale[half] + sum;
+    }
+    if (!__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) return;
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc_[n][e] *= rescale[e / 2];
+    }
+  }
+
+  // Values of keys that no row sees become 0: a weight of 0 times what lies there must not be NaN.
+  FI_DEVICE_INLINE void clear_dead_values(unsigned char* values, const float (&s)[2][4], int num_rows) {
+    unsigned live = 0;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (row_of(e) < num_rows && s[n][e] != -kInf) live |= 1u << column_of(n, e);
+      }
+    }
+    live = __reduce_or_sync(~0u, live);
+    if (live == (1u << kSliceKeys) - 1u) return;
+    for (int item = lane_; item < kSliceKeys * kChunks; item += 32) {
+      const int row = item / kChunks;
+      if (!(live >> row & 1))
+        *reinterpret_cast<uint4*>(values + offset_of(row, item % kChunks)) = uint4{0, 0, 0, 0};
+    }
+    __syncwarp();
+  }
+
+  FI_DEVICE_INLINE void rotate_keys(unsigned char* keys, int b, int key) {
+    const int half = static_cast<int>(p_.rope.rotary_dim / 2);
+    for (int row = 0; row < kSliceKeys && key + row < p_.kv_len; ++row) {
+      for (int i = lane_; i < half; i += 32) {
+        const RopePair pair = rope_pair(p_.rope, b, key + row, i);
+        T* low = element(keys, row, pair.first);
+        T* high = element(keys, row, pair.second);
+        const float a = to_float(*low), c = to_float(*high);
+        *low = from_float<T>(pair.low(a, c));
+        *high = from_float<T>(pair.high(a, c));
+      }
+    }
+    __syncwarp();
+  }
+  FI_DEVICE_INLINE static T* element(unsigned char* tile, int row, int d) {
+    return reinterpret_cast<T*>(tile + offset_of(row, d / 8)) + d % 8;
+  }
+
+  const AttentionParams& p_;
+  unsigned char* query_;
+  unsigned char* ring_;
+  int lane_;
+  SliceCursor<kSliceKeys, kRows> cursor_;
+  const T* k_ = nullptr;  // of the cursor's segment
+  const T* v_ = nullptr;
+  int out_ = 0;             // the stage to use next
+  int used_ = -1;           // the one that attend() used last; -1: none in this segment
+  int keys_[kStages] = {};  // first key << 1 | open of the slices in flight, oldest first
+  uint32_t q_[kQueryInRegisters ? kSteps : 1][4];
+  float acc_[kDim / 8][4];
+  float max_[2], sum_[2];
+};
+
+}  // namespace fi::cuda::decode

@@ -1,0 +1,121 @@
+"""Attention of few query rows drawn at random: ragged lengths, masks with holes, groups, positions, all together.
+
+The sizes cross what the CUDA kernels are cut by: tiles of 64 keys, slices of 16, 16 query rows, work shared by several blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from fi_ops.library import SPECS, Sample
+from fi_ops.testing import assert_op_matches_reference
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _mask(draw, device, batch, heads, qo_len, kv_len, dtype):
+    """A mask over a static cache: padding on either side, holes, whole tiles gone, now and then a row with nothing."""
+    keys = torch.arange(kv_len, device=device)
+    start = torch.tensor([draw.choice([0, 0, draw.randrange(kv_len)]) for _ in range(batch)], device=device)
+    stop = torch.tensor([draw.choice([kv_len, draw.randrange(kv_len + 1)]) for _ in range(batch)], device=device)
+    keep = (keys >= start[:, None]) & (keys < stop[:, None])
+    hole = draw.randrange(kv_len)
+    keep &= (keys < hole) | (keys >= hole + draw.choice([0, 1, 20, 200]))
+    shape = draw.choice([(1, 1, 1), (batch, 1, 1), (batch, 1, qo_len), (batch, heads, 1), (batch, heads, qo_len)])
+    mask = keep[: shape[0], None, None].expand(*shape, kv_len)
+    if shape[1] > 1 or shape[2] > 1:
+        mask = mask & (torch.rand(*shape, kv_len, device=device) > draw.choice([0.0, 0.3, 0.99]))
+    kind = draw.choice(["bool", "bool", "bool, strided", "-inf", "finfo.min", "bias"])
+    if kind == "bool":
+        return mask
+    if kind == "bool, strided":
+        return mask.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if kind == "bias":
+        return torch.randn(*shape, kv_len, device=device)
+    low = -math.inf if kind == "-inf" else torch.finfo(dtype).min
+    return torch.zeros(mask.shape, device=device).masked_fill(~mask, low).to(dtype)
+
+
+def _call(seed: int, device: str):
+    """(op, arguments, keyword arguments) of case `seed`."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = draw.choice([torch.bfloat16, torch.float16, torch.bfloat16, torch.float16, torch.float32])
+    batch, kv_heads = draw.choice([1, 1, 2, 3, 5]), draw.choice([1, 2, 3])
+    group = draw.choice([1, 2, 3, 4, 5, 8, 16])
+    qo_len = draw.choice([1, 1, 1, *range(2, 9)])
+    kv_len = draw.choice([1, 15, 63, 64, 65, 130, 257, 500, 1000])
+    dim, dim_vo = draw.choice([(64, 64), (128, 128), (128, 128), (256, 256), (80, 80), (96, 64), (192, 128), (17, 9)])
+    heads = kv_heads * group
+
+    def rand(*shape):
+        if draw.random() < 0.5:
+            return torch.randn(*shape, device=device).to(dtype)
+        b, h, n, d = shape
+        return torch.randn(b, n, h, d, device=device).to(dtype).transpose(1, 2)
+
+    options: dict = {}
+    if draw.random() < 0.5:
+        options["causal"] = True
+    if draw.random() < 0.25:
+        options["window_left"] = draw.choice([0, 10, 100])
+    if draw.random() < 0.2:
+        options["logits_soft_cap"] = 5.0
+    if draw.random() < 0.2:
+        options["scale"] = draw.choice([0.3, -0.3])
+    if draw.random() < 0.3:
+        options["sinks"] = torch.randn(heads, device=device)
+    kind = draw.choice(["attention_with_lse", "attention_with_lse", "append", "rope", "rope_append"])
+    if kind == "attention_with_lse" and draw.random() < 0.2:
+        options["alibi_slopes"] = torch.rand(heads, device=device)
+    mask = _mask(draw, device, batch, heads, qo_len, kv_len, dtype) if draw.random() < 0.5 else None
+    q, k, v = rand(batch, heads, qo_len, dim), rand(batch, kv_heads, kv_len, dim), rand(batch, kv_heads, kv_len, dim_vo)
+
+    def tables(length):
+        rotary_dim = draw.choice([dim // 2 * 2, 16])
+        options.update(rotary_dim=rotary_dim, interleaved=draw.random() < 0.5)
+        width = rotary_dim // 2 * draw.choice([1, 2])
+        angles = torch.rand(draw.choice([1, batch]), length, width, device=device) * 6.3
+        return angles.cos(), angles.sin()
+
+    if kind == "attention_with_lse":
+        if draw.random() < 0.3:
+            options["q_offset"] = draw.randrange(kv_len)
+        return "attention_with_lse", (q, k, v, mask), options
+    if kind == "rope":
+        options["q_offset"] = draw.randrange(max(kv_len - qo_len, 0) + 1)
+        if qo_len > kv_len:
+            q, options["q_offset"] = q[:, :, :1], 0
+            mask = None
+        return "rope_attention_with_lse", (q, k, v, *tables(kv_len), mask), options
+    new_k, new_v = rand(batch, kv_heads, qo_len, dim), rand(batch, kv_heads, qo_len, dim_vo)
+    at = [[(draw.randrange(kv_len) + i) % kv_len for i in range(qo_len)] for _ in range(batch)]
+    if qo_len > kv_len:
+        q, new_k, new_v, mask, at = q[:, :, :1], new_k[:, :, :1], new_v[:, :, :1], None, [row[:1] for row in at]
+    at = [row if len(set(row)) == len(row) else list(range(len(row))) for row in at]  # a slot is written once
+    positions = torch.tensor(at, device=device, dtype=draw.choice([torch.int32, torch.int64]))
+    if kind == "append":
+        return "append_attention", (q, new_k, new_v, k, v, positions, mask), options
+    return "rope_append_attention", (q, new_k, new_v, *tables(q.shape[2]), k, v, positions, mask), options
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(60))
+def test_random_call(seed, device):
+    op, args, kwargs = _call(seed, device)
+    assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"seed {seed}"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_ragged_batch(dtype, device):
+    """Entries of very different lengths in one call, some of them empty."""
+    lengths = torch.tensor([0, 1, 700, 64, 0, 333, 65, 0], device=device)
+    q = torch.randn(len(lengths), 4, 1, 128, device=device).to(dtype)
+    k, v = (torch.randn(len(lengths), 2, 704, 128, device=device).to(dtype) for _ in range(2))
+    mask = torch.arange(704, device=device) < lengths.view(-1, 1, 1, 1)
+    assert_op_matches_reference(SPECS["attention_with_lse"], Sample((q, k, v, mask), name="ragged"))
