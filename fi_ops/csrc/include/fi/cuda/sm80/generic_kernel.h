@@ -92,7 +92,7 @@ class GenericBlock {
         smem.k[d * kPitch + r] = inside && reads(first + r) ? to_float(key_row(first + r)[depth + d]) : 0.0f;
       }
       __syncthreads();
-#pragma unroll 8
+#pragma unroll 4
       for (int d = 0; d < kDepth; ++d) multiply_add(s, smem.q + d * kPitch + y4, smem.k + d * kPitch + x4);
     }
     to_logits(s, first, open);
@@ -182,7 +182,7 @@ class GenericBlock {
 #pragma unroll
     for (int n = 0; n < kParts; ++n) {  // a constant index keeps o in registers
       if (n != part) continue;
-#pragma unroll 8
+#pragma unroll 4
       for (int j = 0; j < kKeys; ++j)
         multiply_add(o[n], smem.weights + j * kPitch + y4, smem.k + j * kPitch + x4);
     }
