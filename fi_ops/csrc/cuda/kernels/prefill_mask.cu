@@ -12,8 +12,7 @@ constexpr int kBatch = 8;  // rows whose values are loaded together
 struct ScanArgs {
   AttentionParams p;
   MaskTiles m;
-  int64_t num_rows;
-  int group;
+  unsigned num_rows, group;
 };
 
 // A thread block takes one chunk of tiles of one block of rows, a warp a tile at a time, a lane the keys that
@@ -30,8 +29,8 @@ __global__ void __launch_bounds__(32 * kWarps) scan_kernel(const __grid_constant
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t chunk = blockIdx.x % m.num_chunks, list = blockIdx.x / m.num_chunks;
   const int64_t block_index = list % m.num_blocks, heads = list / m.num_blocks;
-  const BlockOfRows block{heads / m.list_heads, heads % m.list_heads, block_index * m.block_rows,
-                          args.num_rows, args.group};
+  const BlockOfRows block{static_cast<int>(heads / m.list_heads), static_cast<int>(heads % m.list_heads),
+                          static_cast<unsigned>(block_index * m.block_rows), args.num_rows, args.group};
   for (int r = threadIdx.x; r < m.block_rows; r += 32 * kWarps) {
     // A row for which another one stands sees nothing here.
     smem.keys[r] = block.has(r) && masked_like(p, block, r) == r
@@ -113,12 +112,12 @@ MaskTiles classify_mask(const AttentionParams& p, const Gpu& gpu, int block_rows
   };
   ScanArgs args{};
   args.p = p;
-  args.group = static_cast<int>(p.num_qo_heads / p.num_kv_heads);
-  args.num_rows = args.group * p.qo_len;
+  args.group = static_cast<unsigned>(p.num_qo_heads / p.num_kv_heads);
+  args.num_rows = args.group * static_cast<unsigned>(p.qo_len);
   MaskTiles& m = args.m;
   m.block_rows = block_rows;
   m.tile = tile;
-  m.num_blocks = (args.num_rows + block_rows - 1) / block_rows;
+  m.num_blocks = (int64_t(args.num_rows) + block_rows - 1) / block_rows;
   m.num_tiles = (p.kv_len + tile - 1) / tile;
   m.num_chunks = (m.num_tiles + MaskTiles::kChunk - 1) / MaskTiles::kChunk;
   m.list_batches = static_cast<int>(p.mask_stride_b == 0 && !p.positions.data ? 1 : p.batch);

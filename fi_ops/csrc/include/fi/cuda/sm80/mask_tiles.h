@@ -42,18 +42,18 @@ struct MaskTiles {
 };
 
 // The row of a block that stands for row r: the first with the same mask values and the same keys.
-FI_DEVICE_INLINE int64_t masked_like(const AttentionParams& p, const BlockOfRows& block, int64_t r) {
+FI_DEVICE_INLINE int masked_like(const AttentionParams& p, const BlockOfRows& block, int r) {
   const bool same_queries = p.mask_stride_q == 0 && !p.causal && p.window_left < 0;
-  if (same_queries) return p.mask_stride_h == 0 ? 0 : r % block.group;
+  if (same_queries) return p.mask_stride_h == 0 ? 0 : r % static_cast<int>(block.group);
   if (p.mask_stride_h != 0) return r;
-  const int64_t first = block.query(r) * block.group - block.row_begin;
+  const int first = block.query(r) * static_cast<int>(block.group) - static_cast<int>(block.row_begin);
   return first < 0 ? 0 : first;
 }
 
 // Whether row r of a block sees an ordinary value somewhere, or nothing at all: where this holds for all rows
 // kNegligible is kDead.
 FI_DEVICE_INLINE bool can_drop_negligible(const AttentionParams& p, const MaskTiles& m,
-                                          const BlockOfRows& block, int64_t block_index, int64_t r) {
+                                          const BlockOfRows& block, int64_t block_index, int r) {
   if (m.row_flags == nullptr || r >= m.block_rows || !block.has(r)) return true;
   const uint8_t* flags = m.row_flags +
                          m.list_of(block.b, block.kv_head, block_index) * m.num_chunks * m.block_rows +
