@@ -92,8 +92,7 @@ void prefill(const AttentionParams& p, const Gpu& gpu) {
       s.state = static_cast<float*>(p.scratch.allocate(p.scratch.context, rows * 2 * sizeof(float)));
     }
   }
-  p.dtype == DType::bf16 ? run<bf16>(args, gpu, block_rows, dims)
-                         : run<f16>(args, gpu, block_rows, dims);
+  p.dtype == DType::bf16 ? run<bf16>(args, gpu, block_rows, dims) : run<f16>(args, gpu, block_rows, dims);
   if (args.partials.parts > 1) combine(p, args.partials, gpu);
 }
 

@@ -85,7 +85,10 @@ __global__ void __launch_bounds__(32 * kWarps) scan_kernel(const __grid_constant
     ordinary = __any_sync(kAllLanes, ordinary);
     closed = __any_sync(kAllLanes, closed);
     if (lane == 0)
-      m.classes[list * m.num_tiles + tile] = !live ? kDead : !ordinary ? kNegligible : closed ? kPartial : kOpen;
+      m.classes[list * m.num_tiles + tile] = !live       ? kDead
+                                             : !ordinary ? kNegligible
+                                             : closed    ? kPartial
+                                                         : kOpen;
   }
   if (m.row_flags == nullptr) return;
   __syncthreads();

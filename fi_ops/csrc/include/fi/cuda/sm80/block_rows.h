@@ -33,9 +33,9 @@ FI_DEVICE_INLINE KeyRange allowed_keys(const AttentionParams& p, int64_t positio
 
 // What the kernels ask about one row; kept in shared memory.
 struct Row {
-  int begin, end;   // its keys
-  float position;   // for ALiBi
-  float slope;      // of ALiBi, base 2; 0: none
+  int begin, end;  // its keys
+  float position;  // for ALiBi
+  float slope;     // of ALiBi, base 2; 0: none
 };
 
 struct BlockRange {

@@ -1,5 +1,5 @@
-// Attention on CUDA cores, in fp32 throughout: for fp32 inputs, and for shapes and strides of 16-bit ones that
-// the tensor-core kernels don't take.
+// Attention on CUDA cores, in fp32 throughout: for fp32 inputs, and for shapes and strides of 16-bit ones
+// that the tensor-core kernels don't take.
 //
 // 256 threads, 64 rows x 64 keys: thread (y, x) of a 16 x 16 grid has rows 4y .. and keys 4x .. of the
 // products, the same rows and columns 4x .. of each 64 columns of the output. Operands pass through shared
@@ -58,8 +58,8 @@ class GenericBlock {
     }
     const uint8_t* classes = nullptr;
     if (args.mask.classes)
-      classes = args.mask.classes +
-                args.mask.list_of(block.b, block.kv_head, block_index) * args.mask.num_tiles;
+      classes =
+          args.mask.classes + args.mask.list_of(block.b, block.kv_head, block_index) * args.mask.num_tiles;
     TileWalk<true> walk(classes, range.begin / kKeys, (range.end + kKeys - 1) / kKeys, range.flag);
     bool open;
     for (int tile = walk.next(open); tile >= 0; tile = walk.next(open)) attend_tile(tile * kKeys, open);
@@ -192,8 +192,7 @@ class GenericBlock {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int lanes = 8; lanes > 0; lanes /= 2)
-        row_sum[i] += __shfl_xor_sync(kAllLanes, row_sum[i], lanes);
+      for (int lanes = 8; lanes > 0; lanes /= 2) row_sum[i] += __shfl_xor_sync(kAllLanes, row_sum[i], lanes);
       const int r = y4 + i;
       if (!block.has(r)) continue;
       const int h = block.head(r), n = block.query(r);

@@ -1,7 +1,7 @@
 // Attention for many rows on mma.sync (sm_80 and later): FlashAttention-2's loop.
 //
-// A thread block of four warps takes kRows rows of one KV head (see block_rows.h), each warp 16 or 32 of them,
-// and walks the live tiles of KV from the last one back, so that the masked tiles of a causal call come
+// A thread block of four warps takes kRows rows of one KV head (see block_rows.h), each warp 16 or 32 of
+// them, and walks the live tiles of KV from the last one back, so that the masked tiles of a causal call come
 // first. K and V are double-buffered with cp.async: one barrier a tile.
 #pragma once
 
@@ -70,8 +70,7 @@ class PrefillBlock {
     key = static_cast<const T*>(p.key) + block.b * p.k_stride_b + block.kv_head * p.k_stride_h;
     value = static_cast<const T*>(p.value) + block.b * p.v_stride_b + block.kv_head * p.v_stride_h;
     load_queries(block);
-    const bool drop =
-        !C::kVariants || can_drop_negligible(p, args.mask, block, place.block, threadIdx.x);
+    const bool drop = !C::kVariants || can_drop_negligible(p, args.mask, block, place.block, threadIdx.x);
     const BlockRange range = load_rows<C::kRows, C::kThreads>(p, block, smem.rows, drop, smem.partial);
     if (threadIdx.x == 0) {
       smem.block = block;
@@ -128,11 +127,14 @@ class PrefillBlock {
     }
   }
 
-  // The row of the block that accumulators m, `half` belong to, and the tile's key that element e of tile n is.
+  // The row of the block that accumulators m, `half` belong to, and the tile's key that element e of tile n
+  // is.
   FI_DEVICE_INLINE int row_of(int m, int half) const {
     return warp_row + 16 * m + static_cast<int>(threadIdx.x % 32 / 4) + 8 * half;
   }
-  FI_DEVICE_INLINE int key_of(int n, int e) const { return 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e; }
+  FI_DEVICE_INLINE int key_of(int n, int e) const {
+    return 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e;
+  }
 
   FI_DEVICE_INLINE void attend_tile(int tile, bool open, int stage) {
     const int first = tile * C::kKeys;
@@ -141,8 +143,7 @@ class PrefillBlock {
     float scale2 = p.scale * kLog2e;
     if constexpr (C::kVariants) {
       apply_variants(s, first);
-      if (!open)
-        with_mask_type(p.mask_dtype, [&](auto* type) { apply_mask(s, first, type); });
+      if (!open) with_mask_type(p.mask_dtype, [&](auto* type) { apply_mask(s, first, type); });
       scale2 = 1.0f;
     }
     if (first < smem.range.open_begin || first + C::kKeys > smem.range.open_end) exclude_keys(s, first);

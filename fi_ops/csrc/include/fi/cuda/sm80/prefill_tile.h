@@ -14,8 +14,8 @@ FI_DEVICE_INLINE int tile_offset(int row, int chunk) {
   return row * kDim + (chunk ^ (row & 7)) * 8;
 }
 
-// Which 16 bytes of a tile a thread copies: eight lanes a row and panel of 64 columns, so that the next rows and panels
-// are at constant distances in shared memory.
+// Which 16 bytes of a tile a thread copies: eight lanes a row and panel of 64 columns, so that the next rows
+// and panels are at constant distances in shared memory.
 template <int kDim, int kThreads>
 struct CopyShare {
   static constexpr int kPanels = kDim / 64, kStep = kThreads / 8;
@@ -58,7 +58,8 @@ FI_DEVICE_INLINE void load_tile(T* tile, const T* head, int64_t stride, int firs
   }
 }
 
-// s[m][n] = rows [row, row + 16 * kM) of q times the kKeys rows of k, transposed: accumulators of 16 x 8 each.
+// s[m][n] = rows [row, row + 16 * kM) of q times the kKeys rows of k, transposed: accumulators of 16 x 8
+// each.
 template <int kDim, int kM, int kKeys, class T>
 FI_DEVICE_INLINE void multiply_keys(float (&s)[kM][kKeys / 8][4], const T* q, int row, const T* k) {
   const int lane = threadIdx.x % 32;
@@ -97,7 +98,7 @@ FI_DEVICE_INLINE void add_values(float (&o)[kM][kDim / 8][4], const float (&weig
     uint32_t a[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      const float(&left)[4] = weights[m][2 * n], (&right)[4] = weights[m][2 * n + 1];
+      const float (&left)[4] = weights[m][2 * n], (&right)[4] = weights[m][2 * n + 1];
       a[m][0] = pack2<T>(left[0], left[1]);
       a[m][1] = pack2<T>(left[2], left[3]);
       a[m][2] = pack2<T>(right[0], right[1]);
