@@ -21,12 +21,30 @@ constexpr int64_t kCachedBytes = 24 << 20;
 constexpr int64_t kMinTiles = 4;
 constexpr int64_t kMaxParts = 64;
 
+// The padded head dims that there are kernels for.
+struct Dims {
+  int qk, vo;
+};
+
+Dims padded_dims(int64_t qk, int64_t vo) {
+  if (qk <= 64 && vo <= 64) return {64, 64};
+  if (qk <= 128 && vo <= 128) return {128, 128};
+  if (qk <= 192 && vo <= 128) return {192, 128};
+  return {256, 256};
+}
+
 template <class T>
-void run(const PrefillArgs& args, const Gpu& gpu, int block_rows, int64_t qk, int64_t vo) {
-  if (qk <= 64 && vo <= 64) return run_prefill<T, 64, 64>(args, gpu, block_rows);
-  if (qk <= 128 && vo <= 128) return run_prefill<T, 128, 128>(args, gpu, block_rows);
-  if (qk <= 192 && vo <= 128) return run_prefill<T, 192, 128>(args, gpu, block_rows);
-  run_prefill<T, 256, 256>(args, gpu, block_rows);
+void run(const PrefillArgs& args, const Gpu& gpu, int block_rows, Dims dims) {
+  switch (dims.qk) {
+    case 64:
+      return run_prefill<T, 64, 64>(args, gpu, block_rows);
+    case 128:
+      return run_prefill<T, 128, 128>(args, gpu, block_rows);
+    case 192:
+      return run_prefill<T, 192, 128>(args, gpu, block_rows);
+    default:
+      return run_prefill<T, 256, 256>(args, gpu, block_rows);
+  }
 }
 
 }  // namespace
@@ -44,13 +62,13 @@ bool prefill_supports(const AttentionParams& p) {
 void prefill(const AttentionParams& p, const Gpu& gpu) {
   PrefillArgs args{};
   args.p = p;
-  args.group = static_cast<int>(p.num_qo_heads / p.num_kv_heads);
-  args.num_rows = args.group * p.qo_len;
+  args.group = static_cast<unsigned>(p.num_qo_heads / p.num_kv_heads);
+  args.num_rows = args.group * static_cast<unsigned>(p.qo_len);
   args.heads = static_cast<unsigned>(p.batch * p.num_kv_heads);
-  const bool wide = p.head_dim_qk > 192 || p.head_dim_vo > 128;
+  const Dims dims = padded_dims(p.head_dim_qk, p.head_dim_vo);
   const bool small = args.num_rows <= 64 || args.heads * ceil_div(args.num_rows, 128) < gpu.num_sms;
-  const int block_rows = wide || small ? 64 : 128;
-  const int keys = prefill_keys(wide ? 256 : static_cast<int>(p.head_dim_qk));
+  const int block_rows = dims.vo > 128 || small ? 64 : 128;
+  const int keys = prefill_keys(dims.qk, block_rows, needs_variants(p));
   args.num_blocks = static_cast<unsigned>(ceil_div(args.num_rows, block_rows));
   const int64_t head_bytes = p.kv_len * (p.head_dim_qk + p.head_dim_vo) * size_of(p.dtype);
   const int64_t cached = kCachedBytes / (head_bytes > 0 ? head_bytes : 1);
@@ -66,9 +84,7 @@ void prefill(const AttentionParams& p, const Gpu& gpu) {
     if (parts > 1) {
       Partials& s = args.partials;
       s.parts = static_cast<int>(parts);
-      s.width = ceil_div(p.head_dim_vo, 64) * 64;
-      if (wide) s.width = 256;
-      if (!wide && (p.head_dim_qk > 64 || p.head_dim_vo > 64)) s.width = 128;
+      s.width = dims.vo;
       s.heads = args.heads;
       s.num_rows = args.num_rows;
       const int64_t rows = parts * s.heads * s.num_rows;
@@ -76,8 +92,7 @@ void prefill(const AttentionParams& p, const Gpu& gpu) {
       s.state = static_cast<float*>(p.scratch.allocate(p.scratch.context, rows * 2 * sizeof(float)));
     }
   }
-  p.dtype == DType::bf16 ? run<bf16>(args, gpu, block_rows, p.head_dim_qk, p.head_dim_vo)
-                         : run<f16>(args, gpu, block_rows, p.head_dim_qk, p.head_dim_vo);
+  p.dtype == DType::bf16 ? run<bf16>(args, gpu, block_rows, dims) : run<f16>(args, gpu, block_rows, dims);
   if (args.partials.parts > 1) combine(p, args.partials, gpu);
 }
 

@@ -33,9 +33,9 @@ FI_DEVICE_INLINE KeyRange allowed_keys(const AttentionParams& p, int64_t positio
 
 // What the kernels ask about one row; kept in shared memory.
 struct Row {
-  int begin, end;   // its keys
-  float position;   // for ALiBi
-  float slope;      // of ALiBi, base 2; 0: none
+  int begin, end;  // its keys
+  float position;  // for ALiBi
+  float slope;     // of ALiBi, base 2; 0: none
 };
 
 struct BlockRange {
@@ -46,12 +46,14 @@ struct BlockRange {
 
 // Coordinates of a block of rows: rows [row_begin, row_begin + its size) of a KV head, `num_rows` in all.
 struct BlockOfRows {
-  int64_t b, kv_head, row_begin, num_rows;
-  int group;
+  int b, kv_head;
+  unsigned row_begin, num_rows, group;
 
-  FI_DEVICE_INLINE int64_t query(int64_t r) const { return (row_begin + r) / group; }
-  FI_DEVICE_INLINE int64_t head(int64_t r) const { return kv_head * group + (row_begin + r) % group; }
-  FI_DEVICE_INLINE bool has(int64_t r) const { return row_begin + r < num_rows; }
+  FI_DEVICE_INLINE int query(int r) const { return static_cast<int>((row_begin + r) / group); }
+  FI_DEVICE_INLINE int head(int r) const {
+    return kv_head * static_cast<int>(group) + static_cast<int>((row_begin + r) % group);
+  }
+  FI_DEVICE_INLINE bool has(int r) const { return row_begin + r < num_rows; }
 };
 
 // Fills rows[0, kRows) and returns what they have in common. `flag` is a property of row threadIdx.x.

@@ -1,5 +1,5 @@
-// Attention on CUDA cores, in fp32 throughout: for fp32 inputs, and for shapes and strides of 16-bit ones that
-// the tensor-core kernels don't take.
+// Attention on CUDA cores, in fp32 throughout: for fp32 inputs, and for shapes and strides of 16-bit ones
+// that the tensor-core kernels don't take.
 //
 // 256 threads, 64 rows x 64 keys: thread (y, x) of a 16 x 16 grid has rows 4y .. and keys 4x .. of the
 // products, the same rows and columns 4x .. of each 64 columns of the output. Operands pass through shared
@@ -15,9 +15,8 @@ namespace fi::cuda {
 struct GenericArgs {
   AttentionParams p;
   MaskTiles mask;
-  int64_t num_rows, num_blocks;
-  int group;
-  int64_t slices;  // of head_dim_vo, a thread block each
+  unsigned num_rows, num_blocks, group;
+  unsigned slices;  // of head_dim_vo, a thread block each
 };
 
 // kParts: 64 columns of the output each.
@@ -36,12 +35,13 @@ class GenericBlock {
   };
 
   FI_DEVICE_INLINE GenericBlock(const GenericArgs& args, Smem& smem) : args(args), p(args.p), smem(smem) {
-    int64_t at = blockIdx.x;
-    first_column = at % args.slices * (64 * kParts);
-    at /= args.slices;
-    const int64_t heads = p.batch * p.num_kv_heads, head = at % heads;
+    const unsigned kv_heads = static_cast<unsigned>(p.num_kv_heads);
+    const unsigned heads = static_cast<unsigned>(p.batch) * kv_heads;
+    const unsigned at = blockIdx.x / args.slices, head = at % heads;
+    first_column = blockIdx.x % args.slices * (64 * kParts);
     block_index = args.num_blocks - 1 - at / heads;  // the long blocks of a causal call first
-    block = {head / p.num_kv_heads, head % p.num_kv_heads, block_index * kRows, args.num_rows, args.group};
+    block = {static_cast<int>(head / kv_heads), static_cast<int>(head % kv_heads), block_index * kRows,
+             args.num_rows, args.group};
     x4 = threadIdx.x % 16 * 4;
     y4 = threadIdx.x / 16 * 4;
   }
@@ -58,8 +58,8 @@ class GenericBlock {
     }
     const uint8_t* classes = nullptr;
     if (args.mask.classes)
-      classes = args.mask.classes +
-                args.mask.list_of(block.b, block.kv_head, block_index) * args.mask.num_tiles;
+      classes =
+          args.mask.classes + args.mask.list_of(block.b, block.kv_head, block_index) * args.mask.num_tiles;
     TileWalk<true> walk(classes, range.begin / kKeys, (range.end + kKeys - 1) / kKeys, range.flag);
     bool open;
     for (int tile = walk.next(open); tile >= 0; tile = walk.next(open)) attend_tile(tile * kKeys, open);
@@ -92,7 +92,7 @@ class GenericBlock {
         smem.k[d * kPitch + r] = inside && reads(first + r) ? to_float(key_row(first + r)[depth + d]) : 0.0f;
       }
       __syncthreads();
-#pragma unroll 8
+#pragma unroll 4
       for (int d = 0; d < kDepth; ++d) multiply_add(s, smem.q + d * kPitch + y4, smem.k + d * kPitch + x4);
     }
     to_logits(s, first, open);
@@ -182,7 +182,7 @@ class GenericBlock {
 #pragma unroll
     for (int n = 0; n < kParts; ++n) {  // a constant index keeps o in registers
       if (n != part) continue;
-#pragma unroll 8
+#pragma unroll 4
       for (int j = 0; j < kKeys; ++j)
         multiply_add(o[n], smem.weights + j * kPitch + y4, smem.k + j * kPitch + x4);
     }
@@ -192,11 +192,10 @@ class GenericBlock {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int lanes = 8; lanes > 0; lanes /= 2)
-        row_sum[i] += __shfl_xor_sync(kAllLanes, row_sum[i], lanes);
+      for (int lanes = 8; lanes > 0; lanes /= 2) row_sum[i] += __shfl_xor_sync(kAllLanes, row_sum[i], lanes);
       const int r = y4 + i;
       if (!block.has(r)) continue;
-      const int64_t h = block.head(r), n = block.query(r);
+      const int h = block.head(r), n = block.query(r);
       const RowResult result = finish_row(p, h, row_max[i], row_sum[i]);
       T* out = static_cast<T*>(p.out) + block.b * p.o_stride_b + h * p.o_stride_h + n * p.o_stride_n;
 #pragma unroll
@@ -217,7 +216,8 @@ class GenericBlock {
   Smem& smem;
   BlockOfRows block;
   BlockRange range;
-  int64_t block_index, first_column;
+  unsigned block_index;
+  int64_t first_column;
   int x4, y4;
   float o[kParts][4][4], row_max[4], row_sum[4];
 };
@@ -231,9 +231,10 @@ __global__ void __launch_bounds__(256) generic_kernel(const __grid_constant__ Ge
 template <class T, int kParts>
 void launch_generic(GenericArgs args, const Gpu& gpu) {
   const int64_t columns = 64 * kParts;
-  args.slices = args.p.head_dim_vo > columns ? (args.p.head_dim_vo + columns - 1) / columns : 1;
-  const int64_t blocks = args.num_blocks * args.p.batch * args.p.num_kv_heads * args.slices;
-  launch(gpu, generic_kernel<T, kParts>, dim3(static_cast<unsigned>(blocks)), dim3(256),
+  const int64_t slices = (args.p.head_dim_vo + columns - 1) / columns;
+  args.slices = static_cast<unsigned>(slices > 1 ? slices : 1);
+  const unsigned heads = static_cast<unsigned>(args.p.batch * args.p.num_kv_heads);
+  launch(gpu, generic_kernel<T, kParts>, dim3(args.num_blocks * heads * args.slices), dim3(256),
          sizeof(typename GenericBlock<T, kParts>::Smem), args);
 }
 

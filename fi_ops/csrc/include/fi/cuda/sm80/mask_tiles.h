@@ -27,37 +27,61 @@ enum RowFlag : uint8_t { kSeesAny = 1, kSeesOrdinary = 2 };
 
 struct MaskTiles {
   uint8_t* classes = nullptr;  // [list_batches][list_heads][num_blocks][num_tiles]; null: no mask
-  // What the rows of a block see in each chunk of tiles (additive masks only):
+  // What the distinct rows of a block see in each chunk of tiles (additive masks only):
   // [list_batches][list_heads][num_blocks][num_chunks][block_rows]
   uint8_t* row_flags = nullptr;
   int64_t num_blocks, num_tiles, num_chunks;
   int list_batches, list_heads;  // 1 where the mask is the same for all of them
   int block_rows, tile;
 
-  static constexpr int kChunk = 32;  // tiles a thread block of the scan takes
+  static constexpr int kChunk = 16;  // tiles a thread block of the scan takes
 
   FI_DEVICE_INLINE int64_t list_of(int64_t b, int64_t kv_head, int64_t block) const {
     return ((list_batches == 1 ? 0 : b) * list_heads + (list_heads == 1 ? 0 : kv_head)) * num_blocks + block;
   }
 };
 
-// The row of a block that stands for row r: the first with the same mask values and the same keys.
-FI_DEVICE_INLINE int64_t masked_like(const AttentionParams& p, const BlockOfRows& block, int64_t r) {
-  const bool same_queries = p.mask_stride_q == 0 && !p.causal && p.window_left < 0;
-  if (same_queries) return p.mask_stride_h == 0 ? 0 : r % block.group;
-  if (p.mask_stride_h != 0) return r;
-  const int64_t first = block.query(r) * block.group - block.row_begin;
-  return first < 0 ? 0 : first;
-}
+// The rows of a block whose mask values differ, or whose keys do: every other row is like one of them.
+class DistinctRows {
+ public:
+  FI_DEVICE_INLINE DistinctRows(const AttentionParams& p, const BlockOfRows& block, int block_rows)
+      : block_(block),
+        one_query_(p.mask_stride_q == 0 && !p.causal && p.window_left < 0),
+        one_head_(p.mask_stride_h == 0) {
+    const int rows = min(block_rows, static_cast<int>(block.num_rows - block.row_begin));
+    const int queries = block.query(rows - 1) - block.query(0) + 1;
+    count_ = !one_query_ ? (one_head_ ? queries : rows)
+                         : (one_head_ ? 1 : min(rows, static_cast<int>(block.group)));
+  }
+
+  FI_DEVICE_INLINE int count() const { return count_; }
+  FI_DEVICE_INLINE int row(int n) const {
+    return one_query_ || !one_head_ ? n : first_of(block_.query(0) + n);
+  }
+  FI_DEVICE_INLINE int index_of(int r) const {
+    if (one_query_) return one_head_ ? 0 : r % static_cast<int>(block_.group);
+    return one_head_ ? block_.query(r) - block_.query(0) : r;
+  }
+
+ private:
+  FI_DEVICE_INLINE int first_of(int query) const {
+    const int r = query * static_cast<int>(block_.group) - static_cast<int>(block_.row_begin);
+    return r < 0 ? 0 : r;
+  }
+
+  const BlockOfRows& block_;
+  bool one_query_, one_head_;
+  int count_;
+};
 
 // Whether row r of a block sees an ordinary value somewhere, or nothing at all: where this holds for all rows
 // kNegligible is kDead.
 FI_DEVICE_INLINE bool can_drop_negligible(const AttentionParams& p, const MaskTiles& m,
-                                          const BlockOfRows& block, int64_t block_index, int64_t r) {
+                                          const BlockOfRows& block, int64_t block_index, int r) {
   if (m.row_flags == nullptr || r >= m.block_rows || !block.has(r)) return true;
   const uint8_t* flags = m.row_flags +
                          m.list_of(block.b, block.kv_head, block_index) * m.num_chunks * m.block_rows +
-                         masked_like(p, block, r);
+                         DistinctRows(p, block, m.block_rows).index_of(r);
   int seen = 0;
   for (int64_t c = 0; c < m.num_chunks; ++c) seen |= flags[c * m.block_rows];
   return seen != kSeesAny;

@@ -10,14 +10,14 @@ struct PrefillArgs {
   AttentionParams p;
   MaskTiles mask;
   Partials partials;
-  int64_t num_rows;     // of one KV head: group * qo_len
-  int group;            // query heads of a KV head
+  unsigned num_rows;    // of one KV head: group * qo_len
+  unsigned group;       // query heads of a KV head
   unsigned num_blocks;  // of rows, of one KV head
   unsigned heads;       // batch * num_kv_heads
   unsigned section;     // heads whose blocks run side by side: their K and V share the L2 cache
 
   struct Place {
-    int64_t head, block, part;
+    unsigned head, block, part;
   };
 
   unsigned num_thread_blocks() const { return num_blocks * heads * static_cast<unsigned>(partials.parts); }
@@ -31,6 +31,12 @@ struct PrefillArgs {
     const unsigned inside = at - begin * num_blocks;
     return {begin + inside % width, num_blocks - 1 - inside / width, part};
   }
+
+  FI_HD BlockOfRows rows_of(const Place& place, unsigned block_rows) const {
+    const unsigned kv_heads = static_cast<unsigned>(p.num_kv_heads);
+    return {static_cast<int>(place.head / kv_heads), static_cast<int>(place.head % kv_heads),
+            place.block * block_rows, num_rows, group};
+  }
 };
 
 // Whether more than a positive scale lies between a product and its logit.
@@ -38,8 +44,11 @@ inline bool needs_variants(const AttentionParams& p) {
   return p.mask != nullptr || p.logits_soft_cap > 0.0f || p.alibi_slopes || !(p.scale > 0.0f);
 }
 
-// Keys a tile: what two stages of K and V leave room for in the 99 KB of sm_86.
-constexpr int prefill_keys(int dim_qk) { return dim_qk > 128 ? 32 : 64; }
+// Keys a tile: what two stages of K and V leave room for in the 99 KB of sm_86, and a warp's logits in its
+// registers.
+constexpr int prefill_keys(int dim_qk, int block_rows, bool variants) {
+  return dim_qk > 128 || (dim_qk > 64 && block_rows > 64 && variants) ? 32 : 64;
+}
 
 // Launches the kernel for head dims padded to kDimQK and kDimVO; block_rows: 64 or, up to kDimQK 192, 128.
 template <class T, int kDimQK, int kDimVO>

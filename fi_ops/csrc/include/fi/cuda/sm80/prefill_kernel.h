@@ -1,7 +1,7 @@
 // Attention for many rows on mma.sync (sm_80 and later): FlashAttention-2's loop.
 //
-// A thread block of four warps takes kRows rows of one KV head (see block_rows.h), each warp 16 or 32 of them,
-// and walks the live tiles of KV from the last one back, so that the masked tiles of a causal call come
+// A thread block of four warps takes kRows rows of one KV head (see block_rows.h), each warp 16 or 32 of
+// them, and walks the live tiles of KV from the last one back, so that the masked tiles of a causal call come
 // first. K and V are double-buffered with cp.async: one barrier a tile.
 #pragma once
 
@@ -66,13 +66,11 @@ class PrefillBlock {
   // What the loop and its end ask about the block goes to shared memory: registers are short.
   FI_DEVICE_INLINE TileWalk<C::kVariants> begin() {
     const PrefillArgs::Place place = args.place(blockIdx.x);
-    const BlockOfRows block{place.head / p.num_kv_heads, place.head % p.num_kv_heads, place.block * C::kRows,
-                            args.num_rows, args.group};
+    const BlockOfRows block = args.rows_of(place, C::kRows);
     key = static_cast<const T*>(p.key) + block.b * p.k_stride_b + block.kv_head * p.k_stride_h;
     value = static_cast<const T*>(p.value) + block.b * p.v_stride_b + block.kv_head * p.v_stride_h;
     load_queries(block);
-    const bool drop =
-        !C::kVariants || can_drop_negligible(p, args.mask, block, place.block, threadIdx.x);
+    const bool drop = !C::kVariants || can_drop_negligible(p, args.mask, block, place.block, threadIdx.x);
     const BlockRange range = load_rows<C::kRows, C::kThreads>(p, block, smem.rows, drop, smem.partial);
     if (threadIdx.x == 0) {
       smem.block = block;
@@ -94,16 +92,20 @@ class PrefillBlock {
   }
 
   FI_DEVICE_INLINE void load_queries(const BlockOfRows& block) {
-    constexpr int kChunks = C::kDimQK / 8;
+    using Share = CopyShare<C::kDimQK, C::kThreads>;
+    const Share share;
     const T* query = static_cast<const T*>(p.query) + block.b * p.q_stride_b;
-#pragma unroll 4
-    for (int n = 0; n < C::kRows * kChunks / C::kThreads; ++n) {
-      const int at = static_cast<int>(threadIdx.x) + n * C::kThreads;
-      const int r = at / kChunks, chunk = at % kChunks;
-      const bool valid = block.has(r) && chunk * 8 < p.head_dim_qk;
+#pragma unroll
+    for (int n = 0; n < C::kRows / Share::kStep; ++n) {
+      const int r = share.row + n * Share::kStep;
       const T* src = query;
-      if (valid) src += block.head(r) * p.q_stride_h + block.query(r) * p.q_stride_n + chunk * 8;
-      cp_async_16(smem.q + tile_offset<C::kDimQK>(r, chunk), src, valid);
+      if (block.has(r)) src += block.head(r) * p.q_stride_h + block.query(r) * p.q_stride_n;
+#pragma unroll
+      for (int panel = 0; panel < Share::kPanels; ++panel) {
+        const int d = share.chunk * 8 + panel * 64;
+        const bool valid = block.has(r) && d < p.head_dim_qk;
+        cp_async_16(smem.q + share.offset(n, panel), valid ? src + d : query, valid);
+      }
     }
   }
 
@@ -125,11 +127,14 @@ class PrefillBlock {
     }
   }
 
-  // The row of the block that accumulators m, `half` belong to, and the tile's key that element e of tile n is.
+  // The row of the block that accumulators m, `half` belong to, and the tile's key that element e of tile n
+  // is.
   FI_DEVICE_INLINE int row_of(int m, int half) const {
     return warp_row + 16 * m + static_cast<int>(threadIdx.x % 32 / 4) + 8 * half;
   }
-  FI_DEVICE_INLINE int key_of(int n, int e) const { return 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e; }
+  FI_DEVICE_INLINE int key_of(int n, int e) const {
+    return 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e;
+  }
 
   FI_DEVICE_INLINE void attend_tile(int tile, bool open, int stage) {
     const int first = tile * C::kKeys;
@@ -138,8 +143,7 @@ class PrefillBlock {
     float scale2 = p.scale * kLog2e;
     if constexpr (C::kVariants) {
       apply_variants(s, first);
-      if (!open)
-        with_mask_type(p.mask_dtype, [&](auto* type) { apply_mask(s, first, type); });
+      if (!open) with_mask_type(p.mask_dtype, [&](auto* type) { apply_mask(s, first, type); });
       scale2 = 1.0f;
     }
     if (first < smem.range.open_begin || first + C::kKeys > smem.range.open_end) exclude_keys(s, first);
@@ -364,14 +368,15 @@ void launch_prefill(const PrefillArgs& args, const Gpu& gpu) {
 
 template <class T, int kDimQK, int kDimVO>
 void run_prefill(const PrefillArgs& args, const Gpu& gpu, int block_rows) {
-  constexpr int kKeys = prefill_keys(kDimQK);
+  auto with = [&]<int kM, bool kVariants>() {
+    constexpr int kKeys = prefill_keys(kDimQK, 64 * kM, kVariants);
+    launch_prefill<PrefillConfig<T, kDimQK, kDimVO, kM, kKeys, kVariants>>(args, gpu);
+  };
   const bool variants = needs_variants(args.p);
   if (block_rows == 64) {
-    variants ? launch_prefill<PrefillConfig<T, kDimQK, kDimVO, 1, kKeys, true>>(args, gpu)
-             : launch_prefill<PrefillConfig<T, kDimQK, kDimVO, 1, kKeys, false>>(args, gpu);
+    variants ? with.template operator()<1, true>() : with.template operator()<1, false>();
   } else if constexpr (kDimQK < 256) {
-    variants ? launch_prefill<PrefillConfig<T, kDimQK, kDimVO, 2, kKeys, true>>(args, gpu)
-             : launch_prefill<PrefillConfig<T, kDimQK, kDimVO, 2, kKeys, false>>(args, gpu);
+    variants ? with.template operator()<2, true>() : with.template operator()<2, false>();
   }
 }
 
