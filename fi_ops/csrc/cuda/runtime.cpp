@@ -16,8 +16,8 @@ void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("fi_ops: CUDA error in ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Resolved at run time: a CPU-only torch, against which this library may be linked, has no libtorch_cuda. It is
-// asked for by name because torch loads it with local scope, where RTLD_DEFAULT does not look.
+// Resolved at run time: a CPU-only torch, against which this library may be linked, has no libtorch_cuda. It
+// is asked for by name because torch loads it with local scope, where RTLD_DEFAULT does not look.
 using CurrentStream = AOTITorchError (*)(int32_t, void**);
 CurrentStream current_stream_function() {
   static const auto function = [] {
@@ -50,9 +50,9 @@ int code_capability(int device) {
   if (card == 90) return 90;
 #endif
   if (card < 80)
-    throw std::runtime_error(
-        "fi_ops: the CUDA kernels need compute capability 8.0 or newer, got " + std::to_string(card / 10) + "." +
-        std::to_string(card % 10) + "; use stock torch or the CPU ops with this GPU");
+    throw std::runtime_error("fi_ops: the CUDA kernels need compute capability 8.0 or newer, got " +
+                             std::to_string(card / 10) + "." + std::to_string(card % 10) +
+                             "; use stock torch or the CPU ops with this GPU");
   return 80;
 }
 
