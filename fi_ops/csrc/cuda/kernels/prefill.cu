@@ -20,6 +20,7 @@ constexpr int64_t kCachedBytes = 24 << 20;
 // A part of a split block has at least this many tiles.
 constexpr int64_t kMinTiles = 4;
 constexpr int64_t kMaxParts = 64;
+constexpr int64_t kLongKeys = 1024;  // worth splitting
 
 // The padded head dims that there are kernels for.
 struct Dims {
@@ -66,7 +67,9 @@ void prefill(const AttentionParams& p, const Gpu& gpu) {
   args.num_rows = args.group * static_cast<unsigned>(p.qo_len);
   args.heads = static_cast<unsigned>(p.batch * p.num_kv_heads);
   const Dims dims = padded_dims(p.head_dim_qk, p.head_dim_vo);
-  const bool small = args.num_rows <= 64 || args.heads * ceil_div(args.num_rows, 128) < gpu.num_sms;
+  // Where blocks of 128 rows are too few for the SMs, the tiles are split, or if those are few too, the rows.
+  const bool few = args.heads * ceil_div(args.num_rows, 128) < gpu.num_sms;
+  const bool small = args.num_rows <= 64 || (few && p.kv_len < kLongKeys);
   const int block_rows = dims.vo > 128 || small ? 64 : 128;
   const int keys = prefill_keys(dims.qk, block_rows, needs_variants(p));
   args.num_blocks = static_cast<unsigned>(ceil_div(args.num_rows, block_rows));

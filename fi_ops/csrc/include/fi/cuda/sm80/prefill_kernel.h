@@ -23,7 +23,7 @@ struct PrefillConfig {
   static_assert(kDimQK >= kDimVO);  // the output takes the query's place in shared memory
 
   struct Smem {
-    alignas(1024) T q[kRows * kDimQK];
+    alignas(128) T q[kRows * kDimQK];
     T k[2][kKeys * kDimQK];
     T v[2][kKeys * kDimVO];
     Row rows[kRows];
