@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "binding/device.h"
+#include "binding/rope.h"
 #include "fi/attention.h"
 
 namespace fi::binding {
@@ -69,28 +70,6 @@ inline void check_numbers(const char* op, int64_t window_left, const std::option
            "scale must be a number, got nan; leave it out for 1/sqrt(head_dim)");
   FI_CHECK(op, soft_cap >= 0, "logits_soft_cap must be 0 (none) or more, got ", soft_cap,
            "; pass 0 for none");
-}
-
-// cos and sin [batch or 1, length, R or 2R], float32 or query's dtype.
-inline void check_cos_sin(const char* op, const Tensor& cos, const Tensor& sin, const Tensor& query,
-                          int64_t length, int64_t rotary_dim, const char* length_name) {
-  const int64_t batch = query.size(0), head_dim = query.size(3);
-  const int64_t rotated = rotary_dim ? rotary_dim : head_dim;
-  FI_CHECK(op, rotary_dim >= 0 && rotary_dim <= head_dim && rotated % 2 == 0,
-           "rotary_dim must be even and at most head_dim ", head_dim, ", got ", rotary_dim,
-           "; pass 0 for the whole head");
-  const int64_t pairs = rotated / 2;
-  for (const auto& [name, t] : {std::pair{"cos", &cos}, std::pair{"sin", &sin}}) {
-    check_same_device(op, name, *t, "query", query);
-    check_dtype(op, name, *t, float32_or(query));
-    check_last_dim_contiguous(op, name, *t);
-    const bool ok = t->dim() == 3 && (t->size(0) == 1 || t->size(0) == batch) && t->size(1) == length &&
-                    (t->size(2) == pairs || t->size(2) == 2 * pairs);
-    FI_CHECK(op, ok, name, " must be [1 or batch, ", length_name, ", R or 2R] = [1 or ", batch, ", ", length,
-             ", ", pairs, " or ", 2 * pairs, "], got ", shape_of(*t), "; check rotary_dim and the lengths");
-  }
-  check_same_dtype(op, "sin", sin, "cos", cos);
-  check_shape_of(op, "sin", sin, cos.sizes(), "cos's shape");
 }
 
 // ---- filling params ----
