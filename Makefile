@@ -1,8 +1,10 @@
 # Every target sets up what it needs: a virtual environment, the dependencies, the native library.
-# PYTHON chooses the interpreter, VENV the environment's folder, PYTEST_ARGS what pytest gets.
+# PYTHON chooses the interpreter, VENV the environment's folder, PYTEST_ARGS what pytest gets,
+# SUITE_ARGS what the GPU suite gets.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+SUITE_ARGS ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -28,6 +30,9 @@ demo: build                  ## the main job: a real checkpoint, stock torch.com
 
 test: build                  ## the whole suite on this machine
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-gpu: build              ## on a machine with a GPU: its tests, memcheck and racecheck (SUITE_ARGS: see bench/gpu_suite.py)
+	$(PY) bench/gpu_suite.py --stages tests,sanitize $(SUITE_ARGS)
 
 lint: $(VENV)/.lint-ready    ## ruff, types, C++ format
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

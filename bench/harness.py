@@ -113,6 +113,7 @@ def run(bench: str, cases: Iterable[Case], options: Options, report: Report) -> 
     for case in cases:
         checks = {id(candidate): _check(case, candidate, clock) for candidate in case.candidates}
         if options.warm:
+            print("\n".join(f"{c.name}: {checks[id(c)]}" for c in case.candidates), flush=True)
             continue
         rows = _timed(bench, case, checks, clock, options)
         report.rows += rows
