@@ -1,9 +1,11 @@
 # Every target sets up what it needs: a virtual environment, the dependencies, the native library.
-# PYTHON chooses the interpreter, VENV the environment's folder, PYTEST_ARGS what pytest gets, DEVICE whose library is built.
+# PYTHON chooses the interpreter, VENV the environment's folder, PYTEST_ARGS what pytest gets, DEVICE whose library is built,
+# SUITE_ARGS what the GPU suite gets.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEVICE ?= cpu
+SUITE_ARGS ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -30,9 +32,9 @@ demo: build                  ## the main job: a real checkpoint, stock torch.com
 test: build                  ## the whole suite; without a GPU, CUDA code is compiled (where nvcc is) and emulated
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-test-gpu: $(VENV)/.ready     ## what needs a GPU, several tests at once on it
+test-gpu: $(VENV)/.ready     ## on a machine with a GPU: its tests, memcheck and racecheck (SUITE_ARGS: see bench/gpu_suite.py)
 	$(PY) -m fi_ops.build --device all
-	$(PY) -m pytest -m gpu -n 8 $(PYTEST_ARGS)
+	$(PY) bench/gpu_suite.py --stages tests,sanitize $(SUITE_ARGS)
 
 lint: $(VENV)/.lint-ready    ## ruff, types, C++ format
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

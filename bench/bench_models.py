@@ -15,9 +15,11 @@ import copy
 import gc
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,15 +148,24 @@ def _compiled(subject: Any, token: torch.Tensor, ours: bool, device: str) -> Cal
         torch.compiler.cudagraph_mark_step_begin()
         return step(token)
 
+    how = "with fi_ops" if ours else "as it is"
     skips, began = _graph_skips(), time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fi_ops.enable")
-        with fi_ops.enabled() if ours else contextlib.nullcontext():
-            call()
-    print(f"  compiled {'with fi_ops' if ours else 'as it is'} in {time.perf_counter() - began:.0f} s", flush=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fi_ops.enable")
+            with fi_ops.enabled() if ours else contextlib.nullcontext():
+                call()
+    except Exception as error:  # a row of the table, and the other one is still timed
+        traceback.print_exc()
+        return partial(_raise, error)
+    print(f"  compiled {how} in {time.perf_counter() - began:.0f} s", flush=True)
     if _graph_skips() > skips:
-        print(f"  CUDA GRAPHS SKIPPED {'with fi_ops' if ours else 'as it is'}: see torch's message", flush=True)
+        print(f"  CUDA GRAPHS SKIPPED {how}: see torch's message", flush=True)
     return call
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _graph_skips() -> int:

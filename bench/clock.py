@@ -94,6 +94,8 @@ class CudaClock:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.stream(self.side_stream):
+            call()  # what libraries and compiled code keep for a stream is made now
+            torch.cuda.synchronize()
             graph.capture_begin(pool=self.pool)
             try:
                 for _ in range(count):

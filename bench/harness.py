@@ -6,7 +6,8 @@ candidate for about `turn` seconds (`clock.py` says how), so that drift of the m
 alike. Reported: the median over turns, the spread (half the distance between the quartiles), and the percentage of what
 this machine reached between the same turns for reading memory or multiplying matrices in torch, whichever bounds the job
 ("x floor" is its inverse). The best turn stands there too: on a machine that others use it says more than the median, and
-the header says how loaded it was. Ours is marked SLOWER where the best peer's median is lower by more than the spread.
+the header says how loaded it was. Ours is marked SLOWER where the best peer's median is lower by more than the spread (and
+by more than 1%: replays of a graph hardly spread at all).
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def run(bench: str, cases: Iterable[Case], options: Options, report: Report) -> 
     for case in cases:
         checks = {id(candidate): _check(case, candidate, clock) for candidate in case.candidates}
         if options.warm:
+            print("\n".join(f"{c.name}: {checks[id(c)]}" for c in case.candidates), flush=True)
             continue
         rows = _timed(bench, case, checks, clock, options)
         report.rows += rows
@@ -168,7 +170,7 @@ def _timed(bench: str, case: Case, checks: dict[int, str], clock: HostClock | Cu
                 peer = statistics.median(peers[best]) * 1e6
                 row.ratio = peer / row.median_us
                 behind = row.median_us - peer
-                if candidate.ours and behind > max(row.spread_us, _spread(peers[best]) * 1e6):
+                if candidate.ours and behind > max(row.spread_us, _spread(peers[best]) * 1e6, 0.01 * peer):
                     row.slower_than = best
         rows.append(row)
     return rows

@@ -49,11 +49,9 @@ def write_plots(report: Report, folder: Path) -> list[Path]:
 def _panel(axis, title: str, rows: list[Row]) -> None:
     for candidate in dict.fromkeys(row.candidate for row in rows):
         line = sorted((row.length, row.median_us) for row in rows if row.candidate == candidate)
-        ours = candidate.startswith("fi_ops")
+        ours = any(row.ours for row in rows if row.candidate == candidate)
         axis.plot(*zip(*line, strict=True), marker="o", markersize=4, linewidth=2.4 if ours else 1.2, label=candidate)
-    floor = sorted(
-        {(row.length, row.median_us * row.percent / 100) for row in rows if row.candidate.startswith("fi_ops")}
-    )
+    floor = sorted({(row.length, row.median_us * row.percent / 100) for row in rows if row.ours})
     axis.plot(*zip(*floor, strict=True), color="grey", linestyle=":", label="measured ceiling")
     axis.set(title=title, xlabel="length", ylabel="median us", xscale="log", yscale="log")
     axis.set_xscale("log", base=2)

@@ -10,7 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import __main__ as command_line
-from bench import harness
+from bench import harness, output, plot
+from bench.clock import HostClock
 
 
 @pytest.fixture(autouse=True)
@@ -26,16 +27,60 @@ def _small(monkeypatch):
         ["single_decode", "--length", "100", "--batch", "2"],
         ["single_prefill", "--length", "70"],
         ["ops"],
+        ["decline"],
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_bench(arguments, tmp_path, capsys):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bench(arguments, device, tmp_path, capsys):
     page, table = tmp_path / "page.md", tmp_path / "rows.csv"
     options = ["--quick", "--no-compile", "--turns", "1", "--turn", "0", "--markdown", str(page), "--csv", str(table)]
-    assert command_line.main([*arguments, *options]) == 0, capsys.readouterr().err
+    assert command_line.main([*arguments, "--device", device, *options]) == 0, capsys.readouterr().err
     rows = table.read_text().splitlines()
     assert rows[0].startswith("bench,case,candidate,check") and len(rows) > 2
     assert "| fi_ops |" in page.read_text()
+
+
+def test_plot(tmp_path):
+    """Time against length, in the folder and on the page; one clear line where matplotlib is missing."""
+    page, folder = tmp_path / "page.md", tmp_path / "plots"
+    report = output.Report(header=["A machine, 4 threads"], markdown=page)
+    for length, median in ((1024, 10.0), (4096, 35.0)):
+        for name in ("torch SDPA", "fi_ops"):
+            numbers = [median, median, 0.1, 1.0, 100.0, 10.0, 50.0]
+            report.rows.append(
+                output.Row(
+                    "single_decode", f"n={length}", name, "ok", *numbers, "read", series="B=1", length=length,
+                    ours=name == "fi_ops",
+                )
+            )  # fmt: skip
+    try:
+        plot.check_available()
+    except RuntimeError as error:
+        assert "pip install" in str(error)
+        pytest.skip("no matplotlib")
+    report.plots = plot.write_plots(report, folder)
+    report.save()
+    assert (folder / "single_decode.png").read_bytes().startswith(b"\x89PNG")
+    assert "![single_decode](plots/single_decode.png)" in page.read_text()
+
+
+@pytest.mark.parametrize(("ours", "marked"), [(1.2e-3, True), (1.005e-3, False), (0.8e-3, False)])
+def test_slower_than_stock_is_marked(ours, marked, monkeypatch, capsys):
+    """By more than the spread and 1%; the times are given, not measured."""
+    from bench import bench_sampling
+
+    times = {"stock": 1e-3, "other stock": 1.1e-3, "fi_ops": ours}
+
+    class GivenTimes(HostClock):
+        def prepare(self, candidate, seconds):
+            return lambda: times[candidate.name]
+
+    candidates = [harness.Candidate(name, lambda: None, ours=name == "fi_ops") for name in times]
+    monkeypatch.setattr(bench_sampling, "cases", lambda options: [harness.Case("a job", candidates)])
+    monkeypatch.setattr(harness, "clock_of", lambda device: GivenTimes())
+    assert command_line.main(["sampling", "--quick"]) == 0
+    assert ("slower than stock: sampling: a job" in capsys.readouterr().out) == marked
 
 
 def test_a_wrong_answer_is_reported(monkeypatch, capsys):
