@@ -200,7 +200,8 @@ def _cuda_graph_notes(graph_module: GraphModule, written: set[int], names: list[
         return []
     first = next(iter(arguments.values()))
     writers = [site for site in sites if any(names.index(cache) in arguments for cache in site.caches)]
-    whose = f", caches of {len(writers)} attention sites (first: {writers[0].line})" if writers else ""
+    more = f" and {len(writers) - 1} more sites" if len(writers) > 1 else ""
+    whose = f", the caches of attention at {writers[0].line}{more}" if writers else ""
     return [
         f"{len(arguments)} written tensors are arguments of the compiled graph (first: {first.target}){whose}; CUDA graphs "
         "(mode='reduce-overhead') skip such a graph: make them module buffers or call torch._dynamo.mark_static_address on them"

@@ -85,7 +85,7 @@ def recording() -> Iterator[list[GraphReport]]:
     try:
         yield reports
     finally:
-        _recorders.remove(reports)
+        _recorders[:] = [other for other in _recorders if other is not reports]  # two may be equal
 
 
 def warn_once(key: str, message: str) -> None:
