@@ -11,8 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def has_kernels(device: torch.device) -> bool:
     """The ops can run there. A graph on any other device is left as it is: rewritten, it would have nothing to run."""
-    available = getattr(_load, "available", lambda kind: kind == "cpu")
-    return available(device.type)
+    return _load.available(device.type)
 
 
 def device_key() -> str:
