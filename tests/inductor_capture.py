@@ -7,14 +7,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
+from torch.utils._pytree import tree_map_only
 
 from fi_ops.inductor.manager import switched
 from fi_ops.inductor.sites import GraphReport, Site, recording
+
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+"""For `pytest.mark.parametrize("device", DEVICES)`: the rewrites do not know the device."""
+
+
+def to_device(values: Any, device: str) -> Any:
+    """The tensors among `values` on another device, with their strides, and sharing storage where they did."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        moved = storages.setdefault(storage._cdata, storage.to(device=torch.device(device)))
+        result = torch.empty(0, dtype=tensor.dtype, device=device)
+        result.set_(moved, tensor.storage_offset(), tensor.size(), tensor.stride())
+        return result.requires_grad_(tensor.requires_grad)
+
+    return values if device == "cpu" else tree_map_only(torch.Tensor, move, values)
 
 
 @dataclass

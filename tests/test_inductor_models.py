@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from inductor_capture import Capture, call_target, compiled_for_capture
+from inductor_capture import DEVICES, Capture, call_target, compiled_for_capture
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 from gpt_fast_model import ModelArgs, Transformer, sample
@@ -40,17 +40,17 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def build(family: str, implementation: str = "sdpa"):
+def build(family: str, implementation: str = "sdpa", device: str = "cpu", **sizes):
     special = {
         "Qwen3": dict(head_dim=8),
         "Mistral": dict(head_dim=8, sliding_window=12),
         "Gemma2": dict(head_dim=8, sliding_window=12),
         "Glm": dict(head_dim=8),
     }
-    config = getattr(transformers, f"{family}Config")(**COMMON, **special.get(family, {}))
+    config = getattr(transformers, f"{family}Config")(**COMMON | special.get(family, {}) | sizes)
     config._attn_implementation = implementation
     torch.manual_seed(0)
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval().to(device)
 
 
 def new_cache(model, kind: str):
@@ -62,8 +62,8 @@ def new_cache(model, kind: str):
 def prefill_and_decode(model, forward, cache_kind: str, left_padding: bool, compile_prefill: bool, steps: int = 3):
     """Logits of a prefill of 5 tokens and of some decode steps, greedy."""
     cache = new_cache(model, cache_kind)
-    ids = torch.randint(1, 64, (2, 5), generator=torch.Generator().manual_seed(1))
-    keep = torch.ones(2, 5, dtype=torch.long)
+    ids = torch.randint(1, 64, (2, 5), generator=torch.Generator().manual_seed(1)).to(model.device)
+    keep = torch.ones(2, 5, dtype=torch.long, device=model.device)
     if left_padding:
         keep[0, :2] = 0
     logits = []
@@ -74,7 +74,7 @@ def prefill_and_decode(model, forward, cache_kind: str, left_padding: bool, comp
             output = run(ids, past_key_values=cache, **extra).logits
             logits.append(output)
             ids = output[:, -1:].argmax(-1)
-            keep = torch.cat((keep, torch.ones(2, 1, dtype=torch.long)), dim=1)
+            keep = torch.cat((keep, keep.new_ones(2, 1)), dim=1)
     return logits
 
 
@@ -96,24 +96,27 @@ def check_model(model, cache_kind, grades, *, dynamic=None, left_padding=False, 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral"])
-def test_static_cache_decode(family, implementation, dynamic):
-    check_model(build(family, implementation), "static", {FULL}, dynamic=dynamic)
+@pytest.mark.parametrize("device", DEVICES)
+def test_static_cache_decode(family, implementation, dynamic, device):
+    check_model(build(family, implementation, device), "static", {FULL}, dynamic=dynamic)
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral"])
-def test_dynamic_cache(family, implementation, dynamic):
+@pytest.mark.parametrize("device", DEVICES)
+def test_dynamic_cache(family, implementation, dynamic, device):
     """Keys are rotated before `torch.cat`: RoPE stays Inductor's. Prefill and decode are both compiled."""
-    check_model(build(family, implementation), "dynamic", {PLAIN}, dynamic=dynamic, compile_prefill=True)
+    check_model(build(family, implementation, device), "dynamic", {PLAIN}, dynamic=dynamic, compile_prefill=True)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("cache_kind", ["static", "dynamic"])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral"])
-def test_left_padding(family, cache_kind, implementation):
+@pytest.mark.parametrize("device", DEVICES)
+def test_left_padding(family, cache_kind, implementation, device):
     grades = {FULL} if cache_kind == "static" else {PLAIN}
-    check_model(build(family, implementation), cache_kind, grades, left_padding=True)
+    check_model(build(family, implementation, device), cache_kind, grades, left_padding=True)
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
@@ -136,12 +139,13 @@ def test_prefill_into_a_static_cache(family, implementation, dynamic):
     torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral"])
-def test_bfloat16_error_budget(family):
+def test_bfloat16_error_budget(family, device):
     """bf16 logits of prefill and decode are as near to fp64 as stock's are (twice its error, plus rounding)."""
-    model, precise = build(family).bfloat16(), build(family).double()
+    model, precise = build(family, device=device).bfloat16(), build(family, device=device).double()
     precise.load_state_dict(model.state_dict())
-    tokens = torch.randint(1, 64, (4, 2, 1), generator=torch.Generator().manual_seed(4))
+    tokens = torch.randint(1, 64, (4, 2, 1), generator=torch.Generator().manual_seed(4)).to(device)
 
     def logits(model, forward):
         cache = new_cache(model, "static")
@@ -170,6 +174,7 @@ def test_without_cache(implementation):
     assert result.grades() == [ROPE] * LAYERS
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("family", "implementation", "grades"),
     [
@@ -181,14 +186,15 @@ def test_without_cache(implementation):
         ("Qwen2", "sdpa", {FULL}),
     ],
 )
-def test_other_families(family, implementation, grades):
+def test_other_families(family, implementation, grades, device):
     """Soft cap, norms before RoPE, interleaved and partial RoPE."""
-    check_model(build(family, implementation), "static", grades)
+    check_model(build(family, implementation, device), "static", grades)
 
 
-def test_sliding_window_over_its_whole_life():
+@pytest.mark.parametrize("device", DEVICES)
+def test_sliding_window_over_its_whole_life(device):
     """Mistral's static cache compiles other graphs when it gets full and rolls: all keep the attention rewritten."""
-    model = build("Mistral")
+    model = build("Mistral", device=device)
     case = ("static", False, False)
     reference = prefill_and_decode(model, model.forward, *case, steps=14)
     result = Capture()
@@ -213,12 +219,13 @@ def test_training_step_is_left_alone():
 # ---- the gpt-fast style model of examples/ ----
 
 
-def gpt_fast(dtype=torch.float32, **options):
+def gpt_fast(dtype=torch.float32, device="cpu", **options):
     torch.manual_seed(0)
-    args = ModelArgs(n_layer=LAYERS, dim=64, n_head=4, n_kv_head=2, vocab_size=96, intermediate_size=96, **options)
+    sizes = dict(n_layer=LAYERS, dim=64, n_head=4, n_kv_head=2, vocab_size=96, intermediate_size=96)
+    args = ModelArgs(**sizes | options)
     model = Transformer(args).eval().to(dtype)
     model.setup_caches(max_batch_size=2, max_seq_length=32)
-    return model
+    return model.to(device)
 
 
 def clear(model):
@@ -229,19 +236,22 @@ def clear(model):
 
 def gpt_fast_logits(model, forward):
     clear(model)
-    ids = torch.randint(0, 96, (2, 6), generator=torch.Generator().manual_seed(2))
+    device = model.output.weight.device
+    ids = torch.randint(0, 96, (2, 6), generator=torch.Generator().manual_seed(2)).to(device)
+    positions = torch.arange(8, device=device)
     with torch.no_grad():
         return [
-            forward(ids, torch.arange(6)),
-            forward(ids[:, :1], torch.tensor([6])),
-            forward(ids[:, 1:2], torch.tensor([7])),
+            forward(ids, positions[:6]),
+            forward(ids[:, :1], positions[6:7].clone()),
+            forward(ids[:, 1:2], positions[7:].clone()),
         ]
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("gqa", ["repeat_interleave", "enable_gqa"])
-def test_gpt_fast(gqa, dynamic):
-    model, result = gpt_fast(gqa=gqa), Capture()
+@pytest.mark.parametrize("device", DEVICES)
+def test_gpt_fast(gqa, dynamic, device):
+    model, result = gpt_fast(device=device, gqa=gqa), Capture()
     reference = gpt_fast_logits(model, model)
     got = gpt_fast_logits(model, compiled_for_capture(model, result, dynamic=dynamic))
     assert set(result.grades()) == {FULL} and len(result.reports) == 2
@@ -258,10 +268,11 @@ def test_gpt_fast_tables_are_made_once():
     assert len({n.kwargs["cos"] for n in calls}) == len({n.kwargs["sin"] for n in calls}) == 1
 
 
-def test_gpt_fast_bfloat16_error_budget():
+@pytest.mark.parametrize("device", DEVICES)
+def test_gpt_fast_bfloat16_error_budget(device):
     """bf16 logits are as near to fp64 as stock's are (twice its error, plus rounding)."""
-    model = gpt_fast(torch.bfloat16)
-    precise = gpt_fast(torch.float64)
+    model = gpt_fast(torch.bfloat16, device)
+    precise = gpt_fast(torch.float64, device)
     precise.load_state_dict(model.state_dict())
     exact = gpt_fast_logits(precise, precise)
     stock = gpt_fast_logits(model, model)

@@ -8,7 +8,7 @@ import pytest
 import snippets
 import torch
 import torch._inductor.config
-from inductor_capture import capture
+from inductor_capture import DEVICES, capture, to_device
 from snippets import samplers
 from test_inductor_snippets import tensors
 
@@ -19,10 +19,11 @@ def sampler_pieces(result):
     return [site.pieces for site in result.sites if site.kind == "sampling" and site.grade]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("snippet", SAMPLERS, ids=lambda s: s.name)
-def test_snippet(snippet, dynamic):
-    inputs = snippet.inputs()
+def test_snippet(snippet, dynamic, device):
+    inputs = to_device(snippet.inputs(), device)
     expected = snippet.fn(*inputs)
     got = capture(snippet.fn, *inputs, dynamic=dynamic)
     assert not any("internal error" in r for r in got.reasons()), got.reasons()
@@ -47,8 +48,9 @@ def test_snippet(snippet, dynamic):
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_filters_taken_into_the_op(fn, pieces):
-    result = capture(fn, *samplers.logits())
+@pytest.mark.parametrize("device", DEVICES)
+def test_filters_taken_into_the_op(fn, pieces, device):
+    result = capture(fn, *to_device(samplers.logits(), device))
     assert sampler_pieces(result) == [pieces]
     heavy = ("aten.sort", "aten.topk", "aten.cumsum", "aten.exp.")
     left = [t for t in result.targets() if t.startswith(heavy)]
@@ -77,13 +79,14 @@ def test_fallback_random_is_honoured():
             assert "fallback_random" in result.reasons()[0]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fn", [samplers.gpt_fast, samplers.huggingface, samplers.top_p_descending])
-def test_distribution(fn):
+def test_distribution(fn, device):
     """Chi-square of 20,000 draws against the probabilities that the stock code computes, at a fixed seed.
 
     The threshold is the 1 - 1e-6 quantile for at most 9 degrees of freedom: a right sampler fails one seed in a million.
     """
-    draws, row = 20_000, torch.randn(1, 10)
+    draws, row = 20_000, torch.randn(1, 10).to(device)
     captured = {}
     original = torch.multinomial
 

@@ -8,7 +8,7 @@ import re
 import pytest
 import snippets
 import torch
-from inductor_capture import capture
+from inductor_capture import DEVICES, capture, to_device
 
 SNIPPETS = snippets.load()
 HEAD_DIM = 16
@@ -37,11 +37,12 @@ def in_double(inputs):
     return tuple(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", [s.name for s in GRADED])
-def test_snippet(name, dynamic):
+def test_snippet(name, dynamic, device):
     snippet = SNIPPETS[name]
-    inputs = snippet.inputs()
+    inputs = to_device(snippet.inputs(), device)
     before, plain_inputs, exact_inputs = copy.deepcopy(inputs), copy.deepcopy(inputs), in_double(copy.deepcopy(inputs))
     with torch.no_grad():
         plain = snippet.fn(*plain_inputs)
@@ -70,7 +71,8 @@ def test_snippet(name, dynamic):
     check_close(inputs, plain_inputs, exact_inputs)
 
 
-def test_left_alone_is_what_stock_compiles():
+@pytest.mark.parametrize("device", DEVICES)
+def test_left_alone_is_what_stock_compiles(device):
     """A graph in which nothing was rewritten is the graph of stock torch, node for node."""
     from inductor_capture import graph_text
 
@@ -78,6 +80,6 @@ def test_left_alone_is_what_stock_compiles():
         if snippet.grade != "" or "autocast" in snippet.reason:
             continue
         for dynamic in (False, True):
-            inputs = snippet.inputs()
+            inputs = to_device(snippet.inputs(), device)
             stock, ours = (capture(snippet.fn, *inputs, rewritten=r, dynamic=dynamic) for r in (False, True))
             assert graph_text(ours.graphs[0]) == graph_text(stock.graphs[0]), snippet.name

@@ -53,7 +53,9 @@ class Explanation:
                 lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         for kind in KINDS:
             if self.count(kind):
-                lines.append(f"{kind}: {self.count(kind, fused=True)} of {self.count(kind)} rewritten")
+                left = sum(site.kind == kind and site.stock_is_faster for site in self.sites)
+                stock = f", {left} left to stock, which is faster there" if left else ""
+                lines.append(f"{kind}: {self.count(kind, fused=True)} of {self.count(kind)} rewritten{stock}")
         if not rows:
             lines.append("no attention, RoPE or sampling site found")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
@@ -70,11 +72,13 @@ def explain(fn: Callable, *args, **kwargs) -> Explanation:
     """Compile `fn(*args, **kwargs)` for analysis only, print the table of its sites and return it."""
     explanation = Explanation()
     was_enabled = is_enabled()
-    target = _uncompiled(fn)
+    target, cuda_graphs = _uncompiled(fn), _cuda_graphs_of(fn)
     args, kwargs = _copied((args, kwargs))
     with recording() as reports, switched(True), _without_caches():
         compiled = torch.compile(
-            _with_own_code(target), backend=lambda gm, inputs: _analyse(gm, inputs, explanation), dynamic=None
+            _with_own_code(target),
+            backend=lambda gm, inputs: _analyse(gm, inputs, explanation, reports, cuda_graphs),
+            dynamic=None,
         )
         compiled(*args, **kwargs)
     explanation.graphs = reports
@@ -107,6 +111,14 @@ def _uncompiled(fn: Callable) -> Callable:
     return getattr(fn, "_torchdynamo_orig_callable", fn)
 
 
+def _cuda_graphs_of(fn: Callable) -> bool | None:
+    """Whether a `torch.compile`d function asks for CUDA graphs (mode="reduce-overhead", "max-autotune"); None if `fn`
+    does not say."""
+    compiled = fn._compiled_call_impl if isinstance(fn, torch.nn.Module) and fn._compiled_call_impl is not None else fn
+    settings = getattr(compiled, "get_compiler_config", lambda: None)()
+    return None if settings is None else bool(settings.get("triton.cudagraphs"))
+
+
 _serial = itertools.count()
 
 
@@ -128,14 +140,23 @@ def _copied(value: Any) -> Any:
         return value
 
 
-def _analyse(graph_module: GraphModule, inputs: list, explanation: Explanation) -> Callable:
+def _analyse(
+    graph_module: GraphModule,
+    inputs: list,
+    explanation: Explanation,
+    reports: list[GraphReport],
+    cuda_graphs: bool | None,
+) -> Callable:
     """The backend: send a copy of the graph through Inductor up to code generation, run the graph itself in eager mode."""
     from torch._inductor.compile_fx import compile_fx
 
     written: set[int] = set()
+    names: list[str] = []
+    earlier = len(reports)
 
     def stop(gm: GraphModule, example_inputs, **_):
         written.update(_written_inputs(gm))
+        names.extend(node.name for node in gm.graph.find_nodes(op="placeholder"))
         raise _Analysed
 
     try:
@@ -143,7 +164,9 @@ def _analyse(graph_module: GraphModule, inputs: list, explanation: Explanation) 
     except Exception as error:
         if not _caused_by_stop(error):
             raise
-    explanation.notes.extend(_cuda_graph_notes(graph_module, written))
+    if cuda_graphs is not False:
+        sites = [site for report in reports[earlier:] for site in report.sites]
+        explanation.notes.extend(_cuda_graph_notes(graph_module, written, names, sites))
 
     def run(*real):
         return graph_module(
@@ -168,14 +191,19 @@ def _written_inputs(gm: GraphModule) -> set[int]:
     return {index[n.args[0]] for n in gm.graph.nodes if is_call(n, aten.copy_.default) and n.args[0] in index}
 
 
-def _cuda_graph_notes(graph_module: GraphModule, written: set[int]) -> list[str]:
-    """Caches that are plain arguments: CUDA graphs skip a graph that writes to one."""
+def _cuda_graph_notes(graph_module: GraphModule, written: set[int], names: list[str], sites: list[Site]) -> list[str]:
+    """Caches that are plain arguments: CUDA graphs skip a graph that writes to one. `names` are those that the inputs
+    have in the graph of the sites."""
     placeholders = graph_module.graph.find_nodes(op="placeholder")
-    arguments = [n for i, n in enumerate(placeholders) if i in written and _is_plain_argument(n)]
+    arguments = {i: n for i, n in enumerate(placeholders) if i in written and _is_plain_argument(n)}
     if not arguments:
         return []
+    first = next(iter(arguments.values()))
+    writers = [site for site in sites if any(names.index(cache) in arguments for cache in site.caches)]
+    more = f" and {len(writers) - 1} more sites" if len(writers) > 1 else ""
+    whose = f", the caches of attention at {writers[0].line}{more}" if writers else ""
     return [
-        f"{len(arguments)} written tensors are arguments of the compiled graph (first: {arguments[0].target}); CUDA graphs "
+        f"{len(arguments)} written tensors are arguments of the compiled graph (first: {first.target}){whose}; CUDA graphs "
         "(mode='reduce-overhead') skip such a graph: make them module buffers or call torch._dynamo.mark_static_address on them"
     ]
 

@@ -26,6 +26,7 @@ from torch.fx import Graph
 
 from . import anchors
 from .sites import warn_once
+from .support import device_key
 from .walk import is_call
 
 log = logging.getLogger("fi_ops.inductor")
@@ -48,7 +49,8 @@ def cache_key() -> str:
     import fi_ops
 
     version = getattr(fi_ops, "__version__", "0")
-    return f"fi_ops {version} {_source_hash()} require={os.environ.get('FI_OPS_REQUIRE', '')}"
+    required = os.environ.get("FI_OPS_REQUIRE", "")
+    return f"fi_ops {version} {_source_hash()} devices={device_key()} require={required}"
 
 
 class ChainedPass(CustomGraphPass):

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 from . import anchors
 from .sites import Declined, Site, set_aside
-from .support import DEVICES, DTYPES
+from .support import DTYPES, has_kernels
 from .walk import source_line
 
 _SDPA_FUNCTIONS = (
@@ -40,8 +40,8 @@ def check_pinnable(graph: Graph, node: Node) -> None:
         raise Declined(f"{node.name}: tensor subclass {type(result).__name__}")
     if result.requires_grad:
         raise Declined(f"{node.name}: needs gradients; compile under torch.no_grad() or torch.inference_mode()")
-    if result.device.type not in DEVICES:
-        raise Declined(f"{node.name}: device {result.device.type}")
+    if not has_kernels(result.device):
+        raise Declined(f"{node.name}: no kernels for device {result.device.type}")
     if torch.is_autocast_enabled(result.device.type) or _has_autocast_region(graph):
         raise Declined(f"{node.name}: under autocast")
     arguments = anchors.sdpa_arguments(node)

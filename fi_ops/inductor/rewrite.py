@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 
 from . import anchors
 from .fuse.attention import apply_attention, plan_attention
+from .fuse.decline import check_worth
 from .fuse.emit import Emitter
 from .fuse.sampling import rewrite_samplers
 from .normalize.attention import from_anchor, match_eager
@@ -56,9 +57,11 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> N
             if attention is None:
                 continue
             plan = plan_attention(attention, order)
+            check_worth(node.name, plan.facts)
             unused = apply_attention(plan, emitter)
             erase_dead(graph, unused)
             site.grade, site.pieces, site.reason = plan.grade, tuple(plan.pieces), plan.reason
+            site.caches = tuple(w.cache.name for w in plan.writes if w.cache.op == "placeholder")
             rope_site = _rope_site(plan, site)
         report.sites.append(site)
         if rope_site is not None:

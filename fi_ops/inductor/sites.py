@@ -34,11 +34,18 @@ class Site:
     """What was recognised around it."""
     reason: str = ""
     """The first check that failed, with its node: why not rewritten, or why not to a higher grade."""
-    hint: str = ""
+    stock_is_faster: bool = False
+    """It was left as it is because a measurement says so (`fuse/decline.py`)."""
+    caches: tuple[str, ...] = ()
+    """The graph inputs that it writes to."""
 
 
 class Declined(Exception):
     """A recogniser's or a rewrite's "no": the text says which check failed, on which node, and what it saw."""
+
+
+class StockIsFaster(Declined):
+    """The "no" of a measurement; all other reasons are something that the ops or the recognisers lack."""
 
 
 @contextlib.contextmanager
@@ -47,7 +54,7 @@ def attempt(site: Site) -> Iterator[None]:
     try:
         yield
     except Declined as declined:
-        site.reason = str(declined)
+        site.reason, site.stock_is_faster = str(declined), isinstance(declined, StockIsFaster)
     except Exception as error:
         log.warning(
             "fi_ops: left %s (%s) as it is: %r", site.name, site.line, error, exc_info=log.isEnabledFor(logging.DEBUG)
@@ -78,7 +85,7 @@ def recording() -> Iterator[list[GraphReport]]:
     try:
         yield reports
     finally:
-        _recorders.remove(reports)
+        _recorders[:] = [other for other in _recorders if other is not reports]  # two may be equal
 
 
 def warn_once(key: str, message: str) -> None:
@@ -141,8 +148,9 @@ def publish(report: GraphReport) -> None:
             )
     for kind in ("attention", "sampling"):
         candidates, fused = report.count(kind), report.count(kind, fused=True)
-        if candidates and not fused and not _recorders:
-            site = next(s for s in report.sites if s.kind == kind)
+        missed = [s for s in report.sites if s.kind == kind and not s.stock_is_faster]
+        if candidates and not fused and missed and not _recorders:
+            site = missed[0]
             warn_once(
                 f"none fused: {kind}",
                 f"fi_ops: {candidates} {kind} sites found, 0 rewritten (first: {site.line}: {site.reason}); "

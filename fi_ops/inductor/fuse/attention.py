@@ -39,6 +39,7 @@ from ..walk import (
     strip,
     value,
 )
+from .decline import Facts, capability_of
 from .emit import Emitter, replace
 
 KEY_TRANSPOSE = (0, 1, 3, 2)
@@ -64,6 +65,10 @@ class Plan:
     rope_reason: str = ""
 
     @property
+    def writes(self) -> list[CacheWrite]:
+        return [write for write in (self.key_write, self.value_write) if write is not None]
+
+    @property
     def grade(self) -> str:
         parts = [("rope", self.query_rope), ("append", self.key_write), ("attention", self.attention)]
         return " + ".join(name for name, part in parts if part is not None)
@@ -73,6 +78,35 @@ class Plan:
         """Why it did not reach a higher grade."""
         missing = [("append", self.append_reason), ("rope", self.rope_reason)]
         return "; ".join(f"no {name}: {reason}" for name, reason in missing if reason)
+
+    def facts(self) -> Facts:
+        """What a measurement may ask about this site."""
+        attention, query = self.attention, value(self.query)
+        key, values = permuted(value(self.key), self.key_dims), permuted(value(self.value), self.value_dims)
+        given = value(attention.key).shape[1]
+        if same_size(query.shape[1], key.shape[1]):
+            heads = "equal"
+        else:
+            heads = "grouped" if same_size(given, key.shape[1]) else "repeated"
+        if attention.mask is None:
+            mask = "none"
+        else:
+            mask = "bool" if value(attention.mask).dtype == torch.bool else "additive"
+        return Facts(
+            device=query.device.type,
+            capability=capability_of(query.device),
+            dtype=query.dtype,
+            batch=query.shape[0],
+            qo_len=query.shape[2],
+            kv_len=key.shape[2],
+            head_dim=query.shape[3],
+            head_dim_vo=values.shape[3],
+            mask=mask,
+            causal=attention.causal,
+            heads=heads,
+            spelling=attention.spelling,
+            grade=self.grade,
+        )
 
 
 def permuted(tensor, dims: tuple[int, ...] | None):
@@ -194,10 +228,9 @@ def _plan_rope(plan: Plan) -> None:
         shape(plan.query)[2], permuted(value(key_rope.x), key_rope.dims).shape[2]
     ):
         raise Declined(f"{plan.key.name}: more keys than queries, so their RoPE differs")
-    writes = [w for w in (plan.key_write, plan.value_write) if w is not None]
     kept = {query_rope.x, key_rope.x, query_rope.cos, query_rope.sin, plan.attention.mask, plan.attention.scale}
-    kept |= {plan.value_write.new, plan.key_write.positions} if writes else {plan.value}
-    replaced = exclusive_to(plan.attention.node, *(w.node for w in writes), keep=kept)
+    kept |= {plan.value_write.new, plan.key_write.positions} if plan.writes else {plan.value}
+    replaced = exclusive_to(plan.attention.node, *(w.node for w in plan.writes), keep=kept)
     for rope, which in ((query_rope, "query"), (key_rope, "key")):
         if strip(rope.node) not in replaced:
             user = next(u for u in strip(rope.node).users if u not in replaced)

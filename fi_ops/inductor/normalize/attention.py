@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from .. import anchors
 from ..sites import Declined
-from ..support import DEVICES, DTYPES
+from ..support import DTYPES, has_kernels
 from ..walk import (
     argument,
     aten,
@@ -255,12 +255,14 @@ def _transposed_key(key: Node) -> tuple[Node, bool]:
 def check_attention(attention: Attention, q, k, v) -> None:
     """The ops take these tensors: query [B, H, Lq, D], and key, value [B, Hkv, Lk, D] without repeated heads."""
     name = attention.node.name
+    if not has_kernels(q.device):
+        raise Declined(f"{name}: no kernels for device {q.device.type}")
     for which, tensor in (("query", q), ("key", k), ("value", v)):
         if tensor.dtype not in DTYPES:
             raise Declined(f"{name}: {which} is {tensor.dtype}")
         if tensor.dtype != q.dtype:
             raise Declined(f"{name}: {which} is {tensor.dtype}, query is {q.dtype}")
-        if tensor.device != q.device or tensor.device.type not in DEVICES:
+        if tensor.device != q.device:
             raise Declined(f"{name}: {which} is on {tensor.device}, query on {q.device}")
         if tensor.dim() != 4:
             raise Declined(f"{name}: {which} has {tensor.dim()} dimensions, not 4")

@@ -123,6 +123,8 @@ def _match_index_put(write: Node, dims: tuple[int, ...] | None) -> CacheWrite:
         raise Declined(
             f"{positions.name}: positions are {index.dtype} with {index.dim()} dimensions, not a 1-D integer tensor"
         )
+    if index.device != value(cache).device:  # indexing moves them, the ops do not
+        raise Declined(f"{positions.name}: positions are on {index.device}, the cache on {value(cache).device}")
     expected = list(shape(cache))
     expected[length_dim] = index.shape[0]
     new = with_leading_ones(new, expected)

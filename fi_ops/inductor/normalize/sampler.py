@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from ..sites import Declined
-from ..support import DEVICES, DTYPES
+from ..support import DTYPES, has_kernels
 from ..walk import (
     argument,
     aten,
@@ -338,8 +338,8 @@ def _is_false(node: object) -> bool:
 
 def _check_logits(sampler: Sampler) -> None:
     logits, node = value(sampler.logits), sampler.node
-    if logits.device.type not in DEVICES:
-        raise Declined(f"{sampler.logits.name}: logits are on {logits.device}")
+    if not has_kernels(logits.device):
+        raise Declined(f"{sampler.logits.name}: no kernels for device {logits.device.type}")
     if logits.dtype not in DTYPES:
         raise Declined(f"{sampler.logits.name}: logits are {logits.dtype}")
     if logits.dim() not in (1, 2):
