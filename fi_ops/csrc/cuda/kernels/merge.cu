@@ -40,8 +40,7 @@ __global__ void __launch_bounds__(kMaxThreads) merge_state_kernel(const __grid_c
     load_pack(xa, va + i);
     load_pack(xb, vb + i);
 #pragma unroll
-    for (int e = 0; e < N; ++e)
-      xa[e] = fmaf(no_a ? 0.0f : xa[e], weight_a, (no_b ? 0.0f : xb[e]) * weight_b);
+    for (int e = 0; e < N; ++e) xa[e] = fmaf(no_a ? 0.0f : xa[e], weight_a, (no_b ? 0.0f : xb[e]) * weight_b);
     store_pack(y + i, xa);
   }
 }
@@ -136,10 +135,9 @@ void merge_state(const MergeParams& p, const Gpu& gpu) {
 void merge_states(const MergeParams& p, const Gpu& gpu) {
   const int64_t num_rows = p.seq_len * p.num_heads;
   if (num_rows == 0) return;
-  const bool fit =
-      p.head_dim * size_of(p.dtype) % 16 == 0 &&
-      packs_fit(p.a.v, p.dtype, {p.a.v_strides[0], p.a.v_strides[1], p.v_state_stride}) &&
-      packs_fit(p.v_out, p.dtype, {p.v_out_strides[0], p.v_out_strides[1]});
+  const bool fit = p.head_dim * size_of(p.dtype) % 16 == 0 &&
+                   packs_fit(p.a.v, p.dtype, {p.a.v_strides[0], p.a.v_strides[1], p.v_state_stride}) &&
+                   packs_fit(p.v_out, p.dtype, {p.v_out_strides[0], p.v_out_strides[1]});
   dispatch_pack(p.dtype, fit, [&](auto t, auto size) {
     constexpr int N = decltype(size)::value;
     const int64_t packs = p.head_dim / N;
@@ -148,7 +146,8 @@ void merge_states(const MergeParams& p, const Gpu& gpu) {
     const int64_t fill = int64_t{gpu.num_sms} * 1024;
     unsigned y = 1;
     while (2 * x * y <= kMaxThreads && 4 * y < p.num_states && num_rows * packs * y < fill) y *= 2;
-    const unsigned z = static_cast<unsigned>(smaller(kMaxThreads / 2 < x * y ? 1 : kMaxThreads / 2 / (x * y), 64));
+    const unsigned z =
+        static_cast<unsigned>(smaller(kMaxThreads / 2 < x * y ? 1 : kMaxThreads / 2 / (x * y), 64));
     launch(gpu, merge_states_kernel<decltype(t), N>,
            dim3(static_cast<unsigned>(ceil_div(num_rows, z)), static_cast<unsigned>(ceil_div(packs, x))),
            dim3(x, y, z), 0, /*overlap=*/true, p);

@@ -35,12 +35,10 @@ __global__ void __launch_bounds__(kMaxThreads, 4) rope_kernel(const __grid_const
       }
     };
     for (int64_t first = int64_t{threadIdx.x} * N; first < pairs; first += int64_t{blockDim.x} * N) {
-      const auto angles =
-          load_rope_angles<N, interleaved>(p.cos, b * p.cos_strides[0] + angle_row * p.cos_strides[1], p.sin,
-                                           b * p.sin_strides[0] + angle_row * p.sin_strides[1],
-                                           p.angle_dtype, p.width, p.rotary_dim, first);
-      for_each_head(
-          [&](const T* x, T* y) { rotate_pairs<interleaved>(x, y, angles, p.rotary_dim, first); });
+      const auto angles = load_rope_angles<N, interleaved>(
+          p.cos, b * p.cos_strides[0] + angle_row * p.cos_strides[1], p.sin,
+          b * p.sin_strides[0] + angle_row * p.sin_strides[1], p.angle_dtype, p.width, p.rotary_dim, first);
+      for_each_head([&](const T* x, T* y) { rotate_pairs<interleaved>(x, y, angles, p.rotary_dim, first); });
     }
     if (p.rotary_dim == p.head_dim) continue;
     for_each_head([&](const T* x, T* y) {

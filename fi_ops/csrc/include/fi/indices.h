@@ -15,7 +15,8 @@ struct Indices {
 
   FI_HD explicit operator bool() const { return data != nullptr; }
   FI_HD int64_t at(int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i * stride] : static_cast<const int32_t*>(data)[i * stride];
+    return wide ? static_cast<const int64_t*>(data)[i * stride]
+                : static_cast<const int32_t*>(data)[i * stride];
   }
 };
 

@@ -24,9 +24,8 @@ struct NormRow {
   template <NormKind kind>
   static FI_DEVICE_INLINE NormRow at(const NormParams& p, int64_t row) {
     return {static_cast<const T*>(p.input) + p.input_rows.offset(row),
-            kind == NormKind::add_rms
-                ? static_cast<T*>(p.residual_output) + p.residual_rows.offset(row)
-                : nullptr,
+            kind == NormKind::add_rms ? static_cast<T*>(p.residual_output) + p.residual_rows.offset(row)
+                                      : nullptr,
             static_cast<T*>(p.output) + p.output_rows.offset(row)};
   }
 };
@@ -58,8 +57,7 @@ FI_DEVICE_INLINE void load_weight_pack(float (&w)[N], float (&bias)[N], const No
 
 template <NormKind kind, int N, class T>
 FI_DEVICE_INLINE void store_normalized(const NormRow<T>& row, int64_t i, const float (&v)[N],
-                                       const float (&w)[N], const float (&bias)[N], float mean,
-                                       float scale) {
+                                       const float (&w)[N], const float (&bias)[N], float mean, float scale) {
   float y[N];
 #pragma unroll
   for (int e = 0; e < N; ++e)
@@ -179,8 +177,8 @@ void norm(const NormParams& p, const Gpu& gpu) {
                     /*overlap=*/true, p);
     auto launch_held = [&](auto kernel, int64_t packs_a_thread) {
       const int64_t threads = ceil_div(packs, packs_a_thread);
-      const unsigned x = threads <= 32 ? power_of_2_at_least(threads)
-                                       : static_cast<unsigned>(ceil_div(threads, 32) * 32);
+      const unsigned x =
+          threads <= 32 ? power_of_2_at_least(threads) : static_cast<unsigned>(ceil_div(threads, 32) * 32);
       const unsigned y = x <= 32 ? 128 / x : 1;
       launch(gpu, kernel, dim3(static_cast<unsigned>(ceil_div(num_rows, y))), dim3(x, y), 0,
              /*overlap=*/true, p);

@@ -9,62 +9,73 @@
 
 namespace fi::cuda {
 
-template <class T, int N>
-struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
-  T x[N];
-};
-
+// Elements of 16 bytes.
 template <class T>
 inline constexpr int kPackSize = 16 / sizeof(T);
 
 template <int N, class T>
 FI_DEVICE_INLINE void load_pack(float (&x)[N], const T* p) {
-  if constexpr (sizeof(T) == 2 && N > 1) {
-    const auto words = *reinterpret_cast<const Pack<uint32_t, N / 2>*>(p);
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      const float2 two = unpack2<T>(words.x[i]);
-      x[2 * i] = two.x;
-      x[2 * i + 1] = two.y;
-    }
+  if constexpr (N == 1) {
+    x[0] = to_float(*p);
   } else {
-    const auto pack = *reinterpret_cast<const Pack<T, N>*>(p);
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = to_float(pack.x[i]);
+    for (int first = 0; first < N; first += kPackSize<T>) {
+      const uint4 v = load_16(p + first);
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        if constexpr (sizeof(T) == 2) {
+          const float2 two = unpack2<T>(words[w]);
+          x[first + 2 * w] = two.x;
+          x[first + 2 * w + 1] = two.y;
+        } else {
+          x[first + w] = __uint_as_float(words[w]);
+        }
+      }
+    }
   }
 }
 
-// N elements from element i of an array of float, bf16 or f16.
+// N elements from element i of an array of float, bf16 or f16; not of a narrower type than N was chosen for.
 template <int N>
 FI_DEVICE_INLINE void load_pack_as(float (&x)[N], const void* p, DType dtype, int64_t i) {
   if (dtype == DType::f32) {
     load_pack(x, static_cast<const float*>(p) + i);
-  } else if (dtype == DType::bf16) {
-    load_pack(x, static_cast<const bf16*>(p) + i);
-  } else {
-    load_pack(x, static_cast<const f16*>(p) + i);
+  } else if constexpr (N == 1 || N == 8) {
+    if (dtype == DType::bf16) {
+      load_pack(x, static_cast<const bf16*>(p) + i);
+    } else {
+      load_pack(x, static_cast<const f16*>(p) + i);
+    }
   }
 }
 
 template <int N, class T>
 FI_DEVICE_INLINE void store_pack(T* p, const float (&x)[N]) {
-  if constexpr (sizeof(T) == 2 && N > 1) {
-    Pack<uint32_t, N / 2> words;
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) words.x[i] = pack2<T>(x[2 * i], x[2 * i + 1]);
-    *reinterpret_cast<Pack<uint32_t, N / 2>*>(p) = words;
+  if constexpr (N == 1) {
+    *p = from_float<T>(x[0]);
   } else {
-    Pack<T, N> pack;
+    uint32_t words[4];
 #pragma unroll
-    for (int i = 0; i < N; ++i) pack.x[i] = from_float<T>(x[i]);
-    *reinterpret_cast<Pack<T, N>*>(p) = pack;
+    for (int w = 0; w < 4; ++w) {
+      if constexpr (sizeof(T) == 2) {
+        words[w] = pack2<T>(x[2 * w], x[2 * w + 1]);
+      } else {
+        words[w] = __float_as_uint(x[w]);
+      }
+    }
+    store_16(p, uint4{words[0], words[1], words[2], words[3]});
   }
 }
 
 // Bit for bit.
 template <int N, class T>
 FI_DEVICE_INLINE void copy_pack(T* y, const T* x) {
-  *reinterpret_cast<Pack<T, N>*>(y) = *reinterpret_cast<const Pack<T, N>*>(x);
+  if constexpr (N == 1) {
+    *y = *x;
+  } else {
+    store_16(y, load_16(x));
+  }
 }
 
 }  // namespace fi::cuda

@@ -30,7 +30,8 @@ FI_DEVICE_INLINE RopeAngles<N> load_rope_angles(const void* cos, int64_t cos_row
       load_pack_as(low, p, dtype, row + 2 * first);
       load_pack_as(high, p, dtype, row + 2 * first + N);
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = 2 * i < N ? low[2 * i < N ? 2 * i : 0] : high[2 * i < N ? 0 : 2 * i - N];
+      for (int i = 0; i < N; ++i)
+        x[i] = 2 * i < N ? low[2 * i < N ? 2 * i : 0] : high[2 * i < N ? 0 : 2 * i - N];
     };
     every_second(angles.cos, cos, cos_row);
     every_second(angles.sin, sin, sin_row);
@@ -53,7 +54,9 @@ FI_DEVICE_INLINE void rotate_pairs(const T* x, T* y, const RopeAngles<N>& angles
   if constexpr (interleaved) {
     // The two packs are 2N neighbours; element j of them.
     auto element = [&](int j) { return j < N ? low[j < N ? j : 0] : high[j < N ? 0 : j - N]; };
-    auto put = [&](int j, float value) { (j < N ? new_low[j < N ? j : 0] : new_high[j < N ? 0 : j - N]) = value; };
+    auto put = [&](int j, float value) {
+      (j < N ? new_low[j < N ? j : 0] : new_high[j < N ? 0 : j - N]) = value;
+    };
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float a = element(2 * i), b = element(2 * i + 1), c = angles.cos[i], s = angles.sin[i];

@@ -54,6 +54,14 @@ inline uint4 load_streaming_16(const void* p) {
   require_aligned(p, 16, "load_streaming_16");
   return *static_cast<const uint4*>(p);
 }
+inline uint4 load_16(const void* p) {
+  require_aligned(p, 16, "load_16");
+  return *static_cast<const uint4*>(p);
+}
+inline void store_16(void* p, uint4 v) {
+  require_aligned(p, 16, "store_16");
+  *static_cast<uint4*>(p) = v;
+}
 
 // ---- barriers ----
 
