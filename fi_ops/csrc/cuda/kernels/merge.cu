@@ -142,10 +142,10 @@ void merge_states(const MergeParams& p, const Gpu& gpu) {
     constexpr int N = decltype(size)::value;
     const int64_t packs = p.head_dim / N;
     const unsigned x = packs >= 64 ? 64 : power_of_2_at_least(packs);
-    // States are shared among threads as long as there are too few rows to fill the GPU.
-    const int64_t fill = int64_t{gpu.num_sms} * 1024;
+    // At least four states a thread. A function of a row's size alone, so that a row's result doesn't depend
+    // on how many others there are.
     unsigned y = 1;
-    while (2 * x * y <= kMaxThreads && 4 * y < p.num_states && num_rows * packs * y < fill) y *= 2;
+    while (2 * x * y <= kMaxThreads && 8 * y <= p.num_states) y *= 2;
     const unsigned z =
         static_cast<unsigned>(smaller(kMaxThreads / 2 < x * y ? 1 : kMaxThreads / 2 / (x * y), 64));
     launch(gpu, merge_states_kernel<decltype(t), N>,

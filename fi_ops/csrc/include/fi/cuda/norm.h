@@ -80,7 +80,10 @@ __global__ void __launch_bounds__(1024) norm_in_registers(const __grid_constant_
   auto element = [&](int k) { return (int64_t{k} * blockDim.x + threadIdx.x) * N; };
   auto inside = [&](int k) { return live && element(k) < n; };
 
-  float v[Packs][N], w[N], bias[N], sum = 0.0f, squares = 0.0f;
+  // Weights are loaded before the sum is known, so that a decode step doesn't wait for memory twice, as long
+  // as there are registers for them.
+  constexpr bool early = Packs == 1 || (Packs == 2 && kind != NormKind::layer);
+  float v[Packs][N], w[early ? Packs : 1][N], bias[early ? Packs : 1][N], sum = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int k = 0; k < Packs; ++k) {
     if (inside(k)) {
@@ -90,8 +93,9 @@ __global__ void __launch_bounds__(1024) norm_in_registers(const __grid_constant_
       for (int e = 0; e < N; ++e) v[k][e] = 0.0f;
     }
   }
-  // One pack a thread is for few rows, where nothing else hides the weights' latency.
-  if (Packs == 1 && inside(0)) load_weight_pack<kind>(w, bias, p, element(0));
+#pragma unroll
+  for (int k = 0; k < Packs; ++k)
+    if (early && inside(k)) load_weight_pack<kind>(w[k], bias[k], p, element(k));
 #pragma unroll
   for (int k = 0; k < Packs; ++k) {
     if (kind == NormKind::add_rms && inside(k)) store_pack(row.residual + element(k), v[k]);
@@ -119,8 +123,9 @@ __global__ void __launch_bounds__(1024) norm_in_registers(const __grid_constant_
 #pragma unroll
   for (int k = 0; k < Packs; ++k) {
     if (!inside(k)) continue;
-    if (Packs > 1) load_weight_pack<kind>(w, bias, p, element(k));
-    store_normalized<kind>(row, element(k), v[k], w, bias, mean, scale);
+    const int at = early ? k : 0;
+    if (!early) load_weight_pack<kind>(w[0], bias[0], p, element(k));
+    store_normalized<kind>(row, element(k), v[k], w[at], bias[at], mean, scale);
   }
 }
 
@@ -183,11 +188,9 @@ void norm(const NormParams& p, const Gpu& gpu) {
       launch(gpu, kernel, dim3(static_cast<unsigned>(ceil_div(num_rows, y))), dim3(x, y), 0,
              /*overlap=*/true, p);
     };
-    // Few rows: as many threads a row as there are packs, for the shortest way from load to store. Many
-    // rows: several packs a thread, for more loads in flight and fewer threads to sum over.
+    // A function of the row's size alone, so that a row's result doesn't depend on how many others there are.
     if constexpr (N > 1) {
-      if (packs <= 1024 && num_rows <= 2 * gpu.num_sms)
-        return launch_held(norm_in_registers<kind, T, N, 1>, 1);
+      if (packs <= 512) return launch_held(norm_in_registers<kind, T, N, 1>, 1);
     }
     launch_held(norm_in_registers<kind, T, N, held>, held);
   });
