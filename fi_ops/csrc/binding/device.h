@@ -37,10 +37,4 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
-// Element `offset` of a host tensor of int32 or int64.
-inline int64_t index_at(const Tensor& t, int64_t offset) {
-  return t.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(t.const_data_ptr())[offset]
-                                             : static_cast<const int32_t*>(t.const_data_ptr())[offset];
-}
-
 }  // namespace fi::binding

@@ -85,7 +85,8 @@ inline Shape shape_over_heads(const Gpu& gpu, int64_t num_tokens, int64_t num_he
   const int64_t per_thread = num_tokens * num_heads * x >= 8 * fill ? 4 : 1;
   const int64_t y_wanted = ceil_div(num_heads, per_thread);
   const int64_t y = ceil_div(y_wanted, ceil_div(y_wanted, kMaxThreads / x));  // even shares
-  const int64_t z = smaller(smaller(kMaxThreads / (x * y), num_tokens), 64);
+  // Several tokens a block only once every SM has one.
+  const int64_t z = smaller(smaller(kMaxThreads / (x * y), ceil_div(num_tokens, gpu.num_sms)), 64);
   return {dim3(static_cast<unsigned>(smaller(ceil_div(num_tokens, z), kMaxGridX)),
                static_cast<unsigned>(smaller(ceil_div(num_heads, y * per_thread), kMaxGridY))),
           dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z))};
