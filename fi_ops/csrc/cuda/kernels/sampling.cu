@@ -31,6 +31,7 @@ struct alignas(16) SampleScratch {
   Slice<T, kThreads> slice;
   Weights weights;
   float min_p_distance;
+  bool use_top_k, use_top_p;
 };
 
 template <class T>
@@ -52,6 +53,8 @@ struct Sampler {
     SamplingDraw d = p.draw(index());
     d.uniform = d.uniform > 0.0f ? fminf(d.uniform, 1.0f - 0x1p-24f) : 0.0f;
     s.draw = d;
+    s.use_top_k = d.top_k > 0 && d.top_k < p.vocab_size;
+    s.use_top_p = d.top_p < 1.0;
     s.weights.exponent_scale = exponent_scale_of(d.temperature);
     s.weights.fixed_scale = fixed_scale;
     // p >= min_p * max(p), as a distance from the largest logit: a prefix, as the other filters are
@@ -90,8 +93,8 @@ struct Sampler {
     }
 
     uint64_t cut = kAllPlaces;
-    if (d.top_p < 1.0 || (d.top_k > 0 && d.top_k < s.slice.n)) {
-      set_weights(max, p.top_k_first || d.top_p >= 1.0 ? s.min_p_distance : kInfinity);
+    if (s.use_top_k || s.use_top_p) {
+      set_weights(max, p.top_k_first || !s.use_top_p ? s.min_p_distance : kInfinity);
       cut = end_of_filters(high);
     }
     set_weights(max, s.min_p_distance);
@@ -107,7 +110,7 @@ struct Sampler {
   // The place up to which top-k and top-p keep the row's tokens; `high` is the largest logit of this thread.
   __device__ uint64_t end_of_filters(float high) const {
     const SamplingDraw& d = s.draw;
-    const bool use_top_k = d.top_k > 0 && d.top_k < s.slice.n, use_top_p = d.top_p < 1.0;
+    const bool use_top_k = s.use_top_k, use_top_p = s.use_top_p;
     const float weightless = log2f(s.weights.fixed_scale) + 1.0f;  // so many octaves below the maximum
     Selector<T, kThreads> selector{s.slice, s.weights, team, s.select};
     uint64_t mass = 0;    // top-p's whole
