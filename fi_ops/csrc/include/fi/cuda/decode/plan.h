@@ -29,7 +29,8 @@ struct Plan {
   float* partials;
   int part_rows, acc_width;
 
-  FI_HD int partial_floats() const { return part_rows * (acc_width + 2); }
+  // A multiple of 4: read and written as float4.
+  FI_HD int partial_floats() const { return (part_rows * (acc_width + 2) + 3) / 4 * 4; }
 };
 
 struct SegmentPlace {
