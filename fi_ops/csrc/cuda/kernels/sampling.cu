@@ -17,9 +17,8 @@ namespace fi::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int64_t kKeptBytes = 64 * 1024;      // of a row in a block: two blocks fit on a multiprocessor
-constexpr int64_t kMaxKeptBytes = 160 * 1024;  // one does
-constexpr int64_t kWorthABlock = 4096;         // tokens
+constexpr int64_t kKeptBytes = 64 * 1024;  // of a row in a block: two blocks fit on a multiprocessor
+constexpr int64_t kWorthABlock = 4096;     // tokens
 
 // In dynamic shared memory, in front of what is kept of the row.
 template <class T>
@@ -257,7 +256,7 @@ void sample_all(const SamplingParams& p, const Gpu& gpu) {
     while (blocks < kMaxTeam && p.batch * blocks * 2 <= gpu.num_sms && p.vocab_size > blocks * kWorthABlock)
       blocks *= 2;
   }
-  const bool keep = kept_bytes() <= kMaxKeptBytes;
+  const bool keep = int64_t(sizeof(SampleScratch<T>)) + kept_bytes() <= gpu.max_block_smem;
   launch_clusters(gpu, &sample<T>, dim3(unsigned(p.batch) * blocks), blocks, dim3(kThreads),
                   sizeof(SampleScratch<T>) + (keep ? size_t(kept_bytes()) : 0), p,
                   float(int64_t{1} << weight_fraction_bits(p.vocab_size)), keep);

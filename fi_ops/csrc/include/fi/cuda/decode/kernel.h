@@ -215,13 +215,10 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocksAnSm)
 // need of it, and says so.
 bool prepare(const AttentionParams& p, Plan& plan, const Gpu& gpu);
 
-// Shared memory that a block may ask for; before Hopper what sm_86 and sm_89 have.
-inline size_t smem_of_block(const Gpu& gpu) { return (gpu.compute_capability >= 90 ? 227 : 99) * 1024; }
-
 template <class T, class Engine>
 void run_decode(const AttentionParams& p, const Gpu& gpu) {
   const size_t warp_bytes = Engine::warp_bytes(p), query_bytes = Engine::query_bytes(p);
-  const size_t room = smem_of_block(gpu) / Engine::kBlocksAnSm - (Engine::kBlocksAnSm > 1 ? 1024 : 0);
+  const size_t room = size_t(gpu.max_block_smem) / Engine::kBlocksAnSm - (Engine::kBlocksAnSm > 1 ? 1024 : 0);
   const size_t fixed = query_bytes + sizeof(Shared);
   const int64_t warps = room > fixed ? int64_t((room - fixed) / warp_bytes) : 0;
   if (warps == 0)
