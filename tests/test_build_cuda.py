@@ -87,18 +87,15 @@ def test_compiler_errors_are_shown(one_kernel_file):
         _build_cuda.build_cuda(progress=lambda line: None)
 
 
-# {file: reason}: empty at best.
-KNOWN_SPILLS = {
-    "sampling.cu": "sm_80: 8 bytes a thread at the 64 registers with which two blocks fit on a multiprocessor",
-}
+SMALL_SPILL = 16  # bytes of stack a thread: where nothing caps the registers, ptxas spills a few to fit one more block
 
 
 @needs_nvcc
 def test_whole_library():
-    """Every CUDA source compiles for every architecture, no kernel spills, and the library has every op."""
+    """Every CUDA source compiles for every architecture, no kernel spills to speak of, and the library has every op."""
     library = _build_cuda.build_cuda()
     uses = _build_cuda.plan_uses(_build_cuda.cuda_plan())
-    spills = [use for use in uses if use.spills and use.source.name not in KNOWN_SPILLS]
+    spills = [use for use in uses if use.spills and use.stack > SMALL_SPILL]
     assert uses and not spills, "\n".join(map(str, spills))
     script = f"""
 import torch, fi_ops
