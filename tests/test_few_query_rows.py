@@ -40,14 +40,17 @@ def _mask(draw, device, batch, heads, qo_len, kv_len, dtype):
     return torch.zeros(mask.shape, device=device).masked_fill(~mask, low).to(dtype)
 
 
-def _call(seed: int, device: str):
+FEW_ROWS = ([1, 1, 1, *range(2, 9)], [1, 2, 3, 4, 5, 8, 16])  # qo_len, query heads of a KV head
+
+
+def random_call(seed: int, device: str, qo_lens=FEW_ROWS[0], groups=FEW_ROWS[1]):
     """(op, arguments, keyword arguments) of case `seed`."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     dtype = draw.choice([torch.bfloat16, torch.float16, torch.bfloat16, torch.float16, torch.float32])
     batch, kv_heads = draw.choice([1, 1, 2, 3, 5]), draw.choice([1, 2, 3])
-    group = draw.choice([1, 2, 3, 4, 5, 8, 16])
-    qo_len = draw.choice([1, 1, 1, *range(2, 9)])
+    group = draw.choice(groups)
+    qo_len = draw.choice(qo_lens)
     kv_len = draw.choice([1, 15, 63, 64, 65, 130, 257, 500, 1000])
     dim, dim_vo = draw.choice([(64, 64), (128, 128), (128, 128), (256, 256), (80, 80), (96, 64), (192, 128), (17, 9)])
     heads = kv_heads * group
@@ -106,7 +109,7 @@ def _call(seed: int, device: str):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(60))
 def test_random_call(seed, device):
-    op, args, kwargs = _call(seed, device)
+    op, args, kwargs = random_call(seed, device)
     assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"seed {seed}"))
 
 

@@ -7,7 +7,7 @@ namespace fi::binding {
 
 cuda::Gpu emulated_gpu() {
   const char* sms = std::getenv("FI_EMULATION_SMS");
-  return {nullptr, sms && *sms ? std::atoi(sms) : 4, 80};
+  return {nullptr, sms && *sms ? std::atoi(sms) : 4, 80, 163 * 1024};
 }
 
 }  // namespace fi::binding

@@ -69,7 +69,7 @@ __global__ void stuck() {
 }  // namespace
 
 extern "C" int smoke() {
-  const Gpu gpu{nullptr, 4, 80};
+  const Gpu gpu{nullptr, 4, 80, 163 * 1024};
   std::vector<bf16> a(kM * kK), b(kK * kN);
   std::vector<float> out(kM * kN);
   for (int i = 0; i < kM * kK; ++i) a[i] = fi::to_bf16(float(i * 37 % 19) - 9);

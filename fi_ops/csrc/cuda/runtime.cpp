@@ -31,9 +31,14 @@ CurrentStream current_stream_function() {
   return function;
 }
 
+// What does not change about a device.
+struct Properties {
+  std::atomic<int> num_sms{0};  // written last: 0 while nobody has asked yet
+  std::atomic<int> compute_capability{0};
+  std::atomic<int> max_block_smem{0};
+};
 constexpr int kMaxDevices = 64;
-std::array<std::atomic<int>, kMaxDevices> num_sms{};  // 0: not asked yet
-std::array<std::atomic<int>, kMaxDevices> compute_capabilities{};
+std::array<Properties, kMaxDevices> properties{};
 
 int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
@@ -62,11 +67,14 @@ cuda::Gpu gpu_at(int32_t device) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(current_stream_function()(device, &stream));
   if (device < 0 || device >= kMaxDevices) throw std::runtime_error("fi_ops: CUDA device index out of range");
-  if (num_sms[device].load(std::memory_order_acquire) == 0) {
-    compute_capabilities[device].store(code_capability(device));
-    num_sms[device].store(attribute(cudaDevAttrMultiProcessorCount, device), std::memory_order_release);
+  Properties& known = properties[device];
+  if (known.num_sms.load(std::memory_order_acquire) == 0) {
+    known.compute_capability.store(code_capability(device));
+    known.max_block_smem.store(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    known.num_sms.store(attribute(cudaDevAttrMultiProcessorCount, device), std::memory_order_release);
   }
-  return {static_cast<cudaStream_t>(stream), num_sms[device].load(), compute_capabilities[device].load()};
+  return {static_cast<cudaStream_t>(stream), known.num_sms.load(), known.compute_capability.load(),
+          known.max_block_smem.load()};
 }
 
 bool checks_values() {

@@ -17,93 +17,107 @@ namespace fi::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int64_t kKeptBytes = 64 * 1024;      // of a row in a block: two blocks fit on a multiprocessor
-constexpr int64_t kMaxKeptBytes = 160 * 1024;  // one does
-constexpr int64_t kWorthABlock = 4096;         // tokens
+constexpr int64_t kKeptBytes = 64 * 1024;  // of a row in a block: two blocks fit on a multiprocessor
+constexpr int64_t kWorthABlock = 4096;     // tokens
 
 // In dynamic shared memory, in front of what is kept of the row.
+template <class T>
 struct alignas(16) SampleScratch {
   Team<kThreads>::Scratch team;
   SelectScratch select;
   uint64_t warp_sums[kThreads / 32];
   SamplingDraw draw;
-  float exponent_scale;
+  Slice<T, kThreads> slice;
+  Weights weights;
   float min_p_distance;
+  bool use_top_k, use_top_p;
 };
 
 template <class T>
 struct Sampler {
   const SamplingParams& p;
-  const int64_t index;  // of the draw
-  SampleScratch& s;
-  Slice<T, kThreads>& slice;
+  SampleScratch<T>& s;
   Team<kThreads>& team;
 
+  // Of the draw.
+  __device__ int64_t index() const { return blockIdx.x / team.size; }
+
   __device__ void write(int64_t id, bool valid) const {
-    if (team.rank == 0 && threadIdx.x == 0) p.write(index, id, valid);
+    if (team.rank == 0 && threadIdx.x == 0) p.write(index(), id, valid);
   }
 
   // What all threads need and one can find out.
-  __device__ void prepare_draw() const {
+  __device__ void prepare_draw(float fixed_scale) const {
     if (threadIdx.x != 0) return;
-    SamplingDraw d = p.draw(index);
+    SamplingDraw d = p.draw(index());
     d.uniform = d.uniform > 0.0f ? fminf(d.uniform, 1.0f - 0x1p-24f) : 0.0f;
     s.draw = d;
-    s.exponent_scale = exponent_scale_of(d.temperature);
+    s.use_top_k = d.top_k > 0 && d.top_k < p.vocab_size;
+    s.use_top_p = d.top_p < 1.0;
+    s.weights.exponent_scale = exponent_scale_of(d.temperature);
+    s.weights.fixed_scale = fixed_scale;
     // p >= min_p * max(p), as a distance from the largest logit: a prefix, as the other filters are
     s.min_p_distance = d.min_p > 0.0 ? float(-double(d.temperature) * log(d.min_p)) : kInfinity;
   }
 
   __device__ void run(float fixed_scale) {
-    slice.fetch();
-    prepare_draw();
-    slice.wait();
+    prepare_draw(fixed_scale);
+    s.slice.wait();
+    __syncthreads();
     if (team.size > 1) cluster_wait();  // the others have started
 
     float high = -kInfinity;  // this thread's
     bool nan = false;
-    slice.for_each([&](float x, int32_t) {
+    s.slice.for_each([&](float x, int32_t) {
       nan |= x != x;
       high = fmaxf(high, x);
     });
     const uint32_t largest = uint32_t(team.max(nan ? ~0u : ~order_key(high)));
-    Weights weights{key_logit(~largest), s.exponent_scale, fixed_scale, kInfinity};
-    if (largest == ~0u || weights.max == -kInfinity) return write(0, false);
-    if (weights.max == kInfinity) {
-      slice.infinite = true;
+    float max = key_logit(~largest);
+    if (largest == ~0u || max == -kInfinity) return write(0, false);
+    if (max == kInfinity) {
+      if (threadIdx.x == 0) s.slice.infinite = true;
+      __syncthreads();
       high = high == kInfinity ? 0.0f : -kInfinity;
-      weights.max = 0.0f;
+      max = 0.0f;
     }
 
     const SamplingDraw& d = s.draw;
     if (d.temperature == 0.0f || d.top_p == 0.0 || (d.top_k == 1 && p.exact_ties)) {
       uint64_t first = kAllPlaces;
-      slice.for_each([&](float x, int32_t id) {
-        if (x == weights.max && uint64_t(id) < first) first = uint64_t(id);
+      s.slice.for_each([&](float x, int32_t id) {
+        if (x == max && uint64_t(id) < first) first = uint64_t(id);
       });
       return write(int64_t(team.min(first)), true);
     }
 
     uint64_t cut = kAllPlaces;
-    if (d.top_p < 1.0 || (d.top_k > 0 && d.top_k < slice.n)) {
-      if (p.top_k_first || d.top_p >= 1.0) weights.eligible = s.min_p_distance;
-      cut = end_of_filters(weights, high);
+    if (s.use_top_k || s.use_top_p) {
+      set_weights(max, p.top_k_first || !s.use_top_p ? s.min_p_distance : kInfinity);
+      cut = end_of_filters(high);
     }
-    weights.eligible = s.min_p_distance;
-    draw(weights, cut);
+    set_weights(max, s.min_p_distance);
+    draw(cut);
+  }
+
+  __device__ void set_weights(float max, float eligible) const {
+    __syncthreads();
+    if (threadIdx.x == 0) s.weights.max = max, s.weights.eligible = eligible;
+    __syncthreads();
   }
 
   // The place up to which top-k and top-p keep the row's tokens; `high` is the largest logit of this thread.
-  __device__ uint64_t end_of_filters(Weights& weights, float high) const {
+  __device__ uint64_t end_of_filters(float high) const {
     const SamplingDraw& d = s.draw;
-    const bool use_top_k = d.top_k > 0 && d.top_k < slice.n, use_top_p = d.top_p < 1.0;
-    const float weightless = log2f(weights.fixed_scale) + 1.0f;  // so many octaves below the maximum
-    Selector<T, kThreads> selector{slice, weights, team, s.select};
-    uint64_t mass = 0, kept = 0,
-             before = 0;  // top-p's whole; what top-k keeps of it; what is in front of the list
+    const bool use_top_k = s.use_top_k, use_top_p = s.use_top_p;
+    const float weightless = log2f(s.weights.fixed_scale) + 1.0f;  // so many octaves below the maximum
+    Selector<T, kThreads> selector{s.slice, s.weights, team, s.select};
+    uint64_t mass = 0;    // top-p's whole
+    uint64_t kept = 0;    // what top-k keeps of it
+    uint64_t before = 0;  // what is in front of the list
 
     // A list of all that is kept, if it is known to be short.
-    bool all_listed = uint32_t(slice.n) <= kListed;
+    bool all_listed = uint32_t(s.slice.n) <= kListed;
     if (all_listed || (use_top_k && d.top_k <= team.size * kThreads / 4)) {
       Bracket bracket{0, kBins - 1, 0, 0};
       selector.set_bins(weightless);
@@ -117,7 +131,7 @@ struct Sampler {
     if (!all_listed) {
       // Tokens so light that all of the row's together are less than 1 - top_p of the largest one are not
       // where top-p ends.
-      const float relevant = log2f(float(slice.n) / float(1.0 - d.top_p)) + 1.0f;
+      const float relevant = log2f(float(s.slice.n) / float(1.0 - d.top_p)) + 1.0f;
       selector.set_bins(use_top_k ? weightless : fminf(weightless, relevant));
       kept = mass = selector.count_row(use_top_p);
     }
@@ -148,24 +162,27 @@ struct Sampler {
   }
 
   // Writes the first kept id at which the cumulative weight exceeds uniform * total.
-  __device__ void draw(const Weights& weights, uint64_t cut) const {
+  __device__ void draw(uint64_t cut) const {
+    const Weights weights = s.weights;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, last_id = uint32_t(cut);
     const float cut_logit = cut == kAllPlaces ? -kInfinity : logit_at(cut);
     auto weigh = [&](float x, int32_t id) {
       return x > cut_logit || (x == cut_logit && uint32_t(id) <= last_id) ? weights.weigh(x) : 0;
     };
     uint64_t sum = 0;
-    slice.for_each([&](float x, int32_t id) { sum += weigh(x, id); });
+    s.slice.for_each([&](float x, int32_t id) { sum += weigh(x, id); });
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     if (lane == 0) s.warp_sums[warp] = sum;
     __syncthreads();
     uint64_t of_block = 0, before = 0;
+#pragma unroll 4
     for (uint32_t w = 0; w < kThreads / 32; ++w) {
       if (w == warp) before = of_block;
       of_block += s.warp_sums[w];
     }
     team.share(of_block, 0);
     uint64_t total = 0;
+#pragma unroll 1
     for (uint32_t block = 0; block < team.size; ++block) {
       if (block == team.rank) before += total;
       total += team.shared(block).a;
@@ -175,11 +192,13 @@ struct Sampler {
     if (left >= sum) return;  // another warp's (or negative, as a large number)
 
     constexpr int kLogits = Slice<T, kThreads>::kLogits;
-    for (int32_t base = slice.warp_begin; base < slice.warp_end; base += 32) {
-      const int32_t vector = base + int32_t(lane), id = vector * kLogits - slice.lead;
+    const Slice<T, kThreads> slice = s.slice;
+    const int32_t end = slice.warp_end();
+    for (int32_t base = slice.warp_begin(); base < end; base += 32) {
+      const int32_t vector = base + int32_t(lane), id = vector * kLogits - slice.lead();
       float x[kLogits];
       uint64_t mine = 0;
-      if (vector < slice.warp_end) {
+      if (vector < end) {
         slice.read(vector, x);
         for (int j = 0; j < kLogits; ++j) mine += weigh(x[j], id + j);
       }
@@ -194,7 +213,7 @@ struct Sampler {
         left -= up_to - mine;
         for (int j = 0; j < kLogits; ++j) {
           const uint64_t weight = weigh(x[j], id + j);
-          if (left < weight) return p.write(index, id + j, true);
+          if (left < weight) return p.write(index(), id + j, true);
           left -= weight;
         }
         return;
@@ -206,9 +225,8 @@ struct Sampler {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) sample(SamplingParams p, float fixed_scale, bool keep) {
-  auto& s = *reinterpret_cast<SampleScratch*>(dynamic_smem());
-  auto* kept = reinterpret_cast<uint4*>(dynamic_smem() + sizeof(SampleScratch));
-  Team<kThreads> team(&s.team, cluster_rank(), cluster_size());
+  auto& s = *reinterpret_cast<SampleScratch<T>*>(dynamic_smem());
+  Team<kThreads> team(cluster_rank(), cluster_size());
   if (team.size > 1) cluster_arrive();
   const int64_t index = blockIdx.x / team.size;
   const int64_t row = p.indices.data == nullptr ? index : p.indices.at(index);
@@ -217,9 +235,11 @@ __global__ void __launch_bounds__(kThreads, 2) sample(SamplingParams p, float fi
     if (team.rank == 0 && threadIdx.x == 0) p.write(index, 0, false);
     return;
   }
-  Slice<T, kThreads> slice(static_cast<const T*>(p.logits) + row * p.row_stride, p.vocab_size, team.rank,
-                           team.size, keep ? kept : nullptr);
-  Sampler<T>{p, index, s, slice, team}.run(fixed_scale);
+  const Slice<T, kThreads> slice(static_cast<const T*>(p.logits) + row * p.row_stride, p.vocab_size,
+                                 team.rank, team.size, keep ? uint32_t(sizeof(SampleScratch<T>)) : 0);
+  slice.fetch();
+  if (threadIdx.x == 0) s.slice = slice;
+  Sampler<T>{p, s, team}.run(fixed_scale);
 }
 
 template <class T>
@@ -236,9 +256,9 @@ void sample_all(const SamplingParams& p, const Gpu& gpu) {
     while (blocks < kMaxTeam && p.batch * blocks * 2 <= gpu.num_sms && p.vocab_size > blocks * kWorthABlock)
       blocks *= 2;
   }
-  const bool keep = kept_bytes() <= kMaxKeptBytes;
+  const bool keep = int64_t(sizeof(SampleScratch<T>)) + kept_bytes() <= gpu.max_block_smem;
   launch_clusters(gpu, &sample<T>, dim3(unsigned(p.batch) * blocks), blocks, dim3(kThreads),
-                  sizeof(SampleScratch) + (keep ? size_t(kept_bytes()) : 0), p,
+                  sizeof(SampleScratch<T>) + (keep ? size_t(kept_bytes()) : 0), p,
                   float(int64_t{1} << weight_fraction_bits(p.vocab_size)), keep);
 }
 

@@ -1,4 +1,4 @@
-// Attention for few query rows: decode steps, speculative verification (docs/kernels/attention_cuda.md).
+// Attention for few query rows: decode steps, speculative verification (docs/kernels/decode_cuda.md).
 #pragma once
 
 #include "fi/attention.h"

@@ -9,6 +9,7 @@ struct Gpu {
   cudaStream_t stream;
   int num_sms;
   int compute_capability;  // of the code that runs: 90 on Hopper where its own was compiled, else 80
+  int max_block_smem;      // bytes of shared memory that a block may ask for: 99, 163 or 227 KB
 };
 
 }  // namespace fi::cuda

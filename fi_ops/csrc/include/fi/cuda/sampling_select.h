@@ -57,8 +57,8 @@ template <class T, int Threads>
 struct Selector {
   static_assert(Threads == kFineBins && kBins % Threads == 0);
 
-  Slice<T, Threads>& slice;
-  Weights& weights;
+  const Slice<T, Threads>& slice;
+  const Weights& shared_weights;  // in shared memory: not to take registers between passes
   Team<Threads>& team;
   SelectScratch& s;
   float bin_scale = 0;
@@ -72,23 +72,24 @@ struct Selector {
   __device__ int32_t bin_at(float octaves) const {
     return int32_t(fminf(__fmul_rn(octaves, bin_scale), float(kBins - 1)));
   }
-  __device__ int32_t bin(float logit) const { return bin_at(weights.octaves(logit)); }
+  __device__ int32_t bin(const Weights& weights, float logit) const { return bin_at(weights.octaves(logit)); }
 
   __device__ void clear_counts() {
     for (int i = threadIdx.x; i < kBins; i += Threads) s.own.counts[i] = 0;
     __syncthreads();
   }
-  __device__ void count(float logit) {
-    const int32_t b = bin(logit);
+  __device__ void count(const Weights& weights, float logit) {
+    const int32_t b = bin(weights, logit);
     if (b < kBins - 1) atomicAdd(&s.own.counts[b], 1u);
   }
 
   // Makes `totals` the numbers of tokens by bin; returns their weight (0 unless `weigh`).
   __device__ uint64_t count_row(bool weigh) {
+    const Weights weights = shared_weights;
     clear_counts();
     uint64_t mass = 0;
     slice.for_each([&](float x, int32_t) {
-      count(x);
+      count(weights, x);
       if (weigh) mass += weights.weigh(x);
     });
     mass = team.sum(mass);
@@ -99,12 +100,13 @@ struct Selector {
   // Makes `totals` the numbers of threads by the bin of their largest logit.
   __device__ void count_threads(float high) {
     clear_counts();
-    count(high);
+    count(shared_weights, high);
     team.sync();
     team.sum_arrays(s.own.counts, s.totals, kBins);
   }
 
   __device__ uint64_t sum_row() {
+    const Weights weights = shared_weights;
     uint64_t mass = 0;
     slice.for_each([&](float x, int32_t) { mass += weights.weigh(x); });
     return team.sum(mass);
@@ -132,25 +134,34 @@ struct Selector {
     return b;
   }
 
-  // The bins in which the weight of tokens can reach `target`, which is positive and at most that of the row.
-  // All weights of a bin lie between those of its ends: the sums of both bound the sum of what lies before a
-  // token. The margin is for what rounding does to octaves and exponentials.
-  __device__ Bracket bracket_of_mass(uint64_t target) {
-    constexpr int kEach = kBins / Threads;
+  // A bin's tokens, and the least and the most that they can weigh together: all weights of a bin lie between
+  // those of its ends. The margin is for what rounding does to octaves and exponentials.
+  struct Bounds {
+    uint64_t count, low, high;
+  };
+  __device__ Bounds bounds(int32_t b, int32_t eligible) const {
+    const Weights weights = shared_weights;
     constexpr float kMargin = 0x1p-15f;
-    const float step = 1.0f / bin_scale;
+    const float at_most = exp2_approx(float(-b) / bin_scale) * (1.0f + kMargin) * weights.fixed_scale;
+    const float at_least = exp2_approx(float(-b - 1) / bin_scale) * (1.0f - kMargin) * weights.fixed_scale;
+    const uint64_t count = s.totals[b];
+    return {count, b < eligible ? count * uint64_t(at_least) : 0,
+            b <= eligible ? count * uint64_t(at_most) : 0};
+  }
+
+  // The bins in which the weight of tokens can reach `target`, which is positive and at most that of the row:
+  // the sums of both bounds bound the weight of what lies before a token.
+  __device__ Bracket bracket_of_mass(uint64_t target) {
+    const Weights weights = shared_weights;
+    constexpr int kEach = kBins / Threads;
     const int32_t eligible = bin_at(__fmul_rn(weights.eligible, weights.exponent_scale));
-    uint64_t count[kEach], low[kEach], high[kEach], before[3] = {0, 0, 0};
+    uint64_t before[3] = {0, 0, 0};
+#pragma unroll 1
     for (int j = 0; j < kEach; ++j) {
-      const int32_t b = int32_t(threadIdx.x) * kEach + j;
-      count[j] = s.totals[b];
-      const float at_most = exp2_approx(-step * float(b)) * (1.0f + kMargin) * weights.fixed_scale;
-      const float at_least = exp2_approx(-step * float(b + 1)) * (1.0f - kMargin) * weights.fixed_scale;
-      high[j] = b <= eligible ? count[j] * uint64_t(at_most) : 0;
-      low[j] = b < eligible ? count[j] * uint64_t(at_least) : 0;
-      before[0] += count[j];
-      before[1] += low[j];
-      before[2] += high[j];
+      const Bounds of = bounds(int32_t(threadIdx.x) * kEach + j, eligible);
+      before[0] += of.count;
+      before[1] += of.low;
+      before[2] += of.high;
     }
     if (threadIdx.x == 0) {
       s.answer[0] = s.answer[1] = kBins - 1;
@@ -158,18 +169,20 @@ struct Selector {
       s.answer[3] = uint64_t(slice.n);
     }
     team.scan_block(before);
+#pragma unroll 1
     for (int j = 0; j < kEach; ++j) {
-      if (before[2] < target && before[2] + high[j] >= target) {
+      const Bounds of = bounds(int32_t(threadIdx.x) * kEach + j, eligible);
+      if (before[2] < target && before[2] + of.high >= target) {
         s.answer[0] = threadIdx.x * kEach + j;
         s.answer[2] = before[0];
       }
-      if (before[1] < target && before[1] + low[j] >= target) {
+      if (before[1] < target && before[1] + of.low >= target) {
         s.answer[1] = threadIdx.x * kEach + j;
-        s.answer[3] = before[0] + count[j];
+        s.answer[3] = before[0] + of.count;
       }
-      before[0] += count[j];
-      before[1] += low[j];
-      before[2] += high[j];
+      before[0] += of.count;
+      before[1] += of.low;
+      before[2] += of.high;
     }
     __syncthreads();
     const Bracket b{int32_t(s.answer[0]), int32_t(s.answer[1]), s.answer[2], s.answer[3] - s.answer[2]};
@@ -192,16 +205,18 @@ struct Selector {
   // Makes the list of the shares; returns the sum of `mass` over the threads of the team. False if it has no
   // room.
   __device__ bool end_list(uint64_t& mass) {
-    mass = team.reduce_block(mass, [](uint64_t a, uint64_t b) { return a + b; });
+    mass = team.sum_for_warp_0(mass);
     team.share(mass, s.num_found);
     mass = 0;
     uint64_t all = 0;
+#pragma unroll 1
     for (uint32_t block = 0; block < team.size; ++block) {
       mass += team.shared(block).a;
       all += team.shared(block).b;
     }
     listed = 0;
     if (all > kListed) return false;
+#pragma unroll 1
     for (uint32_t block = 0; block < team.size; ++block) {
       const uint32_t size = uint32_t(team.shared(block).b);
       const uint64_t* found = team.at(s.own.found, block);
@@ -214,10 +229,11 @@ struct Selector {
 
   // Makes the tokens of a bracket (without -inf) the list, and `before` the weight in front of them.
   __device__ bool list_bins(const Bracket& bracket, uint64_t& before) {
+    const Weights weights = shared_weights;
     begin_list();
     before = 0;
     slice.for_each([&](float x, int32_t id) {
-      const int32_t b = bin(x);
+      const int32_t b = bin(weights, x);
       if (b > bracket.last) return;
       if (b < bracket.first) {
         before += weights.weigh(x);
@@ -230,6 +246,7 @@ struct Selector {
 
   // The weight of the list's tokens up to `cut`.
   __device__ uint64_t mass_listed(uint64_t cut) {
+    const Weights weights = shared_weights;
     uint64_t mass = 0;
     for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
       const uint64_t place = s.all.list[i];
@@ -268,6 +285,7 @@ struct Selector {
   // Narrows the span in which the value of the tokens (their count or weight) reaches `target` to one of
   // kFineBins parts of it. The tokens are the row's or the list's.
   __device__ void narrow(Among among, bool by_count, Span& span, uint64_t target) {
+    const Weights weights = shared_weights;
     const bool of_row = among == Among::kTeam;
     const int32_t tokens = of_row ? slice.num_tokens() : int32_t(listed);
     auto place_at = [&](int32_t i) {
@@ -329,6 +347,7 @@ struct Selector {
   // Makes a span that ends a prefix of the row in `bracket` the list, too many as there may be for that;
   // `before` is the weight in front of it. Returns the value (count or weight) in front of it.
   __device__ uint64_t list_end(bool by_count, const Bracket& bracket, uint64_t target, uint64_t& before) {
+    const Weights weights = shared_weights;
     if (bracket.inside <= kListed) {
       list_bins(bracket, before);
       return by_count ? bracket.before : before;
@@ -337,7 +356,7 @@ struct Selector {
     uint64_t mass = 0;
     for (int32_t i = threadIdx.x; i < slice.num_tokens(); i += Threads) {
       const float x = slice.logit(i);
-      const int32_t b = bin(x);
+      const int32_t b = bin(weights, x);
       if (b < bracket.first) mass += weights.weigh(x);
       if (b < bracket.first || b > bracket.last || !(x > -kInfinity)) continue;
       const uint64_t place = place_of(x, slice.id_of(i));
@@ -364,6 +383,7 @@ struct Selector {
   // The place of the list's token, up to `limit`, at which their count (or weight) reaches `target`; `limit`
   // if none does.
   __device__ uint64_t end_in_list(bool by_count, uint64_t target, uint64_t limit) {
+    const Weights weights = shared_weights;
     Span span{0, limit, 0, listed};
     while (span.inside > kFew) narrow(Among::kBlock, by_count, span, target);
     if (threadIdx.x == 0) s.num_few = 0;

@@ -5,6 +5,7 @@
 // ranges of ids. Where the block's part fits it is read from memory once and kept in shared memory.
 #pragma once
 
+#include "fi/cuda/launch.h"
 #include "fi/cuda/ptx.h"
 #include "fi/sampling_math.h"
 
@@ -34,34 +35,39 @@ struct Weights {
   }
 };
 
+// In shared memory, once fetch() has begun: not to take registers between passes.
 template <class T, int Threads>
 struct Slice {
   static constexpr int kLogits = 16 / sizeof(T);  // in a vector
   static constexpr int kWarps = Threads / 32;
 
-  const uint4* vectors;  // the row's first vector: its address rounded down
   const T* row;
   int32_t n;                       // tokens in the row
-  int32_t lead;                    // elements of the first vector in front of the row
   int32_t block_begin, block_end;  // vectors of this block
-  int32_t warp_begin, warp_end;    // vectors of this warp
-  uint4* kept;    // [block_end - block_begin] in shared memory; null: read from memory each time
-  bool infinite;  // some logit is +inf: those count as 0, all others as -inf
+  uint32_t kept_at;  // where in dynamic shared memory the slice is; 0: nowhere, read it from memory each time
+  bool infinite;     // some logit is +inf: those count as 0, all others as -inf
 
   // Part `rank` of `blocks`.
-  __device__ Slice(const T* row, int64_t vocab_size, uint32_t rank, uint32_t blocks, uint4* kept)
-      : row(row), n(int32_t(vocab_size)), kept(kept), infinite(false) {
-    const auto address = reinterpret_cast<uintptr_t>(row);
-    vectors = reinterpret_cast<const uint4*>(address & ~uintptr_t{15});
-    lead = int32_t(address & 15) / int32_t(sizeof(T));
-    const int32_t all = int32_t((int64_t(lead) + n + kLogits - 1) / kLogits);
+  __device__ Slice(const T* row, int64_t vocab_size, uint32_t rank, uint32_t blocks, uint32_t kept_at)
+      : row(row), n(int32_t(vocab_size)), kept_at(kept_at), infinite(false) {
+    const int32_t all = int32_t((int64_t(lead()) + n + kLogits - 1) / kLogits);
     const int32_t per_block = (all + int32_t(blocks) - 1) / int32_t(blocks);
     block_begin = min(all, int32_t(rank) * per_block);
     block_end = min(all, block_begin + per_block);
-    const int32_t per_warp = (block_end - block_begin + kWarps - 1) / kWarps;
-    warp_begin = min(block_end, block_begin + int32_t(threadIdx.x / 32) * per_warp);
-    warp_end = min(block_end, warp_begin + per_warp);
   }
+
+  __device__ uint4* kept() const { return reinterpret_cast<uint4*>(dynamic_smem() + kept_at); }
+
+  // Elements of the first vector in front of the row.
+  __device__ int32_t lead() const {
+    return int32_t(reinterpret_cast<uintptr_t>(row) & 15) / int32_t(sizeof(T));
+  }
+  // The vectors of this warp.
+  __device__ int32_t warp_begin() const {
+    return min(block_end, block_begin + int32_t(threadIdx.x / 32) * per_warp());
+  }
+  __device__ int32_t warp_end() const { return min(block_end, warp_begin() + per_warp()); }
+  __device__ int32_t per_warp() const { return (block_end - block_begin + kWarps - 1) / kWarps; }
 
   // A vector that sticks out of the row, with -inf there.
   static FI_DEVICE_NOINLINE uint4 load_partial(const T* row, int32_t n, int64_t id) {
@@ -74,30 +80,32 @@ struct Slice {
     return v.all;
   }
 
-  __device__ uint4 load(int32_t vector) const {
-    const int64_t id = int64_t(vector) * kLogits - lead;
-    if (id >= 0 && id + kLogits <= n) return load_streaming_16(vectors + vector);
-    return load_partial(row, n, id);
-  }
-
   // Begins to bring the slice to shared memory, if it is to be kept there; wait() ends it. Each thread copies
   // what it will read: no barrier.
-  __device__ void fetch() {
-    if (kept == nullptr) return;
-    for (int32_t v = warp_begin + int32_t(threadIdx.x % 32); v < warp_end; v += 32) {
-      const int64_t id = int64_t(v) * kLogits - lead;
+  __device__ void fetch() const {
+    if (kept_at == 0) return;
+    const int32_t first_id = -lead(), end = warp_end();
+    for (int32_t v = warp_begin() + int32_t(threadIdx.x % 32); v < end; v += 32) {
+      const int64_t id = int64_t(v) * kLogits + first_id;
       if (id >= 0 && id + kLogits <= n) {
-        cp_async_16(kept + (v - block_begin), vectors + v);
+        cp_async_16(kept() + (v - block_begin), row + id);
       } else {
-        kept[v - block_begin] = load_partial(row, n, id);
+        kept()[v - block_begin] = load_partial(row, n, id);
       }
     }
     cp_async_commit();
   }
-  __device__ void wait() const { cp_async_wait<0>(); }
+  static __device__ void wait() { cp_async_wait<0>(); }
 
   __device__ void read(int32_t vector, float (&x)[kLogits]) const {
-    const uint4 v = kept != nullptr ? kept[vector - block_begin] : load(vector);
+    uint4 v;
+    if (kept_at != 0) {
+      v = kept()[vector - block_begin];
+    } else {
+      const int64_t id = int64_t(vector) * kLogits - lead();
+      const bool whole = id >= 0 && id + kLogits <= n;
+      v = whole ? load_streaming_16(row + id) : load_partial(row, n, id);
+    }
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -120,21 +128,23 @@ struct Slice {
   // f(logit, id) for the tokens of this warp, -inf where a lane has none.
   template <class F>
   __device__ __forceinline__ void for_each(const F& f) const {
-    for (int32_t vector = warp_begin + int32_t(threadIdx.x % 32); vector < warp_end; vector += 32) {
+    const Slice slice = *this;  // one read of what is in shared memory
+    const int32_t first_id = -slice.lead(), end = slice.warp_end();
+    for (int32_t vector = slice.warp_begin() + int32_t(threadIdx.x % 32); vector < end; vector += 32) {
       float x[kLogits];
-      read(vector, x);
+      slice.read(vector, x);
 #pragma unroll
-      for (int j = 0; j < kLogits; ++j) f(x[j], vector * kLogits + j - lead);
+      for (int j = 0; j < kLogits; ++j) f(x[j], vector * kLogits + j + first_id);
     }
   }
 
   // The tokens of the block, one at a time: for rare passes, whose code is not to be there kLogits times.
   __device__ int32_t num_tokens() const { return (block_end - block_begin) * kLogits; }
-  __device__ int32_t id_of(int32_t i) const { return block_begin * kLogits + i - lead; }
+  __device__ int32_t id_of(int32_t i) const { return block_begin * kLogits + i - lead(); }
   __device__ float logit(int32_t i) const {
     const int32_t id = id_of(i);
     if (id < 0 || id >= n) return -kInfinity;
-    const float x = to_float(kept != nullptr ? reinterpret_cast<const T*>(kept)[i] : row[id]);
+    const float x = to_float(kept_at != 0 ? reinterpret_cast<const T*>(kept())[i] : row[id]);
     return infinite ? x == kInfinity ? 0.0f : -kInfinity : x + 0.0f;
   }
 };

@@ -14,8 +14,9 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Who takes part in a sum: all blocks of the team, or each block by itself.
 enum class Among { kTeam, kBlock };
+enum class Fold { kSum, kMin, kMax };
 
-// In dynamic shared memory, at the same place in each block of the team.
+// The first thing in each block's dynamic shared memory.
 template <int Warps>
 struct TeamScratch {
   struct Pair {
@@ -33,8 +34,7 @@ class Team {
   using Scratch = TeamScratch<kWarps>;
   static_assert(kWarps <= 32 && (kWarps & (kWarps - 1)) == 0);
 
-  __device__ Team(Scratch* scratch, uint32_t rank, uint32_t size)
-      : rank(rank), size(size), scratch_(scratch) {}
+  __device__ Team(uint32_t rank, uint32_t size) : rank(rank), size(size) {}
 
   const uint32_t rank, size;
 
@@ -57,54 +57,25 @@ class Team {
   // until the share after the next one.
   __device__ void share(uint64_t a, uint64_t b) {
     team_side_ ^= 1;
-    if (threadIdx.x < size) *at(&scratch_->slots[team_side_][rank], threadIdx.x) = {a, b};
+    if (threadIdx.x < size) *at(&scratch().slots[team_side_][rank], threadIdx.x) = {a, b};
     sync();
   }
   __device__ typename Scratch::Pair shared(uint32_t block) const {
-    return scratch_->slots[team_side_][block];
-  }
-
-  // Folds a value of every thread in this block; warp 0 has the result. `op` is commutative and associative.
-  template <class Op>
-  __device__ uint64_t reduce_block(uint64_t value, const Op& op) const {
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll 1
-    for (int step = 16; step > 0; step /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, step));
-    if (lane == 0) scratch_->warps[0][warp] = value;
-    __syncthreads();
-    if (warp == 0) {
-      value = scratch_->warps[0][lane % kWarps];
-#pragma unroll 1
-      for (int step = kWarps / 2; step > 0; step /= 2)
-        value = op(value, __shfl_xor_sync(kAllLanes, value, step));
-    }
-    return value;
+    return scratch().slots[team_side_][block];
   }
 
   // Folds a value of every thread; all have the result.
-  template <class Op>
-  __device__ uint64_t reduce(uint64_t value, Among among, const Op& op) {
-    value = reduce_block(value, op);
-    if (among == Among::kBlock) {
-      block_side_ ^= 1;
-      if (threadIdx.x == 0) scratch_->results[block_side_] = value;
-      __syncthreads();
-      return scratch_->results[block_side_];
-    }
-    share(value, 0);
-    value = shared(0).a;
-    for (uint32_t block = 1; block < size; ++block) value = op(value, shared(block).a);
-    return value;
-  }
   __device__ uint64_t sum(uint64_t value, Among among = Among::kTeam) {
-    return reduce(value, among, [](uint64_t a, uint64_t b) { return a + b; });
+    return fold(Fold::kSum, value, among);
   }
   __device__ uint64_t min(uint64_t value, Among among = Among::kTeam) {
-    return reduce(value, among, [](uint64_t a, uint64_t b) { return a < b ? a : b; });
+    return fold(Fold::kMin, value, among);
   }
   __device__ uint64_t max(uint64_t value, Among among = Among::kTeam) {
-    return reduce(value, among, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+    return fold(Fold::kMax, value, among);
   }
+  // The sum over this block's threads, for all lanes of warp 0.
+  __device__ uint64_t sum_for_warp_0(uint64_t value) const { return fold_block(Fold::kSum, value); }
 
   // Makes totals[i] of every block the sum of all blocks' parts[i], for i < n (a multiple of kMaxTeam). A
   // sync of the team must lie between the writing of parts and this.
@@ -113,9 +84,9 @@ class Team {
     const uint32_t share = n / size;
     for (uint32_t i = rank * share + threadIdx.x; i < (rank + 1) * share; i += Threads) {
       N total = 0;
-#pragma unroll 4
+#pragma unroll 2
       for (uint32_t block = 0; block < size; ++block) total += *at(parts + i, block);
-#pragma unroll 4
+#pragma unroll 2
       for (uint32_t block = 0; block < size; ++block) *at(totals + i, block) = total;
     }
     sync();
@@ -133,20 +104,58 @@ class Team {
         const uint64_t other = __shfl_up_sync(kAllLanes, up_to, step);
         if (lane >= step) up_to += other;
       }
-      if (lane == 31) scratch_->warps[k][warp] = up_to;
+      if (lane == 31) scratch().warps[k][warp] = up_to;
       v[k] = up_to - v[k];
     }
     __syncthreads();
     for (int k = 0; k < K; ++k) {
 #pragma unroll 4
       for (unsigned before = 0; before < kWarps; ++before)
-        v[k] += before < warp ? scratch_->warps[k][before] : 0;
+        v[k] += before < warp ? scratch().warps[k][before] : 0;
     }
     __syncthreads();
   }
 
  private:
-  Scratch* scratch_;
+  static __device__ Scratch& scratch() { return *reinterpret_cast<Scratch*>(dynamic_smem()); }
+
+  static __device__ uint64_t folded(Fold fold, uint64_t a, uint64_t b) {
+    return fold == Fold::kSum ? a + b : (a < b) == (fold == Fold::kMin) ? a : b;
+  }
+
+  // Folds are called from many places: one copy of the code for all. All lanes of warp 0 have the block's
+  // result.
+  static FI_DEVICE_NOINLINE uint64_t fold_block(Fold fold, uint64_t value) {
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int step = 16; step > 0; step /= 2)
+      value = folded(fold, value, __shfl_xor_sync(kAllLanes, value, step));
+    if (lane == 0) scratch().warps[0][warp] = value;
+    __syncthreads();
+    if (warp == 0) {
+      value = scratch().warps[0][lane % kWarps];
+#pragma unroll 1
+      for (int step = kWarps / 2; step > 0; step /= 2)
+        value = folded(fold, value, __shfl_xor_sync(kAllLanes, value, step));
+    }
+    return value;
+  }
+
+  __device__ uint64_t fold(Fold fold, uint64_t value, Among among) {
+    value = fold_block(fold, value);
+    if (among == Among::kBlock) {
+      block_side_ ^= 1;
+      if (threadIdx.x == 0) scratch().results[block_side_] = value;
+      __syncthreads();
+      return scratch().results[block_side_];
+    }
+    share(value, 0);
+    value = shared(0).a;
+#pragma unroll 1
+    for (uint32_t block = 1; block < size; ++block) value = folded(fold, value, shared(block).a);
+    return value;
+  }
+
   uint32_t team_side_ = 0, block_side_ = 0;
 };
 

@@ -35,7 +35,7 @@ class CudaCores {
         acc_(reinterpret_cast<float*>(warp_memory)),
         weights_(acc_ + kRows * acc_width(p)),
         lane_(threadIdx.x % 32),
-        cursor_(p, plan, work, threadIdx.x / 32, blockDim.x / 32) {
+        cursor_(p, plan, work) {
     auto whole = [](const void* data, int64_t b, int64_t h, int64_t n) {
       return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (b | h | n) % (16 / int64_t(sizeof(T))) == 0;
     };
@@ -105,11 +105,10 @@ class CudaCores {
       for (int d = lane_; d < p_.head_dim_vo; d += 32) add_values<1>(values, d, live_keys, rescale);
     }
     __syncwarp();
+    cursor_.step();
   }
 
-  FI_DEVICE_INLINE void release() { cursor_.step(); }
-
-  FI_DEVICE_INLINE void publish(float* row_max, float* row_sum, const float** acc, int) {
+  FI_DEVICE_INLINE void publish(float* row_max, float* row_sum, const float** acc, int, bool) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -143,12 +142,14 @@ class CudaCores {
     }
   }
 
-  // s[r] += row r of the query times one key.
+  // s[r] = row r of the query times one key. Four sums a row, whose roundings (fp32) add up to less than
+  // those of one, and which don't wait for each other.
   FI_DEVICE_INLINE void multiply_key(const T* k, int b, int key, float (&s)[kRows]) const {
+    constexpr int kSums = 4, kVector = 16 / sizeof(T);
     const int dim = static_cast<int>(p_.head_dim_qk), width = query_width(p_);
+    float sums[kRows][kSums] = {};
     int d = 0;
     if (key_vectors_) {
-      constexpr int kVector = 16 / sizeof(T);
 #pragma unroll 4
       for (; d + kVector <= dim; d += kVector) {
         float x[kVector];
@@ -156,15 +157,22 @@ class CudaCores {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-          for (int e = 0; e < kVector; ++e) s[r] = fmaf(query_[r * width + d + e], x[e], s[r]);
+          for (int e = 0; e < kVector; ++e)
+            sums[r][e % kSums] = fmaf(query_[r * width + d + e], x[e], sums[r][e % kSums]);
         }
       }
     }
-    for (; d < dim; ++d) {
-      const float x = to_float(p_.rope_keys ? rotated(p_.rope, b, key, k, d) : k[d]);
+    for (; d < dim; d += kSums) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) s[r] = fmaf(query_[r * width + d], x, s[r]);
+      for (int e = 0; e < kSums; ++e) {
+        if (d + e >= dim) continue;
+        const float x = to_float(p_.rope_keys ? rotated(p_.rope, b, key, k, d + e) : k[d + e]);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) sums[r][e] = fmaf(query_[r * width + d + e], x, sums[r][e]);
+      }
     }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) s[r] = (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]);
   }
 
   // Columns [d, d + N) of the accumulators: rescaled, then weights times the values of the live keys.

@@ -63,15 +63,13 @@ class DecodeBlock {
       if (warp == warps - 1) fill_row_table(p, plan, at, shared.rows);
       __syncthreads();
       engine.begin_segment();
-      for (int n = 0; n < slices; ++n) {
-        if (n > 0) engine.release();
-        engine.attend(shared.rows, at, num_rows);
-      }
-      engine.publish(shared.warp_max[warp], shared.warp_sum[warp], &shared.warp_acc[warp], num_rows);
+#pragma unroll 1
+      for (int n = 0; n < slices; ++n) engine.attend(shared.rows, at, num_rows);
+      engine.publish(shared.warp_max[warp], shared.warp_sum[warp], &shared.warp_acc[warp], num_rows,
+                     slices > 0);
       __syncthreads();
       finish_segment(work.shares, walk, at, num_rows, engine);
       __syncthreads();
-      if (slices > 0) engine.release();
       unit = stop;
       if (unit < work.end) walk.next(p, plan, work.end);
     }
@@ -142,22 +140,40 @@ class DecodeBlock {
     if (shared.is_last) join_blocks(at, num_rows, first, last);
   }
 
-  // The partial results of blocks [first, last].
+  // The partial results of blocks [first, last], in that order; so many loads in flight that two or three
+  // round trips to L2 do.
   FI_DEVICE_INLINE void join_blocks(const SegmentPlace& at, int num_rows, int first, int last) const {
+    constexpr int kAtOnce = 12;
     const int state = plan.part_rows * plan.acc_width;
     for (int item = threadIdx.x; item < num_rows * chunks; item += blockDim.x) {
       const int row = item / chunks, chunk = item - row * chunks;
       float top = -kInf, sum = 0.0f, acc[4] = {};
-#pragma unroll 8
-      for (int block = first; block <= last; ++block)
-        top = fmaxf(top, __ldcg(partial(block, block == first) + state + row));
-#pragma unroll 8
-      for (int block = first; block <= last; ++block) {
-        const float* part = partial(block, block == first);
-        const float factor = exp2_approx(__ldcg(part + state + row) - usable_max(top));
-        sum = fmaf(__ldcg(part + state + plan.part_rows + row), factor, sum);
-        add_scaled(acc, __ldcg(reinterpret_cast<const float4*>(part + row * plan.acc_width + chunk * 4)),
-                   factor);
+      for (int block = first; block <= last; block += kAtOnce) {
+        float tops[kAtOnce], sums[kAtOnce];
+        float4 accs[kAtOnce];
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          tops[n] = -kInf, sums[n] = 0.0f, accs[n] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+          if (block + n > last) continue;
+          const float* part = partial(block + n, block + n == first);
+          tops[n] = __ldcg(part + state + row);
+          sums[n] = __ldcg(part + state + plan.part_rows + row);
+          accs[n] = __ldcg(reinterpret_cast<const float4*>(part + row * plan.acc_width + chunk * 4));
+        }
+        float new_top = top;
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) new_top = fmaxf(new_top, tops[n]);
+        const float shift = usable_max(new_top), keep = exp2_approx(top - shift);
+        top = new_top;
+        sum *= keep;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[e] *= keep;
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          const float factor = exp2_approx(tops[n] - shift);
+          sum = fmaf(sums[n], factor, sum);
+          add_scaled(acc, accs[n], factor);
+        }
       }
       write(at, row, chunk, acc, top, sum);
     }
@@ -199,13 +215,10 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocksAnSm)
 // need of it, and says so.
 bool prepare(const AttentionParams& p, Plan& plan, const Gpu& gpu);
 
-// Shared memory that a block may ask for; before Hopper what sm_86 and sm_89 have.
-inline size_t smem_of_block(const Gpu& gpu) { return (gpu.compute_capability >= 90 ? 227 : 99) * 1024; }
-
 template <class T, class Engine>
 void run_decode(const AttentionParams& p, const Gpu& gpu) {
   const size_t warp_bytes = Engine::warp_bytes(p), query_bytes = Engine::query_bytes(p);
-  const size_t room = smem_of_block(gpu) / Engine::kBlocksAnSm - (Engine::kBlocksAnSm > 1 ? 1024 : 0);
+  const size_t room = size_t(gpu.max_block_smem) / Engine::kBlocksAnSm - (Engine::kBlocksAnSm > 1 ? 1024 : 0);
   const size_t fixed = query_bytes + sizeof(Shared);
   const int64_t warps = room > fixed ? int64_t((room - fixed) / warp_bytes) : 0;
   if (warps == 0)

@@ -34,6 +34,7 @@ FI_INLINE KeyRange allowed_keys(const AttentionParams& p, int64_t b, int64_t i) 
 FI_INLINE KeyRange allowed_keys(const AttentionParams& p, int64_t b) {
   if (!p.causal && p.window_left < 0) return {0, static_cast<int>(p.kv_len)};
   KeyRange all{static_cast<int>(p.kv_len), 0};
+#pragma unroll 1
   for (int64_t i = 0; i < p.qo_len; ++i) {
     const KeyRange r = allowed_keys(p, b, i);
     if (r.begin == r.end) continue;

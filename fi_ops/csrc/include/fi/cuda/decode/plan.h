@@ -29,7 +29,8 @@ struct Plan {
   float* partials;
   int part_rows, acc_width;
 
-  FI_HD int partial_floats() const { return part_rows * (acc_width + 2); }
+  // A multiple of 4: read and written as float4.
+  FI_HD int partial_floats() const { return (part_rows * (acc_width + 2) + 3) / 4 * 4; }
 };
 
 struct SegmentPlace {
@@ -77,17 +78,15 @@ struct Shares {
 // Steps through the segments that have units.
 struct SegmentWalk {
   int index, first_unit, tiles;
-  int group, left;  // segments of the group after this one
 
   FI_DEVICE_INLINE void next(const AttentionParams& p, const Plan& plan, int end_unit) {
     first_unit += tiles;
     ++index;
-    if (left-- > 0 || first_unit >= end_unit) return;
-    do {
-      tiles = ++group < plan.num_groups ? tiles_of_group(p, plan, group) : 0;
-    } while (tiles == 0 && group < plan.num_groups);
+    if (first_unit >= end_unit || index % plan.group_segments != 0) return;
+    int group = index / plan.group_segments;
+#pragma unroll 1
+    while (group < plan.num_groups && (tiles = tiles_of_group(p, plan, group)) == 0) ++group;
     index = group * plan.group_segments;
-    left = plan.group_segments - 1;
   }
 };
 
@@ -114,6 +113,7 @@ FI_DEVICE_INLINE Work find_work(const AttentionParams& p, const Plan& plan, Find
     const int g_begin = min(static_cast<int>(threadIdx.x) * each, plan.num_groups);
     const int g_end = min(g_begin + each, plan.num_groups);
     int units = 0;
+#pragma unroll 1
     for (int g = g_begin; g < g_end; ++g) units += tiles_of_group(p, plan, g) * plan.group_segments;
     int before = units;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -131,6 +131,7 @@ FI_DEVICE_INLINE Work find_work(const AttentionParams& p, const Plan& plan, Find
     }
     const int begin = own(Shares(plan, total)).begin;
     if (begin >= before && begin < before + units) {
+#pragma unroll 1
       for (int g = g_begin; g < g_end; ++g) {
         const int t = tiles_of_group(p, plan, g);
         if (begin < before + t * plan.group_segments) {
@@ -145,12 +146,9 @@ FI_DEVICE_INLINE Work find_work(const AttentionParams& p, const Plan& plan, Find
   }
   Work work = own(Shares(plan, total));
   if (work.begin < work.end) {
-    // Groups of one size are skipped whole; in all others the group is known by now.
+    // All groups have the same size, or `group` is the one that holds the unit.
     const int skipped = (work.begin - first_unit) / tiles;
-    const int segment = group * plan.group_segments + skipped;
-    group = segment / plan.group_segments;
-    work.first = {segment, first_unit + skipped * tiles, tiles, group,
-                  (group + 1) * plan.group_segments - segment - 1};
+    work.first = {group * plan.group_segments + skipped, first_unit + skipped * tiles, tiles};
   }
   return work;
 }

@@ -21,33 +21,26 @@ class SliceCursor {
  public:
   static constexpr int kSlicesATile = kTileKeys / kSliceKeys;
 
-  FI_DEVICE_INLINE SliceCursor(const AttentionParams& p, const Plan& plan, const Work& work, int warp,
-                               int warps)
-      : p_(p),
-        plan_(plan),
-        walk_(work.first),
-        begin_(work.begin),
-        end_(work.end),
-        warp_(warp),
-        warps_(warps) {
+  FI_DEVICE_INLINE SliceCursor(const AttentionParams& p, const Plan& plan, const Work& work)
+      : p_(p), plan_(plan), walk_(work.first), begin_(work.begin), end_(work.end) {
     if (!done()) enter();
   }
 
   FI_DEVICE_INLINE bool done() const { return begin_ >= end_; }
   // Of the segment that slice() is in.
   FI_DEVICE_INLINE SegmentPlace place() const { return place_of(p_, plan_, kRows, walk_.index); }
-  FI_DEVICE_INLINE int key_end() const { return range_.end; }
+  FI_DEVICE_INLINE int key_end() const { return key_end_; }
   // Whether the last step has come to another segment.
   FI_DEVICE_INLINE bool entered() const { return entered_; }
 
   FI_DEVICE_INLINE Slice slice() const {
-    const int tile = list_ ? tile_index(entry_) : range_.begin / kTileKeys + tile_;
-    return {tile * kTileKeys + sub_ * kSliceKeys, list_ == nullptr || tile_open(entry_)};
+    const int tile = list_ ? tile_index(entry_) : first_tile_ + at_ / kSlicesATile;
+    return {tile * kTileKeys + at_ % kSlicesATile * kSliceKeys, list_ == nullptr || tile_open(entry_)};
   }
 
   FI_DEVICE_INLINE void step() {
     entered_ = false;
-    at_ += warps_;
+    at_ += blockDim.x / 32;
     if (at_ < num_) {
       settle();
     } else {
@@ -58,21 +51,23 @@ class SliceCursor {
  private:
   // To the first slice of the segment, or of a later one that has a slice for this warp.
   FI_DEVICE_INLINE void enter() {
+    at_ = threadIdx.x / 32;
     while (true) {
       const int stop = min(end_, walk_.first_unit + walk_.tiles);
       first_tile_ = begin_ - walk_.first_unit;
       num_ = (stop - begin_) * kSlicesATile;
-      if (warp_ < num_) break;
+      if (at_ < num_) break;
       begin_ = stop;
       if (done()) return;
       walk_.next(p_, plan_, end_);
     }
     const SegmentPlace at = place();
-    range_ = range_of(p_, plan_, at.b);
+    const KeyRange range = range_of(p_, plan_, at.b);
+    key_end_ = range.end;
     list_ = plan_.lists.entries;
     if (list_) list_ += int64_t{plan_.lists.list_of(at.b, at.kv_head)} * plan_.lists.num_tiles;
+    if (list_ == nullptr) first_tile_ += range.begin / kTileKeys;
     entered_ = true;
-    at_ = warp_;
     settle();
   }
 
@@ -84,18 +79,16 @@ class SliceCursor {
   }
 
   FI_DEVICE_INLINE void settle() {
-    tile_ = first_tile_ + at_ / kSlicesATile;
-    sub_ = at_ % kSlicesATile;
-    if (list_) entry_ = __ldcg(&list_[tile_]);
+    if (list_) entry_ = __ldcg(&list_[first_tile_ + at_ / kSlicesATile]);
   }
 
   const AttentionParams& p_;
   const Plan& plan_;
   SegmentWalk walk_;
-  int begin_, end_;  // units still ahead, the current segment's included
-  int warp_, warps_;
-  int first_tile_ = 0, num_ = 0, at_ = 0, tile_ = 0, sub_ = 0;
-  KeyRange range_{0, 0};
+  int begin_, end_;       // units still ahead, the current segment's included
+  int first_tile_ = 0;    // of the block's part of the segment: an entry of the list, or a tile
+  int num_ = 0, at_ = 0;  // slices of that part, of all warps
+  int key_end_ = 0;
   const int32_t* list_ = nullptr;  // the segment's
   int32_t entry_ = 0;              // loaded a step ahead of its use
   bool entered_ = false;

@@ -40,11 +40,7 @@ class TensorCores {
 
   FI_DEVICE_INLINE TensorCores(const AttentionParams& p, const Plan& plan, const Work& work,
                                unsigned char* query, unsigned char* warp_memory)
-      : p_(p),
-        query_(query),
-        ring_(warp_memory),
-        lane_(threadIdx.x % 32),
-        cursor_(p, plan, work, threadIdx.x / 32, blockDim.x / 32) {
+      : p_(p), query_(query), ring_(warp_memory), lane_(threadIdx.x % 32), cursor_(p, plan, work) {
 #pragma unroll 1
     for (int s = 0; s < kStages; ++s) issue(s);
   }
@@ -86,11 +82,13 @@ class TensorCores {
     }
     max_[0] = max_[1] = -kInf;
     sum_[0] = sum_[1] = 0.0f;
-    used_ = -1;
   }
 
-  // The next slice of the ring.
+  // The next slice of the ring. Only here the stage of the slice before is filled again: publish() may have
+  // used it meanwhile.
   FI_DEVICE_INLINE void attend(const RowTable& rows, const SegmentPlace& at, int num_rows) {
+    __syncwarp();
+    if (used_ >= 0) issue(used_);
     cp_async_wait<kStages - 1>();
     __syncwarp();
     unsigned char* stage = ring_ + out_ * kStageBytes;
@@ -126,15 +124,10 @@ class TensorCores {
     multiply_values(stage + kSliceKeys * kRowBytes, weights);
   }
 
-  // Refills the stage that attend() has used.
-  FI_DEVICE_INLINE void release() {
-    __syncwarp();
-    issue(used_);
-  }
-
   // The warp's result of a segment, for all warps to read: maxima and sums of the rows, the accumulators over
-  // the stage that was used last. Without a slice only sums of 0.
-  FI_DEVICE_INLINE void publish(float* row_max, float* row_sum, const float** acc, int num_rows) {
+  // the stage that was used last. Where the warp had no slice, only sums of 0.
+  FI_DEVICE_INLINE void publish(float* row_max, float* row_sum, const float** acc, int num_rows,
+                                bool had_slices) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -142,7 +135,7 @@ class TensorCores {
       const int row = row_of(2 * half);
       if (lane_ % 4 == 0) row_max[row] = max_[half], row_sum[row] = sum_[half];
     }
-    if (used_ < 0) return;
+    if (!had_slices) return;
     __syncwarp();
     float* stage = reinterpret_cast<float*>(ring_ + used_ * kStageBytes);
     if (lane_ == 0) *acc = stage;
@@ -165,6 +158,7 @@ class TensorCores {
  private:
   static constexpr int kStages = Shape<kDim>::kStages;
   static constexpr bool kQueryInRegisters = Shape<kDim>::kQueryInRegisters;
+  static constexpr bool kTwoChains = kQueryInRegisters;
   static constexpr int kRowBytes = kDim * 2, kChunks = kDim / 8, kSteps = kDim / 16;
   static constexpr int kStageBytes = 2 * kSliceKeys * kRowBytes;  // K, then V
   static_assert(kStageBytes == kRows * kDim * sizeof(float), "publish() puts the accumulators into a stage");
@@ -172,6 +166,10 @@ class TensorCores {
   // Rows of 16-byte chunks; the exclusive or spreads a column of chunks over all banks.
   FI_DEVICE_INLINE static int offset_of(int row, int chunk) {
     return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+  }
+  // offset_of(row, 2 * pair + chunk), chunk 0 or 1, for a constant pair: four addresses serve all pairs.
+  FI_DEVICE_INLINE static int offset_of_pair(int row, int pair, int chunk) {
+    return offset_of(row, pair % 4 * 2 + chunk) + pair / 4 * 128;
   }
   // Row and column, in the tile, of an accumulator of this lane.
   FI_DEVICE_INLINE int row_of(int e) const { return lane_ / 4 + (e / 2) * 8; }
@@ -191,13 +189,22 @@ class TensorCores {
       const Slice slice = cursor_.slice();
       const int row = lane_ / kChunks, chunk = lane_ % kChunks;
       unsigned char* stage = ring_ + to_stage * kStageBytes;
+      const bool whole = slice.key + kSliceKeys <= cursor_.key_end();
       auto copy = [&](unsigned char* to, const T* head, int64_t stride, int64_t dim) {
         const T* src = head + (slice.key + row) * stride + chunk * 8;
+        to += row * kRowBytes;
+        const int column = (chunk ^ row) << 4;
         const bool chunk_inside = chunk * 8 < dim;
+        if (whole && dim == kDim) {
 #pragma unroll
-        for (int r = 0; r < kSliceKeys; r += kRowsAtOnce) {
-          const bool inside = chunk_inside && slice.key + row + r < cursor_.key_end();
-          cp_async_16(to + offset_of(row + r, chunk), inside ? src + r * stride : head, inside);
+          for (int r = 0; r < kSliceKeys; r += kRowsAtOnce, src += kRowsAtOnce * stride)
+            cp_async_16(to + r * kRowBytes + (column ^ (r & 7) << 4), src);
+        } else {
+#pragma unroll 1
+          for (int r = 0; r < kSliceKeys; r += kRowsAtOnce, src += kRowsAtOnce * stride) {
+            const bool inside = chunk_inside && slice.key + row + r < cursor_.key_end();
+            cp_async_16(to + r * kRowBytes + (column ^ (r & 7) << 4), inside ? src : head, inside);
+          }
         }
       };
       copy(stage, k_, p_.k_stride_n, p_.head_dim_qk);
@@ -209,8 +216,7 @@ class TensorCores {
   }
 
   FI_DEVICE_INLINE void load_query_fragment(uint32_t (&q)[4], int step) const {
-    const int row = lane_ % 16, chunk = 2 * step + lane_ / 16;
-    ldmatrix_x4(q, query_ + offset_of(row, chunk));
+    ldmatrix_x4(q, query_ + offset_of_pair(lane_ % 16, step, lane_ / 16));
   }
 
   // s + odd = Q K^T. Two chains of products for each 8 keys: the latency of one is not waited for by the
@@ -220,11 +226,12 @@ class TensorCores {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t k[4], q[4];
-      ldmatrix_x4(k, keys + offset_of(row, 2 * step + chunk));
+      ldmatrix_x4(k, keys + offset_of_pair(row, step, chunk));
       if constexpr (!kQueryInRegisters) load_query_fragment(q, step);
       const uint32_t (&query)[4] = kQueryInRegisters ? q_[kQueryInRegisters ? step : 0] : q;
-      mma_m16n8k16<T>(step % 2 ? odd[0] : s[0], query, k[0], k[1]);
-      mma_m16n8k16<T>(step % 2 ? odd[1] : s[1], query, k[2], k[3]);
+      const bool to_odd = kTwoChains && step % 2;
+      mma_m16n8k16<T>(to_odd ? odd[0] : s[0], query, k[0], k[1]);
+      mma_m16n8k16<T>(to_odd ? odd[1] : s[1], query, k[2], k[3]);
     }
   }
 
@@ -233,7 +240,7 @@ class TensorCores {
 #pragma unroll
     for (int n = 0; n < kDim / 16; ++n) {
       uint32_t v[4];
-      ldmatrix_x4_trans(v, values + offset_of(row, 2 * n + chunk));
+      ldmatrix_x4_trans(v, values + offset_of_pair(row, n, chunk));
       mma_m16n8k16<T>(acc_[2 * n], weights, v[0], v[1]);
       mma_m16n8k16<T>(acc_[2 * n + 1], weights, v[2], v[3]);
     }
