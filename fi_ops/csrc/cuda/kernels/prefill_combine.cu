@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   T* out = static_cast<T*>(p.out) + b * p.o_stride_b + h * p.o_stride_h + i * p.o_stride_n;
   for (int64_t d = 4 * lane; d < p.head_dim_vo; d += 4 * 32) {
     float4 x{0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 8
+#pragma unroll 4
     for (int part = 0; part < s.parts; ++part) {
       const float weight = exp2f(state[2 * part * part_rows] - shift);
       const float4 y = *reinterpret_cast<const float4*>(partial + part * part_rows * s.width + d);

@@ -1,5 +1,5 @@
 // Attention on CUDA cores: any dtype, head dim and strides.
-#include "fi/cuda/sm80/generic_kernel.h"
+#include "fi/cuda/sm80/prefill.h"
 
 namespace fi::cuda {
 

@@ -7,17 +7,9 @@
 #pragma once
 
 #include "fi/cuda/launch.h"
-#include "fi/cuda/sm80/finish.h"
 #include "fi/cuda/sm80/prefill.h"
 
 namespace fi::cuda {
-
-struct GenericArgs {
-  AttentionParams p;
-  MaskTiles mask;
-  unsigned num_rows, num_blocks, group;
-  unsigned slices;  // of head_dim_vo, a thread block each
-};
 
 // kParts: 64 columns of the output each.
 template <class T, int kParts>
@@ -92,15 +84,28 @@ class GenericBlock {
         smem.k[d * kPitch + r] = inside && reads(first + r) ? to_float(key_row(first + r)[depth + d]) : 0.0f;
       }
       __syncthreads();
-#pragma unroll 4
-      for (int d = 0; d < kDepth; ++d) multiply_add(s, smem.q + d * kPitch + y4, smem.k + d * kPitch + x4);
+      add_products(s, smem.q + y4, smem.k + x4);
     }
     to_logits(s, first, open);
     softmax(s);
     for (int part = 0; part < kParts; ++part) add_values(part, first);
   }
 
-  // c += a's 4 floats by b's 4.
+  // c += the sum over 64 rows of a's 4 floats by b's 4. Sixteen are summed by themselves first: one chain of
+  // additions over everything would lose the last bits of fp32.
+  static FI_DEVICE_INLINE void add_products(float (&c)[4][4], const float* a, const float* b) {
+    for (int first = 0; first < 64; first += 16) {
+      float sum[4][4] = {};
+#pragma unroll 4
+      for (int n = first; n < first + 16; ++n) multiply_add(sum, a + n * kPitch, b + n * kPitch);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) c[i][j] += sum[i][j];
+      }
+    }
+  }
+
   static FI_DEVICE_INLINE void multiply_add(float (&c)[4][4], const float* a, const float* b) {
     const float4 u = *reinterpret_cast<const float4*>(a), v = *reinterpret_cast<const float4*>(b);
     const float us[4] = {u.x, u.y, u.z, u.w}, vs[4] = {v.x, v.y, v.z, v.w};
@@ -181,10 +186,7 @@ class GenericBlock {
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < kParts; ++n) {  // a constant index keeps o in registers
-      if (n != part) continue;
-#pragma unroll 4
-      for (int j = 0; j < kKeys; ++j)
-        multiply_add(o[n], smem.weights + j * kPitch + y4, smem.k + j * kPitch + x4);
+      if (n == part) add_products(o[n], smem.weights + y4, smem.k + x4);
     }
   }
 

@@ -58,6 +58,17 @@ void run_prefill(const PrefillArgs& args, const Gpu& gpu, int block_rows);
 bool prefill_supports(const AttentionParams& p);
 void prefill(const AttentionParams& p, const Gpu& gpu);
 
+struct GenericArgs {
+  AttentionParams p;
+  MaskTiles mask;
+  unsigned num_rows, num_blocks, group;
+  unsigned slices;  // of head_dim_vo, a thread block each
+};
+
+// Launches the kernel on CUDA cores.
+template <class T>
+void run_generic(const GenericArgs& args, const Gpu& gpu);
+
 // Everything, on CUDA cores; but RoPE applied already.
 void generic_attention(const AttentionParams& p, const Gpu& gpu);
 

@@ -1,0 +1,3 @@
+#include "fi/cuda/sm80/generic_kernel.h"
+
+template void fi::cuda::run_generic<fi::f16>(const GenericArgs&, const Gpu&);
