@@ -14,8 +14,9 @@ template <class T>
 class CudaCores {
  public:
   static constexpr int kRows = 4, kSliceKeys = 32;
-  static constexpr int kWarps = kMaxWarps;
-  static constexpr int kBlocksAnSm = 1;
+  // Small blocks, for registers: what hides the latency of loads here is the number of warps an SM.
+  static constexpr int kWarps = 4;
+  static constexpr int kBlocksAnSm = 3;
   static constexpr int kMinUnits = 4;
   static constexpr bool kAligned = false;
 
@@ -121,14 +122,15 @@ class CudaCores {
   FI_DEVICE_INLINE int acc_offset(int row, int chunk) const { return row * acc_width(p_) + chunk * 4; }
 
  private:
-  // N neighbours as floats; 16 bytes at once where N > 1.
-  template <int N>
+  // N neighbours as floats; 16 bytes at once where N > 1. kOnce: the rest of the cache line is read by the
+  // same warp's load, else by later ones, for which L1 keeps it.
+  template <bool kOnce, int N>
   FI_DEVICE_INLINE static void load(float (&x)[N], const T* src) {
     if constexpr (N == 1) {
       x[0] = to_float(*src);
     } else {
       static_assert(N * sizeof(T) == 16);
-      const uint4 v = load_streaming_16(src);
+      const uint4 v = kOnce ? load_streaming_16(src) : *reinterpret_cast<const uint4*>(src);
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
@@ -153,12 +155,17 @@ class CudaCores {
 #pragma unroll 4
       for (; d + kVector <= dim; d += kVector) {
         float x[kVector];
-        load(x, k + d);
+        load<false>(x, k + d);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-          for (int e = 0; e < kVector; ++e)
-            sums[r][e % kSums] = fmaf(query_[r * width + d + e], x[e], sums[r][e % kSums]);
+          for (int e = 0; e < kVector; e += kSums) {
+            const float4 q = *reinterpret_cast<const float4*>(query_ + r * width + d + e);
+            sums[r][0] = fmaf(q.x, x[e], sums[r][0]);
+            sums[r][1] = fmaf(q.y, x[e + 1], sums[r][1]);
+            sums[r][2] = fmaf(q.z, x[e + 2], sums[r][2]);
+            sums[r][3] = fmaf(q.w, x[e + 3], sums[r][3]);
+          }
         }
       }
     }
@@ -190,7 +197,7 @@ class CudaCores {
     for (int j = 0; j < kSliceKeys; ++j) {
       if (!(live_keys >> j & 1)) continue;
       float x[N];
-      load(x, values + j * p_.v_stride_n + d);
+      load<true>(x, values + j * p_.v_stride_n + d);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll

@@ -218,8 +218,9 @@ bool prepare(const AttentionParams& p, Plan& plan, const Gpu& gpu);
 template <class T, class Engine>
 void run_decode(const AttentionParams& p, const Gpu& gpu) {
   const size_t warp_bytes = Engine::warp_bytes(p), query_bytes = Engine::query_bytes(p);
-  const size_t room = size_t(gpu.max_block_smem) / Engine::kBlocksAnSm - (Engine::kBlocksAnSm > 1 ? 1024 : 0);
-  const size_t fixed = query_bytes + sizeof(Shared);
+  const size_t fixed = query_bytes + sizeof(Shared), all = size_t(gpu.max_block_smem);
+  const size_t share = all / Engine::kBlocksAnSm - (Engine::kBlocksAnSm > 1 ? 1024 : 0);
+  const size_t room = fixed + warp_bytes <= share ? share : all;
   const int64_t warps = room > fixed ? int64_t((room - fixed) / warp_bytes) : 0;
   if (warps == 0)
     throw std::runtime_error("fi_ops: attention on this GPU has no room for head_dim " +

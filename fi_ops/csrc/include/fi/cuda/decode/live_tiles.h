@@ -56,34 +56,37 @@ FI_DEVICE_INLINE float mask_value(M x) {
   }
 }
 
-// Keys [begin, end) of a row that starts at m: at most 16 bytes of them, in one load where `whole`.
+// 16 bytes of a row.
 template <class M>
-FI_DEVICE_INLINE Summary summarize(const M* m, int64_t stride, int begin, int end, bool whole) {
-  constexpr int kValues = 16 / sizeof(M);
+FI_DEVICE_INLINE Summary summarize(const uint4& v) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
   Summary s;
-  if (whole) {
-    const uint4 v = load_streaming_16(m + begin);
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-    if constexpr (__is_same(M, uint8_t)) {
-      if (words[0] | words[1] | words[2] | words[3]) s.top = 0.0f;
-      s.bottom = (words[0] & words[1] & words[2] & words[3]) == 0x01010101u ? 0.0f : -kInf;
-    } else {
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if constexpr (sizeof(M) == 4) {
-          s.add(__uint_as_float(words[w]));
-        } else {
-          const float2 two = unpack2<M>(words[w]);
-          s.add(two.x);
-          s.add(two.y);
-        }
-      }
-    }
+  if constexpr (__is_same(M, uint8_t)) {
+    if (words[0] | words[1] | words[2] | words[3]) s.top = 0.0f;
+    s.bottom = (words[0] & words[1] & words[2] & words[3]) == 0x01010101u ? 0.0f : -kInf;
   } else {
 #pragma unroll
-    for (int j = 0; j < kValues; ++j) {
-      if (begin + j < end) s.add(mask_value(m[(begin + j) * stride]));
+    for (int w = 0; w < 4; ++w) {
+      if constexpr (sizeof(M) == 4) {
+        s.add(__uint_as_float(words[w]));
+      } else {
+        const float2 two = unpack2<M>(words[w]);
+        s.add(two.x);
+        s.add(two.y);
+      }
     }
+  }
+  return s;
+}
+
+// Keys [keys.begin, keys.end) of a row that starts at m, at most 16 bytes of them.
+template <class M>
+FI_DEVICE_INLINE Summary summarize(const M* m, int64_t stride, KeyRange keys) {
+  constexpr int kValues = 16 / sizeof(M);
+  Summary s;
+#pragma unroll
+  for (int j = 0; j < kValues; ++j) {
+    if (keys.begin + j < keys.end) s.add(mask_value(m[(keys.begin + j) * stride]));
   }
   return s;
 }
@@ -96,6 +99,7 @@ FI_DEVICE_INLINE int scan_list(const AttentionParams& p, int group, int b, int k
   constexpr int kValues = 16 / sizeof(M);  // a lane's share of a tile
   constexpr int kLanes = kTileKeys / kValues;
   constexpr int kStep = 32 / kLanes;  // tiles a warp takes at once
+  constexpr int kRowsAtOnce = 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t stride = p.mask_stride_k;
   const int num_heads = p.mask_stride_h == 0 ? 1 : group;
@@ -106,6 +110,10 @@ FI_DEVICE_INLINE int scan_list(const AttentionParams& p, int group, int b, int k
   const KeyRange all = allowed_keys(p, b);
   const int first = all.begin / kTileKeys, last = first + tiles_of(all);
 
+  auto row_of = [&](int row) {
+    return static_cast<const M*>(p.mask) + mask_row(p, b, kv_head * group + row % num_heads, row / num_heads);
+  };
+
   if (drops) {
     for (int r = lane; r < num_rows; r += 32) shared.row_top[warp][r] = -kInf;
   }
@@ -115,23 +123,38 @@ FI_DEVICE_INLINE int scan_list(const AttentionParams& p, int group, int b, int k
     const int tile = tile0 + lane / kLanes, key = tile * kTileKeys + lane % kLanes * kValues;
     float tile_top = -kInf;
     bool open = true;
-    for (int row = 0; row < num_rows; ++row) {
-      const int i = row / num_heads, h = kv_head * group + row % num_heads;
-      const KeyRange r = allowed_keys(p, b, i);
-      const int begin = max(key, r.begin), end = min(key + kValues, r.end);
-      Summary s;
-      if (begin < end) {
-        const M* m = static_cast<const M*>(p.mask) + mask_row(p, b, h, i);
-        const bool whole =
-            stride == 1 && end - begin == kValues && reinterpret_cast<uintptr_t>(m + key) % 16 == 0;
-        s = summarize(m, stride, begin, end, whole);
-        open = open && s.top == 0.0f && s.bottom == 0.0f;
-        tile_top = fmaxf(tile_top, s.top);
-      }
-      if (drops) {
+    for (int row0 = 0; row0 < num_rows; row0 += kRowsAtOnce) {
+      // The loads of several rows together: one trip to memory for all of them.
+      KeyRange keys[kRowsAtOnce];
+      uint4 values[kRowsAtOnce];
+      bool whole[kRowsAtOnce];
 #pragma unroll
-        for (int other = 16; other > 0; other /= 2) s.top = fmaxf(s.top, __shfl_xor_sync(~0u, s.top, other));
-        if (lane == 0) shared.row_top[warp][row] = fmaxf(shared.row_top[warp][row], s.top);
+      for (int n = 0; n < kRowsAtOnce; ++n) {
+        keys[n] = {0, 0};
+        whole[n] = false;
+        if (row0 + n >= num_rows) continue;
+        const KeyRange r = allowed_keys(p, b, (row0 + n) / num_heads);
+        keys[n] = {max(key, r.begin), min(key + kValues, r.end)};
+        const M* at = row_of(row0 + n) + key;
+        whole[n] = stride == 1 && keys[n].end - keys[n].begin == kValues &&
+                   reinterpret_cast<uintptr_t>(at) % 16 == 0;
+        if (whole[n]) values[n] = load_streaming_16(at);
+      }
+#pragma unroll
+      for (int n = 0; n < kRowsAtOnce; ++n) {
+        if (row0 + n >= num_rows) continue;
+        Summary s;
+        if (keys[n].begin < keys[n].end) {
+          s = whole[n] ? summarize<M>(values[n]) : summarize(row_of(row0 + n), stride, keys[n]);
+          open = open && s.top == 0.0f && s.bottom == 0.0f;
+          tile_top = fmaxf(tile_top, s.top);
+        }
+        if (drops) {
+#pragma unroll
+          for (int other = 16; other > 0; other /= 2)
+            s.top = fmaxf(s.top, __shfl_xor_sync(~0u, s.top, other));
+          if (lane == 0) shared.row_top[warp][row0 + n] = fmaxf(shared.row_top[warp][row0 + n], s.top);
+        }
       }
     }
 #pragma unroll

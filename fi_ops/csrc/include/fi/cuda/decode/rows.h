@@ -48,9 +48,9 @@ FI_DEVICE_INLINE void fill_row_table(const AttentionParams& p, const Plan& plan,
 FI_DEVICE_INLINE float logit(const AttentionParams& p, const RowTable& rows, int row, int key, bool masked,
                              float product) {
   if (key < rows.begin[row] || key >= rows.end[row]) return -kInf;
-  float x = product * p.scale;
-  if (p.logits_soft_cap > 0.0f) x = tanhf(x / p.logits_soft_cap) * p.logits_soft_cap;
-  x *= kLog2e;
+  float x = product * (p.scale * kLog2e);
+  if (p.logits_soft_cap > 0.0f)
+    x = tanhf(product * (p.scale / p.logits_soft_cap)) * (p.logits_soft_cap * kLog2e);
   if (p.alibi_slopes) x += static_cast<float>(key - rows.position[row]) * rows.slope[row];
   if (masked) {
     const float addend = mask_addend(p, rows.mask[row] + key * p.mask_stride_k);

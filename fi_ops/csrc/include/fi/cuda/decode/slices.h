@@ -33,18 +33,21 @@ class SliceCursor {
   // Whether the last step has come to another segment.
   FI_DEVICE_INLINE bool entered() const { return entered_; }
 
+  // For all lanes of the warp.
   FI_DEVICE_INLINE Slice slice() const {
-    const int tile = list_ ? tile_index(entry_) : first_tile_ + at_ / kSlicesATile;
-    return {tile * kTileKeys + at_ % kSlicesATile * kSliceKeys, list_ == nullptr || tile_open(entry_)};
+    const int first = at_ % kSlicesATile * kSliceKeys;
+    if (list_ == nullptr) return {(first_tile_ + at_ / kSlicesATile) * kTileKeys + first, true};
+    const int32_t entry = __shfl_sync(~0u, entries_, used_entries_);
+    return {tile_index(entry) * kTileKeys + first, tile_open(entry)};
   }
 
   FI_DEVICE_INLINE void step() {
     entered_ = false;
     at_ += blockDim.x / 32;
-    if (at_ < num_) {
-      settle();
-    } else {
+    if (at_ >= num_) {
       leave();
+    } else if (list_ && ++used_entries_ == 32) {
+      load_entries();
     }
   }
 
@@ -68,7 +71,7 @@ class SliceCursor {
     if (list_) list_ += int64_t{plan_.lists.list_of(at.b, at.kv_head)} * plan_.lists.num_tiles;
     if (list_ == nullptr) first_tile_ += range.begin / kTileKeys;
     entered_ = true;
-    settle();
+    if (list_) load_entries();
   }
 
   FI_DEVICE_INLINE void leave() {
@@ -78,8 +81,11 @@ class SliceCursor {
     enter();
   }
 
-  FI_DEVICE_INLINE void settle() {
-    if (list_) entry_ = __ldcg(&list_[first_tile_ + at_ / kSlicesATile]);
+  // The entries of the next 32 slices, one a lane: one trip to L2 for all of them.
+  FI_DEVICE_INLINE void load_entries() {
+    const int at = at_ + static_cast<int>(threadIdx.x % 32 * (blockDim.x / 32));
+    if (at < num_) entries_ = __ldcg(&list_[first_tile_ + at / kSlicesATile]);
+    used_entries_ = 0;
   }
 
   const AttentionParams& p_;
@@ -90,7 +96,8 @@ class SliceCursor {
   int num_ = 0, at_ = 0;  // slices of that part, of all warps
   int key_end_ = 0;
   const int32_t* list_ = nullptr;  // the segment's
-  int32_t entry_ = 0;              // loaded a step ahead of its use
+  int32_t entries_ = 0;            // this lane's of 32, of which used_entries_ are done with
+  int used_entries_ = 0;
   bool entered_ = false;
 };
 
