@@ -67,20 +67,21 @@ struct Sampler {
     __syncthreads();
     if (team.size > 1) cluster_wait();  // the others have started
 
-    float high = -kInfinity;  // this thread's
+    float high = -kInfinity, low = kInfinity;  // of this thread, finite for the lower one
     bool nan = false;
     s.slice.for_each([&](float x, int32_t) {
       nan |= x != x;
       high = fmaxf(high, x);
+      low = fminf(low, x > -kInfinity ? x : kInfinity);
     });
-    const uint32_t largest = uint32_t(team.max(nan ? ~0u : ~order_key(high)));
-    float max = key_logit(~largest);
-    if (largest == ~0u || max == -kInfinity) return write(0, false);
+    const uint64_t ends = team.max_halves(nan ? ~0u : ~order_key(high), order_key(low));
+    float max = key_logit(~uint32_t(ends >> 32)), min = key_logit(uint32_t(ends));
+    if (max != max || max == -kInfinity) return write(0, false);
     if (max == kInfinity) {
       if (threadIdx.x == 0) s.slice.infinite = true;
       __syncthreads();
       high = high == kInfinity ? 0.0f : -kInfinity;
-      max = 0.0f;
+      max = min = 0.0f;
     }
 
     const SamplingDraw& d = s.draw;
@@ -95,7 +96,7 @@ struct Sampler {
     uint64_t cut = kAllPlaces;
     if (s.use_top_k || s.use_top_p) {
       set_weights(max, p.top_k_first || !s.use_top_p ? s.min_p_distance : kInfinity);
-      cut = end_of_filters(high);
+      cut = end_of_filters(high, max - min);
     }
     set_weights(max, s.min_p_distance);
     draw(cut);
@@ -107,11 +108,14 @@ struct Sampler {
     __syncthreads();
   }
 
-  // The place up to which top-k and top-p keep the row's tokens; `high` is the largest logit of this thread.
-  __device__ uint64_t end_of_filters(float high) const {
+  // The place up to which top-k and top-p keep the row's tokens; `high` is the largest logit of this thread,
+  // `spread` the distance between the row's largest and smallest finite ones.
+  __device__ uint64_t end_of_filters(float high, float spread) const {
     const SamplingDraw& d = s.draw;
     const bool use_top_k = s.use_top_k, use_top_p = s.use_top_p;
-    const float weightless = log2f(s.weights.fixed_scale) + 1.0f;  // so many octaves below the maximum
+    // Bins are for what weighs something and is there.
+    const float there = fmaxf(spread * s.weights.exponent_scale * (kBins / (kBins - 2.0f)), 0x1p-20f);
+    const float octaves = fminf(log2f(s.weights.fixed_scale) + 1.0f, there);
     Selector<T, kThreads> selector{s.slice, s.weights, team, s.select};
     uint64_t mass = 0;    // top-p's whole
     uint64_t kept = 0;    // what top-k keeps of it
@@ -121,7 +125,7 @@ struct Sampler {
     bool all_listed = uint32_t(s.slice.n) <= kListed;
     if (all_listed || (use_top_k && d.top_k <= team.size * kThreads / 4)) {
       Bracket bracket{0, kBins - 1, 0, 0};
-      selector.set_bins(weightless);
+      selector.set_bins(octaves);
       if (!all_listed) {
         selector.count_threads(high);
         bracket.last = min(selector.bracket_of_count(uint64_t(d.top_k)).last, kBins - 2);
@@ -133,7 +137,7 @@ struct Sampler {
       // Tokens so light that all of the row's together are less than 1 - top_p of the largest one are not
       // where top-p ends.
       const float relevant = log2f(float(s.slice.n) / float(1.0 - d.top_p)) + 1.0f;
-      selector.set_bins(use_top_k ? weightless : fminf(weightless, relevant));
+      selector.set_bins(use_top_k ? octaves : fminf(octaves, relevant));
       kept = mass = selector.count_row(use_top_p);
     }
 
