@@ -117,9 +117,8 @@ struct Sampler {
     const float there = fmaxf(spread * s.weights.exponent_scale * (kBins / (kBins - 2.0f)), 0x1p-20f);
     const float octaves = fminf(log2f(s.weights.fixed_scale) + 1.0f, there);
     Selector<T, kThreads> selector{s.slice, s.weights, team, s.select};
-    uint64_t mass = 0;    // top-p's whole
-    uint64_t kept = 0;    // what top-k keeps of it
-    uint64_t before = 0;  // what is in front of the list
+    uint64_t mass = 0;  // top-p's whole
+    uint64_t kept = 0;  // what top-k keeps of it
 
     // A list of all that is kept, if it is known to be short.
     bool all_listed = uint32_t(s.slice.n) <= kListed;
@@ -130,7 +129,8 @@ struct Sampler {
         selector.count_threads(high);
         bracket.last = min(selector.bracket_of_count(uint64_t(d.top_k)).last, kBins - 2);
       }
-      if (use_top_p && !p.top_k_first) mass = selector.sum_row();
+      if (use_top_p && !p.top_k_first) mass = selector.sum_row(kAllPlaces);
+      uint64_t before;
       all_listed = selector.list_bins(bracket, before);
     }
     if (!all_listed) {
@@ -157,11 +157,11 @@ struct Sampler {
         const Bracket bracket =
             by_count ? selector.bracket_of_count(target) : selector.bracket_of_mass(target);
         if (by_count && bracket.last == kBins - 1) continue;  // it keeps all that weighs something
-        in_front = selector.list_end(by_count, bracket, target, before);
+        in_front = selector.list_end(by_count, bracket, target);
       }
       cut = selector.end_in_list(by_count, target - in_front, cut);
       if (by_count && !p.exact_ties) cut |= 0xffffffffu;
-      if (by_count && use_top_p && !all_listed) kept = before + selector.mass_listed(cut);
+      if (by_count && use_top_p && !all_listed) kept = selector.sum_row(cut);
     }
     return cut;
   }
@@ -169,11 +169,9 @@ struct Sampler {
   // Writes the first kept id at which the cumulative weight exceeds uniform * total.
   __device__ void draw(uint64_t cut) const {
     const Weights weights = s.weights;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, last_id = uint32_t(cut);
-    const float cut_logit = cut == kAllPlaces ? -kInfinity : logit_at(cut);
-    auto weigh = [&](float x, int32_t id) {
-      return x > cut_logit || (x == cut_logit && uint32_t(id) <= last_id) ? weights.weigh(x) : 0;
-    };
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Kept kept(cut);
+    auto weigh = [&](float x, int32_t id) { return kept(x, id) ? weights.weigh(x) : 0; };
     uint64_t sum = 0;
     s.slice.for_each([&](float x, int32_t id) { sum += weigh(x, id); });
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
