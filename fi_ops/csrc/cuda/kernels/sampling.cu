@@ -66,20 +66,21 @@ struct Sampler {
     __syncthreads();
     if (team.size > 1) cluster_wait();  // the others have started
 
-    float high = -kInfinity;  // this thread's
+    float high = -kInfinity, low = kInfinity;  // of this thread, finite for the lower one
     bool nan = false;
     s.slice.for_each([&](float x, int32_t) {
       nan |= x != x;
       high = fmaxf(high, x);
+      low = fminf(low, x > -kInfinity ? x : kInfinity);
     });
-    const uint32_t largest = uint32_t(team.max(nan ? ~0u : ~order_key(high)));
-    float max = key_logit(~largest);
-    if (largest == ~0u || max == -kInfinity) return write(0, false);
+    const uint64_t ends = team.max_halves(nan ? ~0u : ~order_key(high), order_key(low));
+    float max = key_logit(~uint32_t(ends >> 32)), min = key_logit(uint32_t(ends));
+    if (max != max || max == -kInfinity) return write(0, false);
     if (max == kInfinity) {
       if (threadIdx.x == 0) s.slice.infinite = true;
       __syncthreads();
       high = high == kInfinity ? 0.0f : -kInfinity;
-      max = 0.0f;
+      max = min = 0.0f;
     }
 
     const SamplingDraw& d = s.draw;
@@ -94,7 +95,7 @@ struct Sampler {
     uint64_t cut = kAllPlaces;
     if (s.use_top_k || s.use_top_p) {
       set_weights(max, p.top_k_first || !s.use_top_p ? s.min_p_distance : kInfinity);
-      cut = end_of_filters(high);
+      cut = end_of_filters(high, max - min);
     }
     set_weights(max, s.min_p_distance);
     draw(cut);
@@ -106,33 +107,36 @@ struct Sampler {
     __syncthreads();
   }
 
-  // The place up to which top-k and top-p keep the row's tokens; `high` is the largest logit of this thread.
-  __device__ uint64_t end_of_filters(float high) const {
+  // The place up to which top-k and top-p keep the row's tokens; `high` is the largest logit of this thread,
+  // `spread` the distance between the row's largest and smallest finite ones.
+  __device__ uint64_t end_of_filters(float high, float spread) const {
     const SamplingDraw& d = s.draw;
     const bool use_top_k = s.use_top_k, use_top_p = s.use_top_p;
-    const float weightless = log2f(s.weights.fixed_scale) + 1.0f;  // so many octaves below the maximum
+    // Bins are for what weighs something and is there.
+    const float there = fmaxf(spread * s.weights.exponent_scale * (kBins / (kBins - 2.0f)), 0x1p-20f);
+    const float octaves = fminf(log2f(s.weights.fixed_scale) + 1.0f, there);
     Selector<T, kThreads> selector{s.slice, s.weights, team, s.select};
-    uint64_t mass = 0;    // top-p's whole
-    uint64_t kept = 0;    // what top-k keeps of it
-    uint64_t before = 0;  // what is in front of the list
+    uint64_t mass = 0;  // top-p's whole
+    uint64_t kept = 0;  // what top-k keeps of it
 
     // A list of all that is kept, if it is known to be short.
     bool all_listed = uint32_t(s.slice.n) <= kListed;
     if (all_listed || (use_top_k && d.top_k <= team.size * kThreads / 4)) {
       Bracket bracket{0, kBins - 1, 0, 0};
-      selector.set_bins(weightless);
+      selector.set_bins(octaves);
       if (!all_listed) {
         selector.count_threads(high);
         bracket.last = min(selector.bracket_of_count(uint64_t(d.top_k)).last, kBins - 2);
       }
-      if (use_top_p && !p.top_k_first) mass = selector.sum_row();
+      if (use_top_p && !p.top_k_first) mass = selector.sum_row(kAllPlaces);
+      uint64_t before;
       all_listed = selector.list_bins(bracket, before);
     }
     if (!all_listed) {
       // Tokens so light that all of the row's together are less than 1 - top_p of the largest one are not
       // where top-p ends.
       const float relevant = log2f(float(s.slice.n) / float(1.0 - d.top_p)) + 1.0f;
-      selector.set_bins(use_top_k ? weightless : fminf(weightless, relevant));
+      selector.set_bins(use_top_k ? octaves : fminf(octaves, relevant));
       kept = mass = selector.count_row(use_top_p);
     }
 
@@ -152,11 +156,11 @@ struct Sampler {
         const Bracket bracket =
             by_count ? selector.bracket_of_count(target) : selector.bracket_of_mass(target);
         if (by_count && bracket.last == kBins - 1) continue;  // it keeps all that weighs something
-        in_front = selector.list_end(by_count, bracket, target, before);
+        in_front = selector.list_end(by_count, bracket, target);
       }
       cut = selector.end_in_list(by_count, target - in_front, cut);
       if (by_count && !p.exact_ties) cut |= 0xffffffffu;
-      if (by_count && use_top_p && !all_listed) kept = before + selector.mass_listed(cut);
+      if (by_count && use_top_p && !all_listed) kept = selector.sum_row(cut);
     }
     return cut;
   }
@@ -164,11 +168,9 @@ struct Sampler {
   // Writes the first kept id at which the cumulative weight exceeds uniform * total.
   __device__ void draw(uint64_t cut) const {
     const Weights weights = s.weights;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, last_id = uint32_t(cut);
-    const float cut_logit = cut == kAllPlaces ? -kInfinity : logit_at(cut);
-    auto weigh = [&](float x, int32_t id) {
-      return x > cut_logit || (x == cut_logit && uint32_t(id) <= last_id) ? weights.weigh(x) : 0;
-    };
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Kept kept(cut);
+    auto weigh = [&](float x, int32_t id) { return kept(x, id) ? weights.weigh(x) : 0; };
     uint64_t sum = 0;
     s.slice.for_each([&](float x, int32_t id) { sum += weigh(x, id); });
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);

@@ -105,10 +105,14 @@ struct Selector {
     team.sum_arrays(s.own.counts, s.totals, kBins);
   }
 
-  __device__ uint64_t sum_row() {
+  // The weight of the row's tokens up to `cut`.
+  __device__ uint64_t sum_row(uint64_t cut) {
     const Weights weights = shared_weights;
+    const Kept kept(cut);
     uint64_t mass = 0;
-    slice.for_each([&](float x, int32_t) { mass += weights.weigh(x); });
+    slice.for_each([&](float x, int32_t id) {
+      if (kept(x, id)) mass += weights.weigh(x);
+    });
     return team.sum(mass);
   }
 
@@ -344,11 +348,12 @@ struct Selector {
     __syncthreads();
   }
 
-  // Makes a span that ends a prefix of the row in `bracket` the list, too many as there may be for that;
-  // `before` is the weight in front of it. Returns the value (count or weight) in front of it.
-  __device__ uint64_t list_end(bool by_count, const Bracket& bracket, uint64_t target, uint64_t& before) {
+  // Lists the tokens among which a prefix of the row ends, of those in `bracket`, however many these are.
+  // Returns the value (count or weight) in front of the list.
+  __device__ uint64_t list_end(bool by_count, const Bracket& bracket, uint64_t target) {
     const Weights weights = shared_weights;
     if (bracket.inside <= kListed) {
+      uint64_t before;
       list_bins(bracket, before);
       return by_count ? bracket.before : before;
     }
@@ -369,14 +374,13 @@ struct Selector {
     span.before = by_count ? bracket.before : mass;
     while (span.inside > kListed) narrow(Among::kTeam, by_count, span, target);
     begin_list();
-    before = 0;
     for (int32_t i = threadIdx.x; i < slice.num_tokens(); i += Threads) {
       const float x = slice.logit(i);
       const uint64_t place = place_of(x, slice.id_of(i));
-      if (place < span.low) before += weights.weigh(x);
       if (place >= span.low && place <= span.high) collect(x, slice.id_of(i));
     }
-    end_list(before);
+    mass = 0;
+    end_list(mass);
     return span.before;
   }
 

@@ -19,6 +19,18 @@ FI_DEVICE_INLINE uint64_t place_of(float logit, int32_t id) {
 }
 FI_DEVICE_INLINE float logit_at(uint64_t place) { return key_logit(uint32_t(place >> 32)); }
 
+// What is kept: the tokens up to a place.
+struct Kept {
+  float logit;
+  uint32_t last_id;  // of those at that logit
+
+  __device__ explicit Kept(uint64_t place)
+      : logit(place == ~uint64_t{0} ? -kInfinity : logit_at(place)), last_id(uint32_t(place)) {}
+  __device__ bool operator()(float x, int32_t id) const {
+    return x > logit || (x == logit && uint32_t(id) <= last_id);
+  }
+};
+
 // How logits become weights and bins; the same in all blocks of a row.
 struct Weights {
   float max;             // of the row; 0 where that is infinite

@@ -14,7 +14,7 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Who takes part in a sum: all blocks of the team, or each block by itself.
 enum class Among { kTeam, kBlock };
-enum class Fold { kSum, kMin, kMax };
+enum class Fold { kSum, kMin, kMax, kMaxHalves };
 
 // The first thing in each block's dynamic shared memory.
 template <int Warps>
@@ -74,6 +74,10 @@ class Team {
   __device__ uint64_t max(uint64_t value, Among among = Among::kTeam) {
     return fold(Fold::kMax, value, among);
   }
+  // The largest `high` in the upper half, the largest `low` in the lower one.
+  __device__ uint64_t max_halves(uint32_t high, uint32_t low) {
+    return fold(Fold::kMaxHalves, uint64_t(high) << 32 | low, Among::kTeam);
+  }
   // The sum over this block's threads, for all lanes of warp 0.
   __device__ uint64_t sum_for_warp_0(uint64_t value) const { return fold_block(Fold::kSum, value); }
 
@@ -84,9 +88,9 @@ class Team {
     const uint32_t share = n / size;
     for (uint32_t i = rank * share + threadIdx.x; i < (rank + 1) * share; i += Threads) {
       N total = 0;
-#pragma unroll 2
+#pragma unroll 4
       for (uint32_t block = 0; block < size; ++block) total += *at(parts + i, block);
-#pragma unroll 2
+#pragma unroll 1
       for (uint32_t block = 0; block < size; ++block) *at(totals + i, block) = total;
     }
     sync();
@@ -120,7 +124,13 @@ class Team {
   static __device__ Scratch& scratch() { return *reinterpret_cast<Scratch*>(dynamic_smem()); }
 
   static __device__ uint64_t folded(Fold fold, uint64_t a, uint64_t b) {
-    return fold == Fold::kSum ? a + b : (a < b) == (fold == Fold::kMin) ? a : b;
+    if (fold == Fold::kSum) return a + b;
+    if (fold == Fold::kMaxHalves) {
+      const uint32_t low = ::max(uint32_t(a), uint32_t(b)),
+                     high = ::max(uint32_t(a >> 32), uint32_t(b >> 32));
+      return uint64_t(high) << 32 | low;
+    }
+    return (a < b) == (fold == Fold::kMin) ? a : b;
   }
 
   // Folds are called from many places: one copy of the code for all. All lanes of warp 0 have the block's
@@ -150,9 +160,16 @@ class Team {
       return scratch().results[block_side_];
     }
     share(value, 0);
-    value = shared(0).a;
-#pragma unroll 1
-    for (uint32_t block = 1; block < size; ++block) value = folded(fold, value, shared(block).a);
+    return fold_shared(fold, size, team_side_);
+  }
+  static FI_DEVICE_NOINLINE uint64_t fold_shared(Fold fold, uint32_t size, uint32_t side) {
+    const auto& slots = scratch().slots[side];
+    uint64_t value = slots[0].a;
+#pragma unroll
+    for (uint32_t block = 1; block < kMaxTeam; ++block) {
+      const uint64_t with = folded(fold, value, slots[block].a);
+      value = block < size ? with : value;
+    }
     return value;
   }
 
