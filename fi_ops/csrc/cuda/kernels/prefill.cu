@@ -20,7 +20,6 @@ constexpr int64_t kCachedBytes = 24 << 20;
 // A part of a split block has at least this many tiles.
 constexpr int64_t kMinTiles = 4;
 constexpr int64_t kMaxParts = 64;
-constexpr int64_t kLongKeys = 1024;  // worth splitting
 
 // The padded head dims that there are kernels for.
 struct Dims {

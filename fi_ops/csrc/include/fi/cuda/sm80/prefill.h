@@ -54,6 +54,9 @@ constexpr int prefill_keys(int dim_qk, int block_rows, bool variants) {
 template <class T, int kDimQK, int kDimVO>
 void run_prefill(const PrefillArgs& args, const Gpu& gpu, int block_rows);
 
+// Keys from which prefill() rather splits them than leaves multiprocessors idle.
+inline constexpr int64_t kLongKeys = 1024;
+
 // fp16 and bf16, head dims in multiples of 8 up to 256, rows at 16-byte boundaries, RoPE applied already.
 bool prefill_supports(const AttentionParams& p);
 void prefill(const AttentionParams& p, const Gpu& gpu);

@@ -1,0 +1,105 @@
+// From AttentionParams to a launch of the Hopper kernel: shapes, tile sizes, tensor maps.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "fi/cuda/sm90/attention.h"
+#include "fi/cuda/sm90/prefill.h"
+
+namespace fi::cuda::sm90 {
+
+inline PrefillShape prefill_shape(const AttentionParams& p, int num_sms) {
+  // A section's keys and values stay in L2 (50 MB), or at least each is read by several blocks at a time.
+  constexpr int64_t kSectionBytes = 24 << 20;
+  const int64_t section_kv_heads =
+      std::max<int64_t>(kSectionBytes / (4 * p.kv_len * p.head_dim_qk), num_sms / 4);
+  const auto bounded = [&](int64_t key) { return static_cast<int>(std::clamp(key, -p.qo_len, p.kv_len)); };
+  PrefillShape shape;
+  shape.batch = static_cast<int>(p.batch);
+  shape.num_qo_heads = static_cast<int>(p.num_qo_heads);
+  shape.group_size = static_cast<int>(p.num_qo_heads / p.num_kv_heads);
+  shape.qo_len = static_cast<int>(p.qo_len);
+  shape.kv_len = static_cast<int>(p.kv_len);
+  shape.section_heads =
+      static_cast<int>(std::min(p.batch * p.num_qo_heads, section_kv_heads * shape.group_size));
+  shape.last_key = p.causal ? bounded(p.q_offset) : shape.kv_len;
+  int64_t first_key = INT64_MIN;
+  if (p.window_left >= 0 && __builtin_sub_overflow(p.q_offset, p.window_left, &first_key))
+    first_key = INT64_MIN;
+  shape.first_key = bounded(first_key);
+  return shape;
+}
+
+// The time of a call in rows times keys of one multiprocessor, roughly: what decides between tile sizes.
+template <class Config>
+double prefill_cost(const PrefillShape& shape, int num_sms) {
+  constexpr double kStartKeys = 128;  // what starting and storing a tile costs
+  const int q_tiles = shape.q_tiles(Config::kBlockM);
+  const auto keys = [&](int q_tile) {
+    const SeenKeys seen(shape, q_tile * Config::kBlockM, Config::kBlockM);
+    return seen.needed(Config::kBlockN).size() * Config::kBlockN + kStartKeys;
+  };
+  const double first = keys(0), last = keys(q_tiles - 1);
+  // Tiles of one length leave the last round as empty as it is, tiles of many lengths fill it.
+  const double alike = std::min(first, last) / std::max(first, last);
+  const double rounds = static_cast<double>(shape.batch) * shape.num_qo_heads * q_tiles / num_sms;
+  return (alike * std::ceil(rounds) + (1 - alike) * std::max(rounds, 1.0)) * (first + last) / 2 *
+         Config::kBlockM;
+}
+
+template <class Config>
+void launch_prefill(const AttentionParams& p, const PrefillShape& shape, const Gpu& gpu) {
+  PrefillArgs args;
+  args.shape = shape;
+  args.scale_log2 = p.scale * 1.44269504088896340736f;
+  args.out = p.out;
+  args.o_stride_b = p.o_stride_b;
+  args.o_stride_h = p.o_stride_h;
+  args.o_stride_n = p.o_stride_n;
+  args.lse = p.lse;
+  const int64_t tiles = p.batch * p.num_qo_heads * shape.q_tiles(Config::kBlockM);
+  launch(gpu, prefill_kernel<Config>, static_cast<unsigned>(std::min<int64_t>(tiles, gpu.num_sms)),
+         Config::kThreads, sizeof(PrefillSmem<Config>), /*overlap=*/true, args,
+         make_tensor_map(p.dtype, query_rows(p), Config::kBlockM),
+         make_tensor_map(p.dtype, key_rows(p), Config::kBlockN),
+         make_tensor_map(p.dtype, value_rows(p), Config::kBlockN));
+}
+
+// The tiles of each head dim: 128 query rows, and 192 where the registers allow it. A block of 192 rows reads
+// each key for more rows and has a third warpgroup to fill gaps with: kWideSpeed times as fast per row and
+// key, where its coarser rounds don't cost more than that.
+template <class T, int kHeadDim>
+struct PrefillTiles;
+
+template <class T>
+struct PrefillTiles<T, 64> {
+  using Narrow = PrefillConfig<T, 64, 2, 128, 3, true>;
+  using Wide = PrefillConfig<T, 64, 3, 128, 2, false>;
+  static constexpr double kWideSpeed = 1.15;
+};
+template <class T>
+struct PrefillTiles<T, 128> {
+  using Narrow = PrefillConfig<T, 128, 2, 128, 2, true>;
+  using Wide = PrefillConfig<T, 128, 3, 80, 3, false>;
+  static constexpr double kWideSpeed = 1.06;
+};
+template <class T>
+struct PrefillTiles<T, 256> {
+  using Narrow = PrefillConfig<T, 256, 2, 80, 2, false>;
+};
+
+template <class T, int kHeadDim>
+void prefill(const AttentionParams& p, const Gpu& gpu) {
+  using Tiles = PrefillTiles<T, kHeadDim>;
+  const PrefillShape shape = prefill_shape(p, gpu.num_sms);
+  if constexpr (requires { typename Tiles::Wide; }) {
+    using Wide = typename Tiles::Wide;
+    if (prefill_cost<Wide>(shape, gpu.num_sms) <
+        prefill_cost<typename Tiles::Narrow>(shape, gpu.num_sms) * Tiles::kWideSpeed)
+      return launch_prefill<Wide>(p, shape, gpu);
+  }
+  launch_prefill<typename Tiles::Narrow>(p, shape, gpu);
+}
+
+}  // namespace fi::cuda::sm90

@@ -1,0 +1,91 @@
+// Masking and online softmax on a warpgroup's fragment of scores (fi/cuda/sm90/wgmma.h has its layout).
+#pragma once
+
+#include <cmath>
+
+#include "fi/cuda/ptx.h"
+
+namespace fi::cuda::sm90 {
+
+// A thread's two rows are g and g + 8 of its warp's 16; its quad (four lanes) holds whole rows.
+FI_DEVICE_INLINE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+FI_DEVICE_INLINE float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffff, x, 1);
+  return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+// Scores of keys past last[r], or before first[r], become -inf; `key` is the key of the thread's first score.
+template <int N>
+FI_DEVICE_INLINE void mask_after(float (&s)[N], int key, const int (&last)[2]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (i / 4 * 8 + i % 2 > last[i / 2 % 2] - key) s[i] = -INFINITY;
+}
+template <int N>
+FI_DEVICE_INLINE void mask_before(float (&s)[N], int key, const int (&first)[2]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (i / 4 * 8 + i % 2 < first[i / 2 % 2] - key) s[i] = -INFINITY;
+}
+
+// Softmax of two rows as their scores come. Weights are 2^((s - origin) * scale_log2), where the origin
+// follows the row's maximum only once it lags behind by a factor of 2^kLag: any origin near the maximum gives
+// the same quotient, and one that stays spares the rescaling of everything summed so far.
+class OnlineSoftmax {
+ public:
+  FI_DEVICE_INLINE explicit OnlineSoftmax(float scale_log2) : scale_log2_(scale_log2) {}
+
+  // Scores become weights. True where an origin of this warp's rows moved: earlier weights are then to be
+  // multiplied by rescale[r].
+  template <int N>
+  FI_DEVICE_INLINE bool weigh(float (&s)[N], float (&rescale)[2]) {
+    float top[2] = {s[0], s[2]};
+#pragma unroll
+    for (int i = 0; i < N; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
+    const bool moves = __any_sync(
+        0xffffffff, (top[0] - origin_[0]) * scale_log2_ > kLag || (top[1] - origin_[1]) * scale_log2_ > kLag);
+    if (moves) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float origin = quad_max(fmaxf(origin_[r], top[r]));
+        const float finite = origin == -INFINITY ? 0.0f : origin;  // a row that saw nothing yet has weights 0
+        rescale[r] = exp2_approx((origin_[r] - finite) * scale_log2_);
+        sum_[r] *= rescale[r];
+        origin_[r] = origin;
+        base_[r] = finite * scale_log2_;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      s[i] = exp2_approx(fmaf(s[i], scale_log2_, -base_[i / 2 % 2]));
+      sum_[i / 2 % 2] += s[i];
+    }
+    return moves;
+  }
+
+  // `value`, known to the assembler only once the weights are: what is done with it comes after them. (The
+  // sum is never below 0.) Left alone, it moves the exponentials down past a wgmma wait, which is there to be
+  // hidden.
+  FI_DEVICE_INLINE uint32_t after_weights(uint32_t value) const {
+    return sum_[0] + sum_[1] < 0.0f ? ~value : value;
+  }
+
+  // The row's sum over the quad, then log2 of the sum of 2^(s * scale_log2); -inf where nothing was seen.
+  FI_DEVICE_INLINE float total(int r) const { return quad_sum(sum_[r]); }
+  FI_DEVICE_INLINE float lse(int r, float total) const {
+    return total == 0.0f ? -INFINITY : base_[r] + log2f(total);
+  }
+
+ private:
+  static constexpr float kLag = 8.0f;  // weights up to 2^8: far from the end of fp16
+
+  float scale_log2_;
+  float origin_[2] = {-INFINITY, -INFINITY};
+  float base_[2] = {0.0f, 0.0f};  // origin * scale_log2
+  float sum_[2] = {0.0f, 0.0f};   // this thread's part
+};
+
+}  // namespace fi::cuda::sm90
