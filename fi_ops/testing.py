@@ -173,8 +173,11 @@ def assert_op_matches_reference(spec: OpSpec, sample: Sample, fn: Callable | Non
             f"{where}: {name} is {value.dtype}, the reference's is {same[name].dtype}"
         )
         if spec.exact or not value.dtype.is_floating_point:
-            assert value.shape == same[name].shape and torch.equal(value, same[name]), (
-                f"{where}: {name} differs from the reference"
+            assert value.shape == same[name].shape, f"{where}: {name} has shape {list(value.shape)}"
+            wrong = (value != same[name]).nonzero()
+            assert len(wrong) == 0, (
+                f"{where}: {name} differs from the reference at {len(wrong)} places, first at {wrong[0].tolist()}: "
+                f"got {value[tuple(wrong[0])]}, expected {same[name][tuple(wrong[0])]}"
             )
         else:
             assert_within_budget(value, exact[name], same[name], f"{where}: {name}")
