@@ -92,18 +92,19 @@ struct Sampler {
       return write(int64_t(team.min(first)), true);
     }
 
+    if (threadIdx.x == 0) s.weights.max = max;
     uint64_t cut = kAllPlaces;
     if (s.use_top_k || s.use_top_p) {
-      set_weights(max, p.top_k_first || !s.use_top_p ? s.min_p_distance : kInfinity);
+      set_eligible(p.top_k_first || !s.use_top_p ? s.min_p_distance : kInfinity);
       cut = end_of_filters(high, max - min);
     }
-    set_weights(max, s.min_p_distance);
+    set_eligible(s.min_p_distance);
     draw(cut);
   }
 
-  __device__ void set_weights(float max, float eligible) const {
+  __device__ void set_eligible(float distance) const {
     __syncthreads();
-    if (threadIdx.x == 0) s.weights.max = max, s.weights.eligible = eligible;
+    if (threadIdx.x == 0) s.weights.eligible = distance;
     __syncthreads();
   }
 
@@ -111,24 +112,22 @@ struct Sampler {
   // `spread` the distance between the row's largest and smallest finite ones.
   __device__ uint64_t end_of_filters(float high, float spread) const {
     const SamplingDraw& d = s.draw;
-    const bool use_top_k = s.use_top_k, use_top_p = s.use_top_p;
     // Bins are for what weighs something and is there.
     const float there = fmaxf(spread * s.weights.exponent_scale * (kBins / (kBins - 2.0f)), 0x1p-20f);
     const float octaves = fminf(log2f(s.weights.fixed_scale) + 1.0f, there);
     Selector<T, kThreads> selector{s.slice, s.weights, team, s.select};
+    selector.set_bins(octaves);
     uint64_t mass = 0;  // top-p's whole
-    uint64_t kept = 0;  // what top-k keeps of it
 
     // A list of all that is kept, if it is known to be short.
     bool all_listed = uint32_t(s.slice.n) <= kListed;
-    if (all_listed || (use_top_k && d.top_k <= team.size * kThreads / 4)) {
+    if (all_listed || (s.use_top_k && d.top_k <= team.size * kThreads / 4)) {
       Bracket bracket{0, kBins - 1, 0, 0};
-      selector.set_bins(octaves);
       if (!all_listed) {
         selector.count_threads(high);
         bracket.last = min(selector.bracket_of_count(uint64_t(d.top_k)).last, kBins - 2);
       }
-      if (use_top_p && !p.top_k_first) mass = selector.sum_row(kAllPlaces);
+      if (s.use_top_p && !p.top_k_first) mass = selector.sum_row(kAllPlaces);
       uint64_t before;
       all_listed = selector.list_bins(bracket, before);
     }
@@ -136,20 +135,21 @@ struct Sampler {
       // Tokens so light that all of the row's together are less than 1 - top_p of the largest one are not
       // where top-p ends.
       const float relevant = log2f(float(s.slice.n) / float(1.0 - d.top_p)) + 1.0f;
-      selector.set_bins(use_top_k ? octaves : fminf(octaves, relevant));
-      kept = mass = selector.count_row(use_top_p);
+      if (!s.use_top_k) selector.set_bins(fminf(octaves, relevant));
+      mass = selector.count_row(s.use_top_p);
     }
 
     uint64_t cut = kAllPlaces;
 #pragma unroll 1
     for (int filter = 0; filter < 2; ++filter) {
       const bool by_count = filter == 0;
-      if (!(by_count ? use_top_k : use_top_p)) continue;
+      if (!(by_count ? s.use_top_k : s.use_top_p)) continue;
       uint64_t target = uint64_t(d.top_k), in_front = 0;
       if (!by_count) {
-        if (all_listed) kept = selector.mass_listed(cut);
-        if (p.top_k_first) mass = kept;
-        target = uint64_t(mass_target(d.top_p, int64_t(mass)));
+        const uint64_t kept = all_listed          ? selector.mass_listed(cut)
+                              : cut == kAllPlaces ? mass
+                                                  : selector.sum_row(cut);
+        target = uint64_t(mass_target(d.top_p, int64_t(p.top_k_first ? kept : mass)));
         if (target > kept) break;
       }
       if (!all_listed) {
@@ -160,7 +160,6 @@ struct Sampler {
       }
       cut = selector.end_in_list(by_count, target - in_front, cut);
       if (by_count && !p.exact_ties) cut |= 0xffffffffu;
-      if (by_count && use_top_p && !all_listed) kept = selector.sum_row(cut);
     }
     return cut;
   }
@@ -171,8 +170,7 @@ struct Sampler {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Kept kept(cut);
     auto weigh = [&](float x, int32_t id) { return kept(x, id) ? weights.weigh(x) : 0; };
-    uint64_t sum = 0;
-    s.slice.for_each([&](float x, int32_t id) { sum += weigh(x, id); });
+    uint64_t sum = Selector<T, kThreads>::sum_thread(s.slice, s.weights, cut);
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     if (lane == 0) s.warp_sums[warp] = sum;
     __syncthreads();

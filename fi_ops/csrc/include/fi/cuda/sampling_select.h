@@ -105,16 +105,19 @@ struct Selector {
     team.sum_arrays(s.own.counts, s.totals, kBins);
   }
 
-  // The weight of the row's tokens up to `cut`.
-  __device__ uint64_t sum_row(uint64_t cut) {
+  // The weight of this thread's tokens up to `cut`.
+  static __device__ uint64_t sum_thread(const Slice<T, Threads>& slice, const Weights& shared_weights,
+                                                uint64_t cut) {
     const Weights weights = shared_weights;
     const Kept kept(cut);
     uint64_t mass = 0;
     slice.for_each([&](float x, int32_t id) {
       if (kept(x, id)) mass += weights.weigh(x);
     });
-    return team.sum(mass);
+    return mass;
   }
+  // The weight of the row's tokens up to `cut`.
+  __device__ uint64_t sum_row(uint64_t cut) { return team.sum(sum_thread(slice, shared_weights, cut)); }
 
   // The bin in which the number of tokens reaches `target`; the last one if none does.
   __device__ Bracket bracket_of_count(uint64_t target) {
