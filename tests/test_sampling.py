@@ -34,18 +34,23 @@ FILTERS = {
 FILTER_CASES = pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS)
 
 
-def draw(row: torch.Tensor, uniforms: torch.Tensor, **options) -> torch.Tensor:
-    """Many draws from one row."""
-    indices = torch.zeros(uniforms.numel(), dtype=torch.int64)
-    samples, valid = OP(row[None], uniforms, indices=indices, **options)
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    return request.param
+
+
+def draw(row: torch.Tensor, uniforms: torch.Tensor, device: str, **options) -> torch.Tensor:
+    """Many draws from one row, made on `device`; the samples are on the CPU."""
+    indices = torch.zeros(uniforms.numel(), dtype=torch.int64, device=device)
+    samples, valid = OP(row[None].to(device), uniforms.to(device), indices=indices, **options)
     assert valid.all()
-    return samples
+    return samples.cpu()
 
 
-def assert_draws(row: torch.Tensor, uniforms: torch.Tensor, tolerance: float = 1e-6, **options) -> None:
+def assert_draws(row: torch.Tensor, uniforms: torch.Tensor, device: str, tolerance: float = 1e-6, **options) -> None:
     """Every token is in the float64 support, and its interval of that CDF holds its uniform, up to `tolerance`."""
     probs = kept_probs(row[None], **options)[0]
-    tokens, u = draw(row, uniforms, **options), uniforms.double()
+    tokens, u = draw(row, uniforms, device, **options), uniforms.double()
     cdf = probs.cumsum(0)
     assert (probs[tokens] > 0).all(), "a token outside the support"
     gap = torch.maximum(cdf[tokens] - probs[tokens] - u, u - cdf[tokens]).max().item()
@@ -54,16 +59,16 @@ def assert_draws(row: torch.Tensor, uniforms: torch.Tensor, tolerance: float = 1
 
 @FILTER_CASES
 @pytest.mark.parametrize("vocab", [3001, 9001])
-def test_every_token_of_the_support_is_drawn_and_no_other(options, vocab):
+def test_every_token_of_the_support_is_drawn_and_no_other(options, vocab, device):
     row = torch.randn(vocab, generator=torch.Generator().manual_seed(1)) * 2
     probs = kept_probs(row[None], **options)[0]
     support = (probs > 1e-7).nonzero().flatten()
     middle = (probs.cumsum(0) - probs / 2)[support].float()
     sharp = probs[support] > 1e-5  # else rounding of the uniform to float32 may leave the interval
-    tokens = draw(row, middle.clamp_max(1 - 2**-24), **options)
+    tokens = draw(row, middle.clamp_max(1 - 2**-24), device, **options)
     assert torch.equal(tokens[sharp], support[sharp])
     assert (probs[tokens] > 0).all()
-    ends = draw(row, torch.tensor([0.0, 1 - 2**-24]), **options)
+    ends = draw(row, torch.tensor([0.0, 1 - 2**-24]), device, **options)
     kept = (probs > 0).nonzero().flatten()
     assert ends[0] == kept[0]
     assert probs[ends[1] :].sum() < 1e-6 + probs[ends[1]]
@@ -71,11 +76,11 @@ def test_every_token_of_the_support_is_drawn_and_no_other(options, vocab):
 
 @FILTER_CASES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cdf_at_a_real_vocabulary(options, dtype):
+def test_cdf_at_a_real_vocabulary(options, dtype, device):
     generator = torch.Generator().manual_seed(2)
     uniforms = torch.rand(12, generator=generator)
     for scale in (3.0, 0.01):
-        assert_draws((torch.randn(128256, generator=generator) * scale).to(dtype), uniforms, **options)
+        assert_draws((torch.randn(128256, generator=generator) * scale).to(dtype), uniforms, device, **options)
 
 
 def chi_square_limit(freedom: int) -> float:
@@ -86,11 +91,11 @@ def chi_square_limit(freedom: int) -> float:
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 20, "top_p": 0.95}, {"top_p": 0.8, "temperature": 1.7}])
 @pytest.mark.parametrize("seed", [11, 12])
-def test_chi_square(options, seed):
+def test_chi_square(options, seed, device):
     row = torch.randn(61, generator=torch.Generator().manual_seed(seed))
     draws = 40_000
     probs = kept_probs(row[None], **options)[0]
-    tokens = draw(row, fi_ops.philox_uniform(seed, 0, draws), **options)
+    tokens = draw(row, fi_ops.philox_uniform(seed, 0, draws), device, **options)
     kept = probs > 0
     counts, expected = torch.bincount(tokens, minlength=61).double()[kept], probs[kept] * draws
     assert expected.min() > 5
@@ -116,6 +121,31 @@ def test_a_draw_depends_on_its_row_alone(options):
             assert OP(logits, uniforms[2:3], indices=torch.tensor([2]), **options)[0] == expected[2]
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.gpu
+@FILTER_CASES
+def test_a_draw_on_a_gpu_depends_on_its_row_alone(options):
+    """A few rows have several blocks each, many rows one."""
+    generator = torch.Generator().manual_seed(4)
+    logits, uniforms = torch.randn(300, 20_011, generator=generator) * 2, torch.rand(300, generator=generator)
+    logits, uniforms = logits.cuda(), uniforms.cuda()
+    expected = OP(logits, uniforms, **options)[0]
+    for rows in (slice(0, 1), slice(7, 12), slice(299, 300)):
+        assert torch.equal(OP(logits[rows], uniforms[rows], **options)[0], expected[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(os.environ.get("FI_OPS_CHECK", "0") not in ("", "0"), reason="values are checked")
+def test_values_out_of_range_are_harmless_on_a_gpu():
+    logits = torch.randn(3, 1000, device="cuda")
+    bad = torch.tensor([-1.0, 1.0, torch.nan, torch.inf, -torch.inf], device="cuda")
+    rows = torch.tensor([-1, 3, 2**40, -(2**40), 0], device="cuda")
+    samples, valid = OP(logits, bad, indices=rows)
+    assert valid.tolist() == [False] * 4 + [True] and samples[:4].eq(0).all()
+    for arrays in ({"top_p_arr": bad}, {"min_p_arr": bad}, {"temperature_arr": bad}, {"top_k_arr": rows}):
+        samples, _ = OP(logits, bad, indices=rows.clamp(0, 2), **arrays)
+        assert samples.ge(0).all() and samples.lt(1000).all()
 
 
 def _levels() -> list[str]:
@@ -148,7 +178,7 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize("name", EXTREMES)
-def test_extremes(name):
+def test_extremes(name, device):
     """Every search ends, and ends right, however the logits lie."""
     generator = torch.Generator().manual_seed(5)
     row = EXTREMES[name](torch.randn(40_000, generator=generator))
@@ -157,37 +187,37 @@ def test_extremes(name):
         if name == "denormals" and options.get("top_p", 1.0) < 1 and options.get("min_p"):
             continue  # min_p and top_p sit on the same boundary there: float64 and float32 may differ
         for temperature in (1.0, 1e-3, 1e3):
-            assert_draws(row, uniforms, **{**options, "temperature": temperature})
+            assert_draws(row, uniforms, device, **{**options, "temperature": temperature})
 
 
-def test_ties_at_the_top_k_boundary():
+def test_ties_at_the_top_k_boundary(device):
     row = torch.zeros(128256)
     row[[5, 9]] = 1.0
     uniforms = torch.linspace(0, 1 - 2**-24, 65)
-    exact = draw(row, uniforms, top_k=1000, top_k_ties="exact")
+    exact = draw(row, uniforms, device, top_k=1000, top_k_ties="exact")
     assert exact.max() == 999 and exact.min() == 0
-    every = draw(row, uniforms, top_k=1000, top_k_ties="threshold")
+    every = draw(row, uniforms, device, top_k=1000, top_k_ties="threshold")
     assert every.max() == 128255
-    top = draw(row, uniforms, top_k=2)
+    top = draw(row, uniforms, device, top_k=2)
     assert set(top.tolist()) == {5, 9}
-    assert set(draw(row, uniforms, top_k=1).tolist()) == {5}
-    assert set(draw(row, uniforms, top_k=1, top_k_ties="threshold").tolist()) == {5, 9}
-    assert draw(row, uniforms, temperature=0.0).eq(5).all()
-    assert draw(row, uniforms, top_p=0.0, top_k=100).eq(5).all()
+    assert set(draw(row, uniforms, device, top_k=1).tolist()) == {5}
+    assert set(draw(row, uniforms, device, top_k=1, top_k_ties="threshold").tolist()) == {5, 9}
+    assert draw(row, uniforms, device, temperature=0.0).eq(5).all()
+    assert draw(row, uniforms, device, top_p=0.0, top_k=100).eq(5).all()
 
 
-def test_top_p_splits_ties_by_id():
+def test_top_p_splits_ties_by_id(device):
     row = torch.zeros(10_000)
-    assert draw(row, torch.tensor([1 - 2**-24]), top_p=0.5) == 4999
-    assert draw(row, torch.tensor([1 - 2**-24]), top_p=0.50001) == 5000
+    assert draw(row, torch.tensor([1 - 2**-24]), device, top_p=0.5) == 4999
+    assert draw(row, torch.tensor([1 - 2**-24]), device, top_p=0.50001) == 5000
 
 
-def test_rows_without_a_distribution():
+def test_rows_without_a_distribution(device):
     logits = torch.randn(6, 5000)
     logits[0, 4999], logits[1], logits[2, 0], logits[3, :-1] = torch.nan, -torch.inf, torch.nan, -torch.inf
     logits[4, 100], logits[4, 7] = torch.inf, torch.nan
     for options in (*FILTERS.values(), {"temperature": 0.0}):
-        samples, valid = OP(logits, torch.full((6,), 0.5), **options)
+        samples, valid = OP(logits.to(device), torch.full((6,), 0.5, device=device), **options)
         assert valid.tolist() == [False, False, False, True, False, True]
         assert samples[[0, 1, 2, 4]].eq(0).all() and samples[3] == 4999
 

@@ -50,6 +50,8 @@ struct Sampler {
   __device__ void prepare_draw(float fixed_scale) const {
     if (threadIdx.x != 0) return;
     SamplingDraw d = p.draw(index());
+    // Values that no check has seen, NaN among them: what follows relies on these ranges.
+    d.temperature = d.temperature > 0.0f ? d.temperature : 0.0f;
     d.uniform = d.uniform > 0.0f ? fminf(d.uniform, 1.0f - 0x1p-24f) : 0.0f;
     s.draw = d;
     s.use_top_k = d.top_k > 0 && d.top_k < p.vocab_size;

@@ -107,7 +107,7 @@ struct Selector {
 
   // The weight of this thread's tokens up to `cut`.
   static __device__ uint64_t sum_thread(const Slice<T, Threads>& slice, const Weights& shared_weights,
-                                                uint64_t cut) {
+                                        uint64_t cut) {
     const Weights weights = shared_weights;
     const Kept kept(cut);
     uint64_t mass = 0;
