@@ -1,6 +1,8 @@
 // The emulated twin of fi/cuda/cluster.h.
 #pragma once
 
+#include <cstdlib>
+
 #include "fi/cuda/launch.h"
 #include "fi/cuda/ptx.h"
 
@@ -13,8 +15,11 @@ void launch_clusters(const Gpu&, void (*kernel)(Params...), dim3 grid, unsigned 
   emulation::run_grid(grid, block, smem, [&] { kernel(args...); }, cluster);
 }
 
-// All that kernels/*.cu use of sm_90 is emulated, whatever compute capability the device claims.
-inline bool has_clusters(const Gpu&) { return true; }
+// Clusters are emulated, whatever compute capability the device claims; FI_EMULATION_CLUSTERS=0: they are not there.
+inline bool has_clusters(const Gpu&) {
+  const char* text = std::getenv("FI_EMULATION_CLUSTERS");
+  return text == nullptr || *text != '0';
+}
 
 inline uint32_t cluster_size() { return emulation::cluster_size(); }
 inline uint32_t cluster_rank() { return emulation::cluster_rank(); }
