@@ -21,6 +21,7 @@ import csv
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def run_tests(out: Path, args: argparse.Namespace) -> list[Result]:
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(args.workers), "--dist", "worksteal"]
     env = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # a worker; each would take all cores
-    result = Process("tests", [*command, *args.pytest_args.split()], log, args.tests_limit, env).wait()
+    result = Process("tests", [*command, *shlex.split(args.pytest_args)], log, args.tests_limit, env).wait()
     text = log.read_text(errors="replace")
     summary = re.findall(r"^=* ?(\d+ (?:passed|failed|skipped|error|deselected)[^\n]*?) ?=*$", text, re.M)
     result.note = summary[-1] if summary else f"{text.count('PASSED')} passed, {text.count('FAILED')} failed until then"
@@ -135,7 +136,7 @@ def start_warming(args: argparse.Namespace, log: Path) -> Process | None:
     """Compile the models into Inductor's cache on disk while the stages that time nothing run."""
     if "models" not in args.benches or len(args.stages) < 2:
         return None
-    command = [sys.executable, "-m", "bench", "models", "--device", "cuda", "--warm", *args.bench_args.split()]
+    command = [sys.executable, "-m", "bench", "models", "--device", "cuda", "--warm", *shlex.split(args.bench_args)]
     return Process("warming models", command, log, 500)
 
 
@@ -149,7 +150,7 @@ def run_benches(out: Path, args: argparse.Namespace, parts: Path) -> list[Result
             command += ["--plot", str(out)]
         if name == "decline":
             command += ["--turns", "7", "--turn", "0.0005"]
-        result = Process(name, [*command, *args.bench_args.split()], log, BENCHES[name] * args.patience).wait()
+        result = Process(name, [*command, *shlex.split(args.bench_args)], log, BENCHES[name] * args.patience).wait()
         text = log.read_text(errors="replace")
         wrong = text.count("\nWRONG ")
         result.note = f"{wrong} wrong, {text.count(chr(10) + 'slower than ')} slower than a peer"
