@@ -97,6 +97,7 @@ def kept_probs(
         return torch.as_tensor(value, dtype=torch.float64, device=x.device).expand(batch)[:, None]
 
     k, p, m, t = (column(v) for v in (top_k, top_p, min_p, temperature))
+    x = torch.where(x.isnan().any(-1, keepdim=True), math.nan, x)  # a sort need not put -NaN where it puts NaN
     infinite = (x == math.inf).any(-1, keepdim=True)
     x = torch.where(infinite, torch.where(x == math.inf, 0.0, -math.inf), x)
 
