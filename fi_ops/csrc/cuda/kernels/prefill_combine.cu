@@ -1,6 +1,6 @@
 // Joins the parts of split blocks, row by row, in the order of the parts.
 #include "fi/cuda/launch.h"
-#include "fi/cuda/sm80/finish.h"
+#include "fi/cuda/sm80/partials.h"
 
 namespace fi::cuda {
 namespace {

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(32 * kWarps) scan_kernel(const __grid_constant
     smem.offsets[n] = 0;
     if (n >= rows.count()) continue;
     const int head = block.head(rows.row(n)), query = block.query(rows.row(n));
-    smem.keys[n] = allowed_keys(p, query_position(p, block.b, query));
+    smem.keys[n] = keys_of_position(p, query_position(p, block.b, query));
     smem.offsets[n] = head * p.mask_stride_h + query * p.mask_stride_q;
   }
   for (int n = lane; n < m.block_rows; n += 32) smem.seen[warp][n] = 0;

@@ -5,31 +5,9 @@
 // row of K and V is read once for the whole group.
 #pragma once
 
-#include "fi/attention.h"
-#include "fi/cuda/ptx.h"
+#include "fi/cuda/attention_rows.h"
 
 namespace fi::cuda {
-
-inline constexpr float kLog2e = 1.4426950408889634f;
-inline constexpr float kInf = __builtin_inff();
-inline constexpr unsigned kAllLanes = 0xffffffffu;
-
-struct KeyRange {
-  int begin, end;
-};
-
-FI_DEVICE_INLINE int64_t query_position(const AttentionParams& p, int64_t b, int64_t i) {
-  return p.positions.data ? p.positions.at(b, i) : i + p.q_offset;
-}
-
-// Keys that causal, window and length leave to a query row at `position`; [0, 0) where there are none.
-FI_DEVICE_INLINE KeyRange allowed_keys(const AttentionParams& p, int64_t position) {
-  int64_t begin = 0, end = p.kv_len;
-  if (p.causal && position + 1 < end) end = position + 1;
-  if (p.window_left >= 0 && position - p.window_left > 0) begin = position - p.window_left;
-  if (begin >= end) return {0, 0};
-  return {static_cast<int>(begin), static_cast<int>(end)};
-}
 
 // What the kernels ask about one row; kept in shared memory.
 struct Row {
@@ -69,7 +47,7 @@ FI_DEVICE_INLINE BlockRange load_rows(const AttentionParams& p, const BlockOfRow
     Row row{0, 0, 0.0f, 0.0f};
     if (block.has(r)) {
       const int64_t position = query_position(p, block.b, block.query(r));
-      const KeyRange keys = allowed_keys(p, position);
+      const KeyRange keys = keys_of_position(p, position);
       row = {keys.begin, keys.end, static_cast<float>(position), 0.0f};
       if (p.alibi_slopes) row.slope = p.alibi_slopes.at(block.head(r)) * kLog2e;
       if (keys.begin < keys.end) {

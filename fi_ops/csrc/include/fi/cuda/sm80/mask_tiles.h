@@ -9,13 +9,6 @@
 
 namespace fi::cuda {
 
-// Stands for a finite logit that overflows in base 2 (finfo.min * log2(e)): still "attend, with next to no
-// weight", where -inf would be "excluded".
-inline constexpr float kLowestLogit = -3.0e38f;
-
-// Values of an additive mask at or below this weigh exactly 0 beside any ordinary value.
-FI_INLINE float negligible(DType mask_dtype) { return mask_dtype == DType::f16 ? -65504.0f : -1e30f; }
-
 enum TileClass : uint8_t {
   kDead = 0,    // every value excludes
   kPartial,     // to be read key by key
@@ -125,17 +118,6 @@ class TileWalk {
   bool drop_negligible_;
   unsigned live_ = 0, open_ = 0;
 };
-
-// Value of a mask as a base-2 addend; a finite value stays finite.
-template <class M>
-FI_DEVICE_INLINE float mask_addend(M value) {
-  if constexpr (__is_same(M, uint8_t)) {
-    return value ? 0.0f : -kInf;
-  } else {
-    const float x = to_float(value);
-    return x == -kInf ? x : fmaxf(x * kLog2e, kLowestLogit);
-  }
-}
 
 // Calls f(a null pointer of the mask's type).
 template <class F>

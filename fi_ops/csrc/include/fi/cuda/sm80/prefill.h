@@ -1,7 +1,8 @@
 // Attention on sm_80 and later, for any number of query rows: what it takes, and what its kernels are told.
 #pragma once
 
-#include "fi/cuda/sm80/finish.h"
+#include "fi/cuda/sm80/mask_tiles.h"
+#include "fi/cuda/sm80/partials.h"
 
 namespace fi::cuda {
 

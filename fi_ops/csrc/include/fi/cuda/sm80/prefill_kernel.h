@@ -6,7 +6,7 @@
 #pragma once
 
 #include "fi/cuda/launch.h"
-#include "fi/cuda/sm80/finish.h"
+#include "fi/cuda/sm80/partials.h"
 #include "fi/cuda/sm80/prefill.h"
 #include "fi/cuda/sm80/prefill_tile.h"
 
