@@ -13,7 +13,7 @@ from fi_ops import _build
 DRIVER = Path(__file__).resolve().parent / "native" / "portable_smoke.cpp"
 CROSS = shutil.which("aarch64-linux-gnu-g++")
 EMULATOR = shutil.which("qemu-aarch64")
-FLAGS = ["-I", str(_build.CSRC / "include"), "-I", str(_build.CSRC), *_build._COMMON_FLAGS]
+FLAGS = ["-I", str(_build.CSRC / "include"), "-I", str(_build.CSRC), *_build.COMMON_FLAGS]
 BASELINE = ["-DFI_ISA_MASK=1", "-DFI_ISA=baseline", "-DFI_ISA_LEVEL=0"]
 
 
@@ -58,7 +58,7 @@ def test_aarch64(tmp_path):
 
 @pytest.mark.skipif(not CROSS, reason="needs g++-aarch64-linux-gnu")
 def test_bindings_compile_for_aarch64(tmp_path):
-    for source in sorted((_build.CSRC / "cpu").glob("*.cpp")):
+    for source in sorted([*(_build.CSRC / "binding").glob("*.cpp"), *(_build.CSRC / "cpu").glob("*.cpp")]):
         torch_flags = [
             f"-DTORCH_TARGET_VERSION={_build.TORCH_TARGET_VERSION}",
             "-isystem",
