@@ -19,24 +19,26 @@ class CudaCores {
   static constexpr int kBlocksAnSm = 3;
   static constexpr int kMinUnits = 4;
   static constexpr bool kAligned = false;
+  using Cursor = SliceCursor<kSliceKeys, kRows>;
 
   FI_INLINE int query_width(const AttentionParams& p) {
     return static_cast<int>((p.head_dim_qk + 3) / 4 * 4);
   }
   FI_INLINE int acc_width(const AttentionParams& p) { return static_cast<int>((p.head_dim_vo + 3) / 4 * 4); }
+  FI_INLINE int chunks_a_row(const AttentionParams& p) { return acc_width(p) / 4; }
   static size_t query_bytes(const AttentionParams& p) { return kRows * query_width(p) * sizeof(float); }
   static size_t warp_bytes(const AttentionParams& p) {
     return kRows * (acc_width(p) + kSliceKeys) * sizeof(float);
   }
 
-  FI_DEVICE_INLINE CudaCores(const AttentionParams& p, const Plan& plan, const Work& work,
+  FI_DEVICE_INLINE CudaCores(const AttentionParams& p, const Plan&, const Cursor& cursor,
                              unsigned char* query, unsigned char* warp_memory)
       : p_(p),
         query_(reinterpret_cast<const float*>(query)),
         acc_(reinterpret_cast<float*>(warp_memory)),
         weights_(acc_ + kRows * acc_width(p)),
         lane_(threadIdx.x % 32),
-        cursor_(p, plan, work) {
+        cursor_(cursor) {
     auto whole = [](const void* data, int64_t b, int64_t h, int64_t n) {
       return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (b | h | n) % (16 / int64_t(sizeof(T))) == 0;
     };
@@ -44,22 +46,26 @@ class CudaCores {
     value_vectors_ = whole(p.value, p.v_stride_b, p.v_stride_h, p.v_stride_n);
   }
 
-  FI_DEVICE_INLINE static void load_query(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
-                                          unsigned char* query) {
-    float* q = reinterpret_cast<float*>(query);
-    const int width = query_width(p);
-    for (int item = threadIdx.x; item < kRows * width; item += blockDim.x) {
-      const int d = item % width, row = at.row_begin + item / width;
-      float x = 0.0f;
-      if (row < plan.rows && d < p.head_dim_qk) {
-        const int64_t i = row / plan.group, h = at.kv_head * plan.group + row % plan.group;
-        const T* src =
-            static_cast<const T*>(p.query) + at.b * p.q_stride_b + h * p.q_stride_h + i * p.q_stride_n;
-        x = to_float(p.rope.cos ? rotated(p.rope, at.b, i + p.rope_q_offset, src, d) : src[d]);
+  // The query rows of a segment, as floats, into shared memory. There is no ring to come before.
+  struct Query {
+    FI_DEVICE_INLINE void fetch(const AttentionParams&, const Plan&, const SegmentPlace&) {}
+    FI_DEVICE_INLINE void store(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
+                                unsigned char* query) const {
+      float* to = reinterpret_cast<float*>(query);
+      const int width = query_width(p);
+      for (int item = threadIdx.x; item < kRows * width; item += blockDim.x) {
+        const int d = item % width, row = item / width;
+        float x = 0.0f;
+        if (at.row_begin + row < plan.rows && d < p.head_dim_qk) {
+          const QueryRow q = query_row(plan, at, row);
+          const T* src = static_cast<const T*>(p.query) + at.b * p.q_stride_b + q.head * p.q_stride_h +
+                         q.i * p.q_stride_n;
+          x = to_float(p.rope.cos ? rotated(p.rope, at.b, q.i + p.rope_q_offset, src, d) : src[d]);
+        }
+        to[item] = x;
       }
-      q[item] = x;
     }
-  }
+  };
 
   FI_DEVICE_INLINE void begin_segment() {
     for (int d = lane_; d < kRows * acc_width(p_); d += 32) acc_[d] = 0.0f;
@@ -216,7 +222,7 @@ class CudaCores {
   float* acc_;          // [kRows][acc_width]
   float* weights_;      // [kRows][kSliceKeys]
   int lane_;
-  SliceCursor<kSliceKeys, kRows> cursor_;
+  Cursor cursor_;
   bool key_vectors_, value_vectors_;
   float max_[kRows], sum_[kRows];
 };

@@ -6,7 +6,7 @@
 // does not depend on which one that was.
 #pragma once
 
-#include "fi/cuda/decode/rows.h"
+#include "fi/cuda/decode/finish.h"
 #include "fi/cuda/decode/slices.h"
 #include "fi/cuda/launch.h"
 
@@ -15,63 +15,48 @@ namespace fi::cuda::decode {
 struct Shared {
   RowTable rows;
   FindShared find;
-  float warp_max[kMaxWarps][kMaxRows], warp_sum[kMaxWarps][kMaxRows];
-  const float* warp_acc[kMaxWarps];
+  WarpResults results;
   int is_last;
 };
-
-// Writes four columns of a row.
-template <class T, bool kAligned>
-FI_DEVICE_INLINE void store_columns(T* out, const float (&x)[4], int columns) {
-  if constexpr (kAligned) {
-    *reinterpret_cast<uint2*>(out) = uint2{pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3])};
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (e < columns) out[e] = from_float<T>(x[e]);
-    }
-  }
-}
-
-// acc += factor * four floats.
-FI_DEVICE_INLINE void add_scaled(float (&acc)[4], const float4& x, float factor) {
-  acc[0] = fmaf(x.x, factor, acc[0]);
-  acc[1] = fmaf(x.y, factor, acc[1]);
-  acc[2] = fmaf(x.z, factor, acc[2]);
-  acc[3] = fmaf(x.w, factor, acc[3]);
-}
 
 template <class T, class Engine>
 class DecodeBlock {
  public:
   FI_DEVICE_INLINE DecodeBlock(const AttentionParams& p, const Plan& plan, unsigned char* query,
                                Shared& shared)
-      : p(p), plan(plan), query(query), shared(shared), chunks((static_cast<int>(p.head_dim_vo) + 3) / 4) {}
+      : p(p), plan(plan), query(query), shared(shared), chunks(Engine::chunks_a_row(p)) {}
 
   FI_DEVICE_INLINE void run(unsigned char* warp_memory) {
     if (plan.lists.entries) wait_for_previous_kernel();
     const Work work = find_work(p, plan, shared.find);
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    Engine engine(p, plan, work, query, warp_memory);
+    const auto place = [&](int segment) { return place_of(p, plan, Engine::kRows, segment); };
+    typename Engine::Query rows;
     SegmentWalk walk = work.first;
+    if (work.begin < work.end) rows.fetch(p, plan, place(walk.index));
+    Engine engine(p, plan, typename Engine::Cursor(p, plan, work), query, warp_memory);
     for (int unit = work.begin; unit < work.end;) {
-      const int stop = min(work.end, walk.first_unit + walk.tiles);
+      const SegmentWalk here = walk;
+      const SegmentPlace at = place(here.index);
+      const int stop = min(work.end, here.first_unit + here.tiles);
       const int slices = slices_of_warp(stop - unit, kTileKeys / Engine::kSliceKeys, warp, warps);
-      const SegmentPlace at = place_of(p, plan, Engine::kRows, walk.index);
       const int num_rows = min(Engine::kRows, plan.rows - at.row_begin);
-      Engine::load_query(p, plan, at, query);
+      rows.store(p, plan, at, query);
       if (warp == warps - 1) fill_row_table(p, plan, at, shared.rows);
       __syncthreads();
       engine.begin_segment();
+      unit = stop;
+      if (unit < work.end) {
+        walk.next(p, plan, work.end);
+        rows.fetch(p, plan, place(walk.index));
+      }
 #pragma unroll 1
       for (int n = 0; n < slices; ++n) engine.attend(shared.rows, at, num_rows);
-      engine.publish(shared.warp_max[warp], shared.warp_sum[warp], &shared.warp_acc[warp], num_rows,
+      engine.publish(shared.results.max[warp], shared.results.sum[warp], &shared.results.acc[warp], num_rows,
                      slices > 0);
       __syncthreads();
-      finish_segment(work.shares, walk, at, num_rows, engine);
+      finish_segment(work.shares, here, at, num_rows, engine);
       __syncthreads();
-      unit = stop;
-      if (unit < work.end) walk.next(p, plan, work.end);
     }
     write_empty_segments();
     // The next kernel in the stream waits for this one only, so this one waits for the one before.
@@ -79,20 +64,8 @@ class DecodeBlock {
   }
 
  private:
-  FI_DEVICE_INLINE int query_head(const SegmentPlace& at, int row) const {
-    return at.kv_head * plan.group + (at.row_begin + row) % plan.group;
-  }
-
-  // Four columns of a result, and with the first of them the LSE.
-  FI_DEVICE_INLINE void write(const SegmentPlace& at, int row, int chunk, float (&acc)[4], float row_max,
-                              float row_sum) const {
-    const int i = (at.row_begin + row) / plan.group, h = query_head(at, row);
-    const RowResult result = finish_row(p, h, row_max, row_sum);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc[e] *= result.factor;
-    T* out = static_cast<T*>(p.out) + at.b * p.o_stride_b + h * p.o_stride_h + i * p.o_stride_n;
-    store_columns<T, Engine::kAligned>(out + chunk * 4, acc, static_cast<int>(p.head_dim_vo) - chunk * 4);
-    if (p.lse && chunk == 0) p.lse[(at.b * p.num_qo_heads + h) * p.qo_len + i] = result.lse;
+  FI_DEVICE_INLINE void write(const SegmentPlace& at, int row, int chunk, const Part& part) const {
+    write_columns<T, Engine::kAligned>(p, plan, at, row, chunk, part);
   }
 
   FI_DEVICE_INLINE float* partial(int block, int slot) const {
@@ -105,28 +78,19 @@ class DecodeBlock {
     const int first = shares.block_of(walk.first_unit);
     const int last = shares.block_of(walk.first_unit + walk.tiles - 1);
     float* left = first == last ? nullptr : partial(blockIdx.x, static_cast<int>(blockIdx.x) == first);
-    const int warps = blockDim.x / 32;
     for (int item = threadIdx.x; item < num_rows * chunks; item += blockDim.x) {
       const int row = item / chunks, chunk = item - row * chunks;
-      float top = -kInf, sum = 0.0f, acc[4] = {};
-      for (int w = 0; w < warps; ++w) top = fmaxf(top, shared.warp_max[w][row]);
-      for (int w = 0; w < warps; ++w) {
-        const float part = shared.warp_sum[w][row];
-        if (part == 0.0f) continue;  // nothing seen; the accumulators may not even be there
-        const float factor = exp2_approx(shared.warp_max[w][row] - usable_max(top));
-        sum += part * factor;
-        add_scaled(acc, *reinterpret_cast<const float4*>(shared.warp_acc[w] + engine.acc_offset(row, chunk)),
-                   factor);
-      }
+      if (chunk * 4 >= p.head_dim_vo) continue;
+      const Part part = join_warps(shared.results, engine, row, chunk);
       if (left == nullptr) {
-        write(at, row, chunk, acc, top, sum);
+        write(at, row, chunk, part);
       } else {
         *reinterpret_cast<float4*>(left + row * plan.acc_width + chunk * 4) =
-            float4{acc[0], acc[1], acc[2], acc[3]};
+            float4{part.acc[0], part.acc[1], part.acc[2], part.acc[3]};
         if (chunk == 0) {
           float* state = left + plan.part_rows * plan.acc_width;
-          state[row] = top;
-          state[plan.part_rows + row] = sum;
+          state[row] = part.max;
+          state[plan.part_rows + row] = part.sum;
         }
       }
     }
@@ -147,7 +111,8 @@ class DecodeBlock {
     const int state = plan.part_rows * plan.acc_width;
     for (int item = threadIdx.x; item < num_rows * chunks; item += blockDim.x) {
       const int row = item / chunks, chunk = item - row * chunks;
-      float top = -kInf, sum = 0.0f, acc[4] = {};
+      if (chunk * 4 >= p.head_dim_vo) continue;
+      Part all;
       for (int block = first; block <= last; block += kAtOnce) {
         float tops[kAtOnce], sums[kAtOnce];
         float4 accs[kAtOnce];
@@ -160,22 +125,22 @@ class DecodeBlock {
           sums[n] = __ldcg(part + state + plan.part_rows + row);
           accs[n] = __ldcg(reinterpret_cast<const float4*>(part + row * plan.acc_width + chunk * 4));
         }
-        float new_top = top;
+        float top = all.max;
 #pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) new_top = fmaxf(new_top, tops[n]);
-        const float shift = usable_max(new_top), keep = exp2_approx(top - shift);
-        top = new_top;
-        sum *= keep;
+        for (int n = 0; n < kAtOnce; ++n) top = fmaxf(top, tops[n]);
+        const float shift = usable_max(top), keep = exp2_approx(all.max - shift);
+        all.max = top;
+        all.sum *= keep;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) acc[e] *= keep;
+        for (int e = 0; e < 4; ++e) all.acc[e] *= keep;
 #pragma unroll
         for (int n = 0; n < kAtOnce; ++n) {
           const float factor = exp2_approx(tops[n] - shift);
-          sum = fmaf(sums[n], factor, sum);
-          add_scaled(acc, accs[n], factor);
+          all.sum = fmaf(sums[n], factor, all.sum);
+          all.add_scaled(accs[n], factor);
         }
       }
-      write(at, row, chunk, acc, top, sum);
+      write(at, row, chunk, all);
     }
   }
 
@@ -187,8 +152,7 @@ class DecodeBlock {
       const SegmentPlace at = place_of(p, plan, Engine::kRows, segment);
       const int num_rows = min(Engine::kRows, plan.rows - at.row_begin);
       for (int item = threadIdx.x; item < num_rows * chunks; item += blockDim.x) {
-        float nothing[4] = {};
-        write(at, item / chunks, item % chunks, nothing, -kInf, 0.0f);
+        if (item % chunks * 4 < p.head_dim_vo) write(at, item / chunks, item % chunks, Part{});
       }
     }
   }

@@ -44,6 +44,17 @@ FI_DEVICE_INLINE SegmentPlace place_of(const AttentionParams& p, const Plan& pla
   return {head / num_kv_heads, head % num_kv_heads, (segment - head * plan.row_blocks) * rows_a_block};
 }
 
+// Row `row` of a segment: position in the query and query head.
+struct QueryRow {
+  int i, head;
+};
+
+FI_DEVICE_INLINE QueryRow query_row(const Plan& plan, const SegmentPlace& at, int row) {
+  row += at.row_begin;
+  const int i = plan.rows == plan.group ? 0 : row / plan.group;
+  return {i, at.kv_head * plan.group + row - i * plan.group};
+}
+
 FI_DEVICE_INLINE KeyRange range_of(const AttentionParams& p, const Plan& plan, int b) {
   return range_is_data(p) ? allowed_keys(p, b) : plan.range;
 }

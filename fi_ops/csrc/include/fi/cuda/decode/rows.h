@@ -23,13 +23,13 @@ FI_DEVICE_INLINE void fill_row_table(const AttentionParams& p, const Plan& plan,
   KeyRange keys{0, static_cast<int>(p.kv_len)};
   const int row = at.row_begin + lane;
   if (lane < kMaxRows && row < plan.rows) {
-    const int i = row / plan.group, h = at.kv_head * plan.group + row % plan.group;
-    keys = allowed_keys(p, at.b, i);
+    const QueryRow q = query_row(plan, at, lane);
+    keys = allowed_keys(p, at.b, q.i);
     if (p.alibi_slopes) {
-      table.position[lane] = static_cast<int>(query_position(p, at.b, i));
-      table.slope[lane] = p.alibi_slopes.at(h) * kLog2e;
+      table.position[lane] = static_cast<int>(query_position(p, at.b, q.i));
+      table.slope[lane] = p.alibi_slopes.at(q.head) * kLog2e;
     }
-    table.mask[lane] = mask_row(p, at.b, h, i);
+    table.mask[lane] = mask_row(p, at.b, q.head, q.i);
   } else if (lane < kMaxRows) {
     table.position[lane] = 0;
     table.slope[lane] = 0.0f;

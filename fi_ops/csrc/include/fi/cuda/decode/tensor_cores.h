@@ -12,64 +12,95 @@
 
 namespace fi::cuda::decode {
 
-// How a head_dim is run. One block an SM: fewer partial results to join than with two, and the ring hides
-// what a second block would (its slices in flight cover the merge at a segment's end). 8 warps x 3 stages x
-// 8 KB (head_dim 128) have 128 to 192 KB of K and V in flight an SM; 16 to 32 KB would cover the latency of
-// HBM at full rate, the rest is slack for the merges. Devices with less shared memory run fewer warps.
+// How a head_dim is run. Two blocks of 4 warps an SM: one loads while the other joins or begins. 4 warps x 3
+// stages x 8 KB have up to 192 KB of K and V in flight an SM; 16 to 32 KB would cover the latency of HBM at
+// full rate, the rest is slack for the joins. Devices with less shared memory run fewer warps.
 template <int kDim>
 struct Shape {
-  static constexpr int kWarps = kDim <= 128 ? kMaxWarps : 4;
+  static constexpr int kWarps = 4;
   static constexpr int kStages = kDim <= 64 ? 6 : 3;
-  static constexpr int kBlocksAnSm = 1;
-  static constexpr int kMinUnits = 2;                     // a slice for each warp
+  static constexpr int kBlocksAnSm = kDim <= 128 ? 2 : 1;
+  static constexpr int kMinUnits = 2;                     // two slices for each warp
   static constexpr bool kQueryInRegisters = kDim <= 128;  // else read from shared memory for each slice
 };
 
-template <class T, int kDim>
+template <class T, int kDim, class TheCursor = SliceCursor<16, 16>>
 class TensorCores {
+  static constexpr int kStages = Shape<kDim>::kStages;
+  static constexpr bool kQueryInRegisters = Shape<kDim>::kQueryInRegisters;
+  static constexpr bool kTwoChains = kQueryInRegisters;
+  static constexpr int kRowBytes = kDim * 2, kChunks = kDim / 8, kSteps = kDim / 16;
+  static constexpr int kStageBytes = 2 * 16 * kRowBytes;  // K, then V
+
  public:
   static constexpr int kRows = 16, kSliceKeys = 16;
   static constexpr int kWarps = Shape<kDim>::kWarps;
   static constexpr int kBlocksAnSm = Shape<kDim>::kBlocksAnSm;
   static constexpr int kMinUnits = Shape<kDim>::kMinUnits;
   static constexpr bool kAligned = true;
+  using Cursor = TheCursor;
+  static_assert(kStageBytes == kRows * kDim * sizeof(float), "publish() puts the accumulators into a stage");
 
   static size_t query_bytes(const AttentionParams&) { return kRows * kRowBytes; }
   static size_t warp_bytes(const AttentionParams&) { return kStages * kStageBytes; }
   static int acc_width(const AttentionParams&) { return kDim; }
+  FI_INLINE int chunks_a_row(const AttentionParams&) { return kDim / 4; }  // of accumulators
 
-  FI_DEVICE_INLINE TensorCores(const AttentionParams& p, const Plan& plan, const Work& work,
+  // The query rows of a segment on their way into shared memory. Fetched early: behind the ring's copies
+  // they would wait for all of these.
+  class Query {
+   public:
+    // By all threads of the block.
+    FI_DEVICE_INLINE void fetch(const AttentionParams& p, const Plan& plan, const SegmentPlace& at) {
+#pragma unroll
+      for (int n = 0; n < kHeld; ++n) chunks_[n] = load(p, plan, at, threadIdx.x + n * blockDim.x);
+    }
+    FI_DEVICE_INLINE void store(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
+                                unsigned char* query) const {
+#pragma unroll
+      for (int n = 0; n < kHeld; ++n) put(query, threadIdx.x + n * blockDim.x, chunks_[n]);
+      // Where the block has fewer warps than kWarps.
+#pragma unroll 1
+      for (int item = threadIdx.x + kHeld * blockDim.x; item < kRows * kChunks; item += blockDim.x)
+        put(query, item, load(p, plan, at, item));
+    }
+
+   private:
+    static constexpr int kHeld = kRows * kChunks / (kWarps * 32);
+
+    FI_DEVICE_INLINE static void put(unsigned char* query, int item, const uint4& v) {
+      *reinterpret_cast<uint4*>(query + offset_of(item / kChunks, item % kChunks)) = v;
+    }
+    FI_DEVICE_INLINE static uint4 load(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
+                                       int item) {
+      const int row = item / kChunks, chunk = item % kChunks;
+      if (at.row_begin + row >= plan.rows || chunk * 8 >= p.head_dim_qk) return uint4{0, 0, 0, 0};
+      const QueryRow q = query_row(plan, at, row);
+      const T* src =
+          static_cast<const T*>(p.query) + at.b * p.q_stride_b + q.head * p.q_stride_h + q.i * p.q_stride_n;
+      if (p.rope.cos) return load_rotated(p, at.b, q.i, src, chunk * 8);
+      return *reinterpret_cast<const uint4*>(src + chunk * 8);
+    }
+    FI_DEVICE_NOINLINE static uint4 load_rotated(const AttentionParams& p, int b, int i, const T* src,
+                                                 int column) {
+      T x[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e] = rotated(p.rope, b, i + p.rope_q_offset, src, column + e);
+      auto two = [&](int e) { return uint32_t(x[e].bits) | uint32_t(x[e + 1].bits) << 16; };
+      return uint4{two(0), two(2), two(4), two(6)};
+    }
+
+    uint4 chunks_[kHeld];
+  };
+
+  FI_DEVICE_INLINE TensorCores(const AttentionParams& p, const Plan&, const Cursor& cursor,
                                unsigned char* query, unsigned char* warp_memory)
-      : p_(p), query_(query), ring_(warp_memory), lane_(threadIdx.x % 32), cursor_(p, plan, work) {
+      : p_(p), query_(query), ring_(warp_memory), lane_(threadIdx.x % 32), cursor_(cursor) {
 #pragma unroll 1
     for (int s = 0; s < kStages; ++s) issue(s);
   }
 
-  // By all threads of the block: the segment's query rows, rotated, into shared memory.
-  FI_DEVICE_INLINE static void load_query(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
-                                          unsigned char* query) {
-    for (int item = threadIdx.x; item < kRows * kChunks; item += blockDim.x) {
-      const int r = item / kChunks, chunk = item % kChunks, row = at.row_begin + r;
-      uint4 v{0, 0, 0, 0};
-      if (row < plan.rows && chunk * 8 < p.head_dim_qk) {
-        const int64_t i = row / plan.group, h = at.kv_head * plan.group + row % plan.group;
-        const T* src =
-            static_cast<const T*>(p.query) + at.b * p.q_stride_b + h * p.q_stride_h + i * p.q_stride_n;
-        if (p.rope.cos) {
-          T x[8];
-#pragma unroll
-          for (int e = 0; e < 8; ++e) x[e] = rotated(p.rope, at.b, i + p.rope_q_offset, src, chunk * 8 + e);
-          auto two = [&](int e) { return uint32_t(x[e].bits) | uint32_t(x[e + 1].bits) << 16; };
-          v = uint4{two(0), two(2), two(4), two(6)};
-        } else {
-          v = *reinterpret_cast<const uint4*>(src + chunk * 8);
-        }
-      }
-      *reinterpret_cast<uint4*>(query + offset_of(r, chunk)) = v;
-    }
-  }
-
-  // After load_query and a barrier.
+  // After Query::store and a barrier.
   FI_DEVICE_INLINE void begin_segment() {
     if constexpr (kQueryInRegisters) {
 #pragma unroll
@@ -156,13 +187,6 @@ class TensorCores {
   FI_DEVICE_INLINE static int acc_offset(int row, int chunk) { return row * kDim + (chunk ^ (row & 7)) * 4; }
 
  private:
-  static constexpr int kStages = Shape<kDim>::kStages;
-  static constexpr bool kQueryInRegisters = Shape<kDim>::kQueryInRegisters;
-  static constexpr bool kTwoChains = kQueryInRegisters;
-  static constexpr int kRowBytes = kDim * 2, kChunks = kDim / 8, kSteps = kDim / 16;
-  static constexpr int kStageBytes = 2 * kSliceKeys * kRowBytes;  // K, then V
-  static_assert(kStageBytes == kRows * kDim * sizeof(float), "publish() puts the accumulators into a stage");
-
   // Rows of 16-byte chunks; the exclusive or spreads a column of chunks over all banks.
   FI_DEVICE_INLINE static int offset_of(int row, int chunk) {
     return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
@@ -317,7 +341,7 @@ class TensorCores {
   unsigned char* query_;
   unsigned char* ring_;
   int lane_;
-  SliceCursor<kSliceKeys, kRows> cursor_;
+  Cursor cursor_;
   const T* k_ = nullptr;  // of the cursor's segment
   const T* v_ = nullptr;
   int out_ = 0;             // the stage to use next
