@@ -61,7 +61,6 @@ bool prepare(const AttentionParams& p, Plan& plan, const Gpu& gpu) {
   const bool per_head = p.mask && p.mask_stride_h != 0 && p.num_kv_heads > 1;
   plan.num_groups = static_cast<int>(p.batch * (per_head ? p.num_kv_heads : 1));
   plan.group_segments = plan.num_segments / plan.num_groups;
-  plan.range = range_is_data(p) ? KeyRange{0, 0} : allowed_keys(p, 0);
   plan.uniform_tiles = p.mask || range_is_data(p) ? -1 : tiles_of(plan.range);
   plan.arrivals = allocate<int32_t>(p, plan.num_segments);
   int num_lists = 1;

@@ -1,9 +1,8 @@
+#include "fi/cuda/decode/cluster_kernel.h"
 #include "fi/cuda/decode/dtypes.h"
-#include "fi/cuda/decode/kernel.h"
-#include "fi/cuda/decode/tensor_cores.h"
 
 namespace fi::cuda::decode {
 
-void f16_256(const AttentionParams& p, const Gpu& gpu) { run_decode<f16, TensorCores<f16, 256>>(p, gpu); }
+void f16_256(const AttentionParams& p, const Gpu& gpu) { run_on_tensor_cores<f16, 256>(p, gpu); }
 
 }  // namespace fi::cuda::decode

@@ -9,7 +9,7 @@
 
 namespace fi::cuda {
 
-// Launches `kernel` with `cluster` consecutive blocks of grid.x in a cluster (at most 8; 1 where the device
+// Launches `kernel` with `cluster` consecutive blocks of grid.x in a cluster (at most 16; 1 where the device
 // has no clusters).
 template <class... Params, class... Args>
 void launch_clusters(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, unsigned cluster, dim3 block,
@@ -19,6 +19,10 @@ void launch_clusters(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, unsig
   if (smem > 48 * 1024)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)),
+          "cudaFuncSetAttribute");
+  if (cluster > 8)  // more than all devices with clusters have to take
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
           "cudaFuncSetAttribute");
   cudaLaunchConfig_t config{};
   config.gridDim = grid;

@@ -25,7 +25,7 @@ class CudaCores {
     return static_cast<int>((p.head_dim_qk + 3) / 4 * 4);
   }
   FI_INLINE int acc_width(const AttentionParams& p) { return static_cast<int>((p.head_dim_vo + 3) / 4 * 4); }
-  FI_INLINE int chunks_a_row(const AttentionParams& p) { return acc_width(p) / 4; }
+  FI_INLINE int row_chunks(const AttentionParams& p) { return acc_width(p) / 4; }
   static size_t query_bytes(const AttentionParams& p) { return kRows * query_width(p) * sizeof(float); }
   static size_t warp_bytes(const AttentionParams& p) {
     return kRows * (acc_width(p) + kSliceKeys) * sizeof(float);

@@ -24,7 +24,7 @@ class DecodeBlock {
  public:
   FI_DEVICE_INLINE DecodeBlock(const AttentionParams& p, const Plan& plan, unsigned char* query,
                                Shared& shared)
-      : p(p), plan(plan), query(query), shared(shared), chunks(Engine::chunks_a_row(p)) {}
+      : p(p), plan(plan), query(query), shared(shared), chunks(Engine::row_chunks(p)) {}
 
   FI_DEVICE_INLINE void run(unsigned char* warp_memory) {
     if (plan.lists.entries) wait_for_previous_kernel();
@@ -179,23 +179,42 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocksAnSm)
 // need of it, and says so.
 bool prepare(const AttentionParams& p, Plan& plan, const Gpu& gpu);
 
-template <class T, class Engine>
-void run_decode(const AttentionParams& p, const Gpu& gpu) {
-  const size_t warp_bytes = Engine::warp_bytes(p), query_bytes = Engine::query_bytes(p);
-  const size_t fixed = query_bytes + sizeof(Shared), all = size_t(gpu.max_block_smem);
+// Warps of a block and their shared memory.
+struct BlockShape {
+  int warps;
+  size_t warp_bytes, query_bytes, all_bytes;
+};
+
+template <class Engine>
+BlockShape shape_of_block(const AttentionParams& p, const Gpu& gpu, size_t shared_bytes) {
+  BlockShape shape{0, Engine::warp_bytes(p), Engine::query_bytes(p), 0};
+  const size_t fixed = shape.query_bytes + shared_bytes, all = size_t(gpu.max_block_smem);
   const size_t share = all / Engine::kBlocksAnSm - (Engine::kBlocksAnSm > 1 ? 1024 : 0);
-  const size_t room = fixed + warp_bytes <= share ? share : all;
-  const int64_t warps = room > fixed ? int64_t((room - fixed) / warp_bytes) : 0;
+  const size_t room = fixed + shape.warp_bytes <= share ? share : all;
+  const int64_t warps = room > fixed ? int64_t((room - fixed) / shape.warp_bytes) : 0;
   if (warps == 0)
     throw std::runtime_error("fi_ops: attention on this GPU has no room for head_dim " +
                              std::to_string(p.head_dim_qk > p.head_dim_vo ? p.head_dim_qk : p.head_dim_vo));
-  const int used_warps = static_cast<int>(warps < Engine::kWarps ? warps : Engine::kWarps);
+  shape.warps = static_cast<int>(warps < Engine::kWarps ? warps : Engine::kWarps);
+  shape.all_bytes = shape.warps * shape.warp_bytes + fixed;
+  return shape;
+}
 
+template <class Engine>
+Plan plan_of(const AttentionParams& p) {
   Plan plan{};
   plan.group = static_cast<int>(p.num_qo_heads / p.num_kv_heads);
   plan.rows = static_cast<int>(plan.group * p.qo_len);
   plan.row_blocks = (plan.rows + Engine::kRows - 1) / Engine::kRows;
   plan.num_segments = static_cast<int>(p.batch * p.num_kv_heads * plan.row_blocks);
+  plan.range = range_is_data(p) ? KeyRange{0, 0} : allowed_keys(p, 0);
+  return plan;
+}
+
+template <class T, class Engine>
+void run_decode(const AttentionParams& p, const Gpu& gpu) {
+  const BlockShape shape = shape_of_block<Engine>(p, gpu, sizeof(Shared));
+  Plan plan = plan_of<Engine>(p);
   plan.min_units = Engine::kMinUnits;
   plan.part_rows = plan.rows < Engine::kRows ? plan.rows : Engine::kRows;
   plan.acc_width = Engine::acc_width(p);
@@ -208,8 +227,8 @@ void run_decode(const AttentionParams& p, const Gpu& gpu) {
   plan.partials = static_cast<float*>(p.scratch.allocate(
       p.scratch.context, int64_t{grid} * 2 * plan.partial_floats() * int64_t(sizeof(float))));
   const bool overlap = prepare(p, plan, gpu);
-  launch(gpu, decode_kernel<T, Engine>, dim3(grid), dim3(used_warps * 32), used_warps * warp_bytes + fixed,
-         overlap, p, plan, static_cast<int>(warp_bytes), static_cast<int>(query_bytes));
+  launch(gpu, decode_kernel<T, Engine>, dim3(grid), dim3(shape.warps * 32), shape.all_bytes, overlap, p, plan,
+         static_cast<int>(shape.warp_bytes), static_cast<int>(shape.query_bytes));
 }
 
 }  // namespace fi::cuda::decode

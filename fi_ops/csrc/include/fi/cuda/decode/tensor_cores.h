@@ -44,7 +44,8 @@ class TensorCores {
   static size_t query_bytes(const AttentionParams&) { return kRows * kRowBytes; }
   static size_t warp_bytes(const AttentionParams&) { return kStages * kStageBytes; }
   static int acc_width(const AttentionParams&) { return kDim; }
-  FI_INLINE int chunks_a_row(const AttentionParams&) { return kDim / 4; }  // of accumulators
+  static constexpr int kRowChunks = kDim / 4;  // four accumulators each
+  FI_INLINE int row_chunks(const AttentionParams&) { return kRowChunks; }
 
   // The query rows of a segment on their way into shared memory. Fetched early: behind the ring's copies
   // they would wait for all of these.

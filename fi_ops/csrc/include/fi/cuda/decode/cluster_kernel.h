@@ -1,0 +1,216 @@
+// Decode attention where all segments have the same keys: a cluster of blocks takes one segment.
+//
+// Each block attends to a run of the segment's slices; the blocks join over distributed shared memory. So
+// there is no scratch memory, no counter and no other kernel, and no block has a second segment to go on to.
+#pragma once
+
+#include <algorithm>
+
+#include "fi/cuda/cluster.h"
+#include "fi/cuda/decode/finish.h"
+#include "fi/cuda/decode/kernel.h"
+#include "fi/cuda/decode/row_scan.h"
+#include "fi/cuda/decode/tensor_cores.h"
+
+namespace fi::cuda::decode {
+
+inline constexpr int kMaxCluster = 16;
+
+// A warp's slices of its block's run.
+template <int kSliceKeys, int kRows>
+class RunCursor {
+ public:
+  // Slices [at, end) of the segment, every warps-th of them. `list`: the live tiles, in shared memory; null:
+  // all keys from first_key on.
+  FI_DEVICE_INLINE RunCursor(const SegmentPlace& place, int at, int end, const int32_t* list, int first_key,
+                             int key_end)
+      : place_(place), at_(at), end_(end), first_key_(first_key), key_end_(key_end), list_(list) {}
+
+  FI_DEVICE_INLINE bool done() const { return at_ >= end_; }
+  FI_DEVICE_INLINE const SegmentPlace& place() const { return place_; }
+  FI_DEVICE_INLINE int key_end() const { return key_end_; }
+  FI_DEVICE_INLINE bool entered() const { return entered_; }
+  FI_DEVICE_INLINE Slice slice() const {
+    if (list_ == nullptr) return {first_key_ + at_ * kSliceKeys, true};
+    constexpr int kSlicesATile = kTileKeys / kSliceKeys;
+    const int32_t entry = list_[at_ / kSlicesATile];
+    return {tile_index(entry) * kTileKeys + at_ % kSlicesATile * kSliceKeys, tile_open(entry)};
+  }
+  FI_DEVICE_INLINE void step() {
+    entered_ = false;
+    at_ += blockDim.x / 32;
+  }
+
+ private:
+  SegmentPlace place_;
+  int at_, end_, first_key_, key_end_;
+  const int32_t* list_;
+  bool entered_ = true;
+};
+
+struct ClusterShared {
+  RowTable rows;
+  WarpResults results;
+  float max[kMaxRows], sum[kMaxRows];  // of the block's part, whose columns lie over the first ring stage
+  RowScanShared scan;
+};
+
+template <class T, class Engine>
+class ClusterBlock {
+ public:
+  FI_DEVICE_INLINE ClusterBlock(const AttentionParams& p, const Plan& plan, unsigned char* smem,
+                                unsigned char* query, ClusterShared& shared)
+      : p(p),
+        plan(plan),
+        columns(reinterpret_cast<float*>(smem)),
+        query(query),
+        shared(shared),
+        rank(blockIdx.x),
+        parts(gridDim.x) {}
+
+  FI_DEVICE_INLINE void run(unsigned char* warp_memory) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int head = plan.row_blocks == 1 ? blockIdx.y : blockIdx.y / plan.row_blocks;
+    const SegmentPlace at{static_cast<int>(blockIdx.z), head,
+                          (static_cast<int>(blockIdx.y) - head * plan.row_blocks) * Engine::kRows};
+    const int num_rows = min(Engine::kRows, plan.rows - at.row_begin);
+    typename Engine::Query rows;
+    rows.fetch(p, plan, at);
+    const KeyRange keys = range_of(p, plan, at.b);
+    const int32_t* list = nullptr;
+    const int first_key = keys.begin / Engine::kSliceKeys * Engine::kSliceKeys;
+    int slices = (keys.end - first_key + Engine::kSliceKeys - 1) / Engine::kSliceKeys;
+    if (p.mask && slices > 0) {
+      scan_row(p, keys, shared.scan);
+      list = shared.scan.entries;
+      slices = shared.scan.count * (kTileKeys / Engine::kSliceKeys);
+    }
+    const int share = slices / parts, extra = slices - share * parts;
+    const int begin = rank * share + min(rank, extra), end = begin + share + int(rank < extra);
+    Engine engine(p, plan, typename Engine::Cursor(at, begin + warp, end, list, first_key, keys.end), query,
+                  warp_memory);
+    rows.store(p, plan, at, query);
+    if (warp == warps - 1) fill_row_table(p, plan, at, shared.rows);
+    __syncthreads();
+    engine.begin_segment();
+#pragma unroll 1
+    for (int n = begin + warp; n < end; n += warps) engine.attend(shared.rows, at, num_rows);
+    engine.publish(shared.results.max[warp], shared.results.sum[warp], &shared.results.acc[warp], num_rows,
+                   begin + warp < end);
+    __syncthreads();
+    finish_block(at, num_rows, engine);
+    if (parts > 1) finish_cluster(at, num_rows);
+  }
+
+ private:
+  static constexpr int kChunks = Engine::kRowChunks;
+
+  FI_DEVICE_INLINE void finish_block(const SegmentPlace& at, int num_rows, const Engine& engine) {
+    for (int item = threadIdx.x; item < num_rows * kChunks; item += blockDim.x) {
+      const int row = item / kChunks, chunk = item % kChunks;
+      if (chunk * 4 >= p.head_dim_vo) continue;
+      const Part part = join_warps(shared.results, engine, row, chunk);
+      if (parts == 1) {
+        write_columns<T, Engine::kAligned>(p, plan, at, row, chunk, part);
+        continue;
+      }
+      // Perhaps over what the first warp has left there, which this thread alone has read.
+      *reinterpret_cast<float4*>(columns + Engine::acc_offset(row, chunk)) =
+          float4{part.acc[0], part.acc[1], part.acc[2], part.acc[3]};
+      if (chunk == 0) shared.max[row] = part.max, shared.sum[row] = part.sum;
+    }
+  }
+
+  // Each block writes its share of the rows' columns: a lane for each part, sums in the order of a tree.
+  FI_DEVICE_INLINE void finish_cluster(const SegmentPlace& at, int num_rows) {
+    cluster_arrive();
+    const int items = num_rows * kChunks, each = (items + parts - 1) / parts;
+    const int part = static_cast<int>(threadIdx.x) % parts, at_once = static_cast<int>(blockDim.x) / parts;
+    const float* peer_columns = peer_smem(columns, part);
+    const float* peer_max = peer_smem(shared.max, part);
+    const float* peer_sum = peer_smem(shared.sum, part);
+    cluster_wait();
+    for (int start = 0; start < each; start += at_once) {
+      const int mine = start + static_cast<int>(threadIdx.x) / parts, item = rank * each + mine;
+      const int row = item / kChunks, chunk = item % kChunks;
+      const bool inside = mine < each && item < items && chunk * 4 < p.head_dim_vo;
+      Part all;
+      float4 acc{0.0f, 0.0f, 0.0f, 0.0f};
+      if (inside) {
+        all.max = peer_max[row], all.sum = peer_sum[row];
+        acc = *reinterpret_cast<const float4*>(peer_columns + Engine::acc_offset(row, chunk));
+      }
+      const float own = all.max;
+      for (int other = 1; other < parts; other *= 2)
+        all.max = fmaxf(all.max, __shfl_xor_sync(~0u, all.max, other));
+      const float factor = exp2_approx(own - usable_max(all.max));
+      all.sum *= factor;
+      all.add_scaled(acc, factor);
+      for (int other = 1; other < parts; other *= 2) {
+        all.sum += __shfl_xor_sync(~0u, all.sum, other);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) all.acc[e] += __shfl_xor_sync(~0u, all.acc[e], other);
+      }
+      if (inside && part == 0) write_columns<T, Engine::kAligned>(p, plan, at, row, chunk, all);
+    }
+    cluster_arrive();  // no block may end while others read its shared memory
+    cluster_wait();
+  }
+
+  const AttentionParams& p;
+  const Plan& plan;
+  float* columns;
+  unsigned char* query;
+  ClusterShared& shared;
+  int rank, parts;
+};
+
+// Dynamic shared memory: the warps' parts, the query rows, ClusterShared.
+template <class T, class Engine>
+__global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocksAnSm)
+    cluster_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Plan plan,
+                   int warp_bytes, int query_bytes) {
+  unsigned char* smem = dynamic_smem();
+  unsigned char* query = smem + static_cast<int>(blockDim.x / 32) * warp_bytes;
+  ClusterBlock<T, Engine> block(p, plan, smem, query, *reinterpret_cast<ClusterShared*>(query + query_bytes));
+  block.run(smem + static_cast<int>(threadIdx.x / 32) * warp_bytes);
+}
+
+// Blocks that a segment gets, or 0 where the segments may differ in their keys or other kernels share the
+// work out better.
+//
+// The unit of time is a tile's, at one of `slots` equal shares of the bandwidth. A block that has an SM to
+// itself runs up to four times as fast. Beside the tiles each round of blocks has a start and an end; and
+// what decode_kernel has to do at its end, with scratch memory and counters, takes longer.
+inline int cluster_blocks(const AttentionParams& p, const Plan& plan, const Gpu& gpu, int blocks_an_sm) {
+  constexpr int64_t kMostBlocks = 65535;  // of grid.y and grid.z
+  constexpr double kRound = 1.0, kOther = 3.0, kAlone = 4.0;
+  const bool alike = (p.mask == nullptr || row_scan_takes(p)) && (p.batch == 1 || !range_is_data(p));
+  if (!alike || p.batch > kMostBlocks || plan.num_segments / p.batch > kMostBlocks) return 0;
+  const int64_t slots = int64_t{gpu.num_sms} * blocks_an_sm, segments = plan.num_segments;
+  const double tiles = double(range_is_data(p) ? p.kv_len : plan.range.end - plan.range.begin) / kTileKeys;
+  double best = segments * tiles / slots + kRound + kOther;
+  int blocks = 0;
+  for (int n = 1; n <= (has_clusters(gpu) ? kMaxCluster : 1); n *= 2) {
+    if (n > 1 && tiles * 2 < n) break;  // not two slices for a block
+    const int64_t rounds = (segments * n + slots - 1) / slots;
+    const double time = rounds == 1 ? std::max(segments * tiles / slots, tiles / n / kAlone) + kRound
+                                    : rounds * (tiles / n + kRound);
+    if (time < best) best = time, blocks = n;
+  }
+  return blocks;
+}
+
+template <class T, int kDim>
+void run_on_tensor_cores(const AttentionParams& p, const Gpu& gpu) {
+  using Clusters = TensorCores<T, kDim, RunCursor<16, 16>>;
+  const Plan plan = plan_of<Clusters>(p);
+  const int blocks = cluster_blocks(p, plan, gpu, Clusters::kBlocksAnSm);
+  if (blocks == 0) return run_decode<T, TensorCores<T, kDim>>(p, gpu);
+  const BlockShape shape = shape_of_block<Clusters>(p, gpu, sizeof(ClusterShared));
+  const dim3 grid(blocks, unsigned(plan.num_segments / p.batch), unsigned(p.batch));
+  launch_clusters(gpu, cluster_kernel<T, Clusters>, grid, blocks, dim3(shape.warps * 32), shape.all_bytes, p,
+                  plan, static_cast<int>(shape.warp_bytes), static_cast<int>(shape.query_bytes));
+}
+
+}  // namespace fi::cuda::decode
