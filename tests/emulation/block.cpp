@@ -266,8 +266,8 @@ void run_grid(dim3 grid, dim3 dim, size_t smem_bytes, const std::function<void()
     throw std::runtime_error("fi_ops emulation: grid.y or grid.z above 65535");
   order.seed(unsigned(seed));
 
-  if (cluster == 0 || cluster > 16 || grid.x % cluster != 0)
-    throw std::runtime_error("fi_ops emulation: grid.x is no multiple of the cluster, or that is above 16");
+  if (cluster == 0 || cluster > 8 || grid.x % cluster != 0)
+    throw std::runtime_error("fi_ops emulation: grid.x is no multiple of the cluster, or that is above 8");
 
   // The end of shared memory lies at a page without access: a write past it is a fault, not a silent success.
   const size_t rounded = (smem_bytes + 1023) / 1024 * 1024, pages = (rounded + kPage - 1) / kPage * kPage;

@@ -14,7 +14,7 @@
 
 namespace fi::cuda::decode {
 
-inline constexpr int kMaxCluster = 16;
+inline constexpr int kMaxCluster = 8;
 
 // A warp's slices of its block's run.
 template <int kSliceKeys, int kRows>
@@ -69,6 +69,7 @@ class ClusterBlock {
         parts(gridDim.x) {}
 
   FI_DEVICE_INLINE void run(unsigned char* warp_memory) {
+    wait_for_previous_kernel();
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int head = plan.row_blocks == 1 ? blockIdx.y : blockIdx.y / plan.row_blocks;
     const SegmentPlace at{static_cast<int>(blockIdx.z), head,
@@ -167,7 +168,7 @@ class ClusterBlock {
 
 // Dynamic shared memory: the warps' parts, the query rows, ClusterShared.
 template <class T, class Engine>
-__global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocksAnSm)
+__global__ void __launch_bounds__(Engine::kSmWarps * 32, 1)
     cluster_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Plan plan,
                    int warp_bytes, int query_bytes) {
   unsigned char* smem = dynamic_smem();
@@ -176,41 +177,49 @@ __global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocksAnSm)
   block.run(smem + static_cast<int>(threadIdx.x / 32) * warp_bytes);
 }
 
-// Blocks that a segment gets, or 0 where the segments may differ in their keys or other kernels share the
-// work out better.
-//
-// The unit of time is a tile's, at one of `slots` equal shares of the bandwidth. A block that has an SM to
-// itself runs up to four times as fast. Beside the tiles each round of blocks has a start and an end; and
-// what decode_kernel has to do at its end, with scratch memory and counters, takes longer.
-inline int cluster_blocks(const AttentionParams& p, const Plan& plan, const Gpu& gpu, int blocks_an_sm) {
+// How segments become blocks.
+struct ClusterPlan {
+  int blocks;  // of a segment; 0: other kernels share the work out better, or segments differ in keys
+  bool wide;   // blocks of kSmWarps warps, one an SM; else half of that, two an SM
+};
+
+// The unit of time is a tile's, at one of 2 x num_sms equal shares of the bandwidth. A block that the others
+// leave more gets up to four shares. What decode_kernel adds to its tiles is its other kernel, scratch
+// memory, counters, and second segments of blocks; here a block's start and end, most of which the other
+// block of the SM hides, and the cluster's join.
+inline ClusterPlan plan_clusters(const AttentionParams& p, const Plan& plan, const Gpu& gpu) {
   constexpr int64_t kMostBlocks = 65535;  // of grid.y and grid.z
-  constexpr double kRound = 1.0, kOther = 3.0, kAlone = 4.0;
+  constexpr double kMostShares = 4.0, kOther = 7.0, kRound = 0.25, kJoin = 0.5;
   const bool alike = (p.mask == nullptr || row_scan_takes(p)) && (p.batch == 1 || !range_is_data(p));
-  if (!alike || p.batch > kMostBlocks || plan.num_segments / p.batch > kMostBlocks) return 0;
-  const int64_t slots = int64_t{gpu.num_sms} * blocks_an_sm, segments = plan.num_segments;
+  if (!alike || p.batch > kMostBlocks || plan.num_segments / p.batch > kMostBlocks) return {0, false};
+  const int64_t slots = int64_t{gpu.num_sms} * 2, segments = plan.num_segments;
   const double tiles = double(range_is_data(p) ? p.kv_len : plan.range.end - plan.range.begin) / kTileKeys;
-  double best = segments * tiles / slots + kRound + kOther;
+  double best = segments * tiles / slots + kOther;
   int blocks = 0;
   for (int n = 1; n <= (has_clusters(gpu) ? kMaxCluster : 1); n *= 2) {
     if (n > 1 && tiles * 2 < n) break;  // not two slices for a block
-    const int64_t rounds = (segments * n + slots - 1) / slots;
-    const double time = rounds == 1 ? std::max(segments * tiles / slots, tiles / n / kAlone) + kRound
-                                    : rounds * (tiles / n + kRound);
+    const int64_t full = segments * n / slots, rest = segments * n - full * slots;
+    const double each = tiles / n;
+    const double time = full * (each + kRound) + (n > 1 ? kJoin : 0.0) +
+                        (rest > 0 ? std::max(rest * each / slots, each / kMostShares) + kRound : 0.0);
     if (time < best) best = time, blocks = n;
   }
-  return blocks;
+  // SMs come in groups in which a cluster must find room; a quarter of them may be left over.
+  const int64_t room = blocks > 1 ? gpu.num_sms * 3 / 4 : gpu.num_sms;
+  return {blocks, segments * blocks <= room};
 }
 
 template <class T, int kDim>
 void run_on_tensor_cores(const AttentionParams& p, const Gpu& gpu) {
   using Clusters = TensorCores<T, kDim, RunCursor<16, 16>>;
   const Plan plan = plan_of<Clusters>(p);
-  const int blocks = cluster_blocks(p, plan, gpu, Clusters::kBlocksAnSm);
-  if (blocks == 0) return run_decode<T, TensorCores<T, kDim>>(p, gpu);
-  const BlockShape shape = shape_of_block<Clusters>(p, gpu, sizeof(ClusterShared));
-  const dim3 grid(blocks, unsigned(plan.num_segments / p.batch), unsigned(p.batch));
-  launch_clusters(gpu, cluster_kernel<T, Clusters>, grid, blocks, dim3(shape.warps * 32), shape.all_bytes, p,
-                  plan, static_cast<int>(shape.warp_bytes), static_cast<int>(shape.query_bytes));
+  const ClusterPlan clusters = plan_clusters(p, plan, gpu);
+  if (clusters.blocks == 0) return run_decode<T, TensorCores<T, kDim>>(p, gpu);
+  const BlockShape shape = shape_of_block<Clusters>(p, gpu, sizeof(ClusterShared), clusters.wide);
+  const dim3 grid(clusters.blocks, unsigned(plan.num_segments / p.batch), unsigned(p.batch));
+  launch_clusters(gpu, cluster_kernel<T, Clusters>, grid, clusters.blocks, dim3(shape.warps * 32),
+                  shape.all_bytes, /*overlap=*/true, p, plan, static_cast<int>(shape.warp_bytes),
+                  static_cast<int>(shape.query_bytes));
 }
 
 }  // namespace fi::cuda::decode

@@ -15,7 +15,7 @@ class CudaCores {
  public:
   static constexpr int kRows = 4, kSliceKeys = 32;
   // Small blocks, for registers: what hides the latency of loads here is the number of warps an SM.
-  static constexpr int kWarps = 4;
+  static constexpr int kSmWarps = 12;
   static constexpr int kBlocksAnSm = 3;
   static constexpr int kMinUnits = 4;
   static constexpr bool kAligned = false;

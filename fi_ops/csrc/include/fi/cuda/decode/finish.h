@@ -26,12 +26,13 @@ struct Part {
 
 template <class Engine>
 FI_DEVICE_INLINE Part join_warps(const WarpResults& results, const Engine& engine, int row, int chunk) {
+  constexpr int kMost = Engine::kSmWarps < kMaxWarps ? Engine::kSmWarps : kMaxWarps;
   const int warps = blockDim.x / 32;
   Part all;
-  float tops[Engine::kWarps], sums[Engine::kWarps];
-  float4 accs[Engine::kWarps];
+  float tops[kMost], sums[kMost];
+  float4 accs[kMost];
 #pragma unroll
-  for (int w = 0; w < Engine::kWarps; ++w) {
+  for (int w = 0; w < kMost; ++w) {
     tops[w] = -kInf, sums[w] = 0.0f, accs[w] = float4{0.0f, 0.0f, 0.0f, 0.0f};
     if (w >= warps) continue;
     sums[w] = results.sum[w][row];
@@ -40,9 +41,9 @@ FI_DEVICE_INLINE Part join_warps(const WarpResults& results, const Engine& engin
     accs[w] = *reinterpret_cast<const float4*>(results.acc[w] + engine.acc_offset(row, chunk));
   }
 #pragma unroll
-  for (int w = 0; w < Engine::kWarps; ++w) all.max = fmaxf(all.max, tops[w]);
+  for (int w = 0; w < kMost; ++w) all.max = fmaxf(all.max, tops[w]);
 #pragma unroll
-  for (int w = 0; w < Engine::kWarps; ++w) {
+  for (int w = 0; w < kMost; ++w) {
     const float factor = exp2_approx(tops[w] - usable_max(all.max));
     all.sum = fmaf(sums[w], factor, all.sum);
     all.add_scaled(accs[w], factor);

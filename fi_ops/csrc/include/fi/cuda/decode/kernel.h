@@ -166,7 +166,7 @@ class DecodeBlock {
 
 // Dynamic shared memory: the warps' parts, the query rows, Shared.
 template <class T, class Engine>
-__global__ void __launch_bounds__(Engine::kWarps * 32, Engine::kBlocksAnSm)
+__global__ void __launch_bounds__(Engine::kSmWarps / Engine::kBlocksAnSm * 32, Engine::kBlocksAnSm)
     decode_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Plan plan,
                   int warp_bytes, int query_bytes) {
   unsigned char* smem = dynamic_smem();
@@ -185,17 +185,19 @@ struct BlockShape {
   size_t warp_bytes, query_bytes, all_bytes;
 };
 
+// `wide`: one block an SM of all kSmWarps; else kBlocksAnSm, which share them.
 template <class Engine>
-BlockShape shape_of_block(const AttentionParams& p, const Gpu& gpu, size_t shared_bytes) {
+BlockShape shape_of_block(const AttentionParams& p, const Gpu& gpu, size_t shared_bytes, bool wide) {
+  const int blocks = wide ? 1 : Engine::kBlocksAnSm, most_warps = Engine::kSmWarps / blocks;
   BlockShape shape{0, Engine::warp_bytes(p), Engine::query_bytes(p), 0};
   const size_t fixed = shape.query_bytes + shared_bytes, all = size_t(gpu.max_block_smem);
-  const size_t share = all / Engine::kBlocksAnSm - (Engine::kBlocksAnSm > 1 ? 1024 : 0);
+  const size_t share = all / blocks - (blocks > 1 ? 1024 : 0);
   const size_t room = fixed + shape.warp_bytes <= share ? share : all;
   const int64_t warps = room > fixed ? int64_t((room - fixed) / shape.warp_bytes) : 0;
   if (warps == 0)
     throw std::runtime_error("fi_ops: attention on this GPU has no room for head_dim " +
                              std::to_string(p.head_dim_qk > p.head_dim_vo ? p.head_dim_qk : p.head_dim_vo));
-  shape.warps = static_cast<int>(warps < Engine::kWarps ? warps : Engine::kWarps);
+  shape.warps = static_cast<int>(warps < most_warps ? warps : most_warps);
   shape.all_bytes = shape.warps * shape.warp_bytes + fixed;
   return shape;
 }
@@ -213,14 +215,17 @@ Plan plan_of(const AttentionParams& p) {
 
 template <class T, class Engine>
 void run_decode(const AttentionParams& p, const Gpu& gpu) {
-  const BlockShape shape = shape_of_block<Engine>(p, gpu, sizeof(Shared));
+  const BlockShape shape = shape_of_block<Engine>(p, gpu, sizeof(Shared), /*wide=*/false);
   Plan plan = plan_of<Engine>(p);
   plan.min_units = Engine::kMinUnits;
   plan.part_rows = plan.rows < Engine::kRows ? plan.rows : Engine::kRows;
   plan.acc_width = Engine::acc_width(p);
   const int64_t most_tiles = (p.kv_len + kTileKeys - 1) / kTileKeys;
   const int64_t most_blocks = (plan.num_segments * most_tiles + plan.min_units - 1) / plan.min_units;
-  const int64_t room_blocks = int64_t{gpu.num_sms} * Engine::kBlocksAnSm;
+  // Where no segment comes into many parts, more blocks than have room at once: SMs differ in speed, and a
+  // faster one takes more of them.
+  int64_t room_blocks = int64_t{gpu.num_sms} * Engine::kBlocksAnSm;
+  if (plan.num_segments >= room_blocks / 4) room_blocks *= 2;
   const int grid = static_cast<int>(most_blocks < 1             ? 1
                                     : most_blocks < room_blocks ? most_blocks
                                                                 : room_blocks);

@@ -12,15 +12,17 @@
 
 namespace fi::cuda::decode {
 
-// How a head_dim is run. Two blocks of 4 warps an SM: one loads while the other joins or begins. 4 warps x 3
-// stages x 8 KB have up to 192 KB of K and V in flight an SM; 16 to 32 KB would cover the latency of HBM at
-// full rate, the rest is slack for the joins. Devices with less shared memory run fewer warps.
+// How a head_dim is run. A block has half of kSmWarps, with two blocks an SM, so that one loads while the
+// other begins or joins; or all of them where there is a block for each SM at most. Either way the stages of
+// an SM hold 128 KB of K and V, of which at least half are in flight. That is more than twice what covers the
+// latency of HBM at full rate; still more only makes all wait longer, and some SMs much longer than others.
+// Devices with less shared memory run fewer warps.
 template <int kDim>
 struct Shape {
-  static constexpr int kWarps = 4;
-  static constexpr int kStages = kDim <= 64 ? 6 : 3;
+  static constexpr int kSmWarps = kDim <= 128 ? kMaxWarps : 4;
+  static constexpr int kStages = kDim <= 64 ? 4 : 2;
   static constexpr int kBlocksAnSm = kDim <= 128 ? 2 : 1;
-  static constexpr int kMinUnits = 2;                     // two slices for each warp
+  static constexpr int kMinUnits = 2;                     // two slices for each warp of a half block
   static constexpr bool kQueryInRegisters = kDim <= 128;  // else read from shared memory for each slice
 };
 
@@ -34,7 +36,7 @@ class TensorCores {
 
  public:
   static constexpr int kRows = 16, kSliceKeys = 16;
-  static constexpr int kWarps = Shape<kDim>::kWarps;
+  static constexpr int kSmWarps = Shape<kDim>::kSmWarps;
   static constexpr int kBlocksAnSm = Shape<kDim>::kBlocksAnSm;
   static constexpr int kMinUnits = Shape<kDim>::kMinUnits;
   static constexpr bool kAligned = true;
@@ -60,17 +62,18 @@ class TensorCores {
                                 unsigned char* query) const {
 #pragma unroll
       for (int n = 0; n < kHeld; ++n) put(query, threadIdx.x + n * blockDim.x, chunks_[n]);
-      // Where the block has fewer warps than kWarps.
+      // Where the block has fewer warps; mostly these are rows that the segment doesn't have.
 #pragma unroll 1
-      for (int item = threadIdx.x + kHeld * blockDim.x; item < kRows * kChunks; item += blockDim.x)
+      for (int item = threadIdx.x + kHeld * blockDim.x; item < kItems; item += blockDim.x)
         put(query, item, load(p, plan, at, item));
     }
 
    private:
-    static constexpr int kHeld = kRows * kChunks / (kWarps * 32);
+    static constexpr int kItems = kRows * kChunks;
+    static constexpr int kHeld = (kItems + kSmWarps * 32 - 1) / (kSmWarps * 32);
 
     FI_DEVICE_INLINE static void put(unsigned char* query, int item, const uint4& v) {
-      *reinterpret_cast<uint4*>(query + offset_of(item / kChunks, item % kChunks)) = v;
+      if (item < kItems) *reinterpret_cast<uint4*>(query + offset_of(item / kChunks, item % kChunks)) = v;
     }
     FI_DEVICE_INLINE static uint4 load(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
                                        int item) {
