@@ -48,28 +48,31 @@ class RunCursor {
   bool entered_ = true;
 };
 
-struct ClusterShared {
+struct alignas(16) ClusterShared {
   RowTable rows;
   WarpResults results;
-  float max[kMaxRows], sum[kMaxRows];  // of the block's part, whose columns lie over the first ring stage
   RowScanShared scan;
+};
+
+// Of a row, in one block of the cluster.
+struct PartState {
+  float max, sum;
 };
 
 template <class T, class Engine>
 class ClusterBlock {
  public:
-  FI_DEVICE_INLINE ClusterBlock(const AttentionParams& p, const Plan& plan, unsigned char* smem,
-                                unsigned char* query, ClusterShared& shared)
-      : p(p),
-        plan(plan),
-        columns(reinterpret_cast<float*>(smem)),
-        query(query),
-        shared(shared),
-        rank(blockIdx.x),
-        parts(gridDim.x) {}
+  FI_DEVICE_INLINE ClusterBlock(const AttentionParams& p, const Plan& plan, unsigned char* query,
+                                ClusterShared& shared)
+      : p(p), plan(plan), query(query), shared(shared), rank(blockIdx.x), parts(gridDim.x) {}
+
+  // Where there is more than one block, shared memory after ClusterShared: what the others send.
+  static constexpr size_t kReceivedBytes =
+      size_t{Engine::kRows} * Engine::kRowChunks * (sizeof(float4) + sizeof(PartState));
 
   FI_DEVICE_INLINE void run(unsigned char* warp_memory) {
     wait_for_previous_kernel();
+    if (parts > 1) cluster_arrive();  // waited for where others' shared memory is written to
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int head = plan.row_blocks == 1 ? blockIdx.y : blockIdx.y / plan.row_blocks;
     const SegmentPlace at{static_cast<int>(blockIdx.z), head,
@@ -99,81 +102,103 @@ class ClusterBlock {
     engine.publish(shared.results.max[warp], shared.results.sum[warp], &shared.results.acc[warp], num_rows,
                    begin + warp < end);
     __syncthreads();
-    finish_block(at, num_rows, engine);
-    if (parts > 1) finish_cluster(at, num_rows);
+    if (parts == 1) {
+      for_items(num_rows, [&](int row, int chunk) {
+        write_columns<T, Engine::kAligned>(p, plan, at, row, chunk,
+                                           join_warps(shared.results, engine, row, chunk));
+      });
+    } else {
+      cluster_wait();
+      for_items(num_rows, [&](int row, int chunk) {
+        send(num_rows, row, chunk, join_warps(shared.results, engine, row, chunk));
+      });
+      cluster_arrive();
+      cluster_wait();
+      join_parts(at, num_rows);
+    }
   }
 
  private:
   static constexpr int kChunks = Engine::kRowChunks;
 
-  FI_DEVICE_INLINE void finish_block(const SegmentPlace& at, int num_rows, const Engine& engine) {
+  // The block's results, four columns an item.
+  template <class F>
+  FI_DEVICE_INLINE void for_items(int num_rows, const F& f) const {
     for (int item = threadIdx.x; item < num_rows * kChunks; item += blockDim.x) {
-      const int row = item / kChunks, chunk = item % kChunks;
-      if (chunk * 4 >= p.head_dim_vo) continue;
-      const Part part = join_warps(shared.results, engine, row, chunk);
-      if (parts == 1) {
-        write_columns<T, Engine::kAligned>(p, plan, at, row, chunk, part);
-        continue;
-      }
-      // Perhaps over what the first warp has left there, which this thread alone has read.
-      *reinterpret_cast<float4*>(columns + Engine::acc_offset(row, chunk)) =
-          float4{part.acc[0], part.acc[1], part.acc[2], part.acc[3]};
-      if (chunk == 0) shared.max[row] = part.max, shared.sum[row] = part.sum;
+      if (item % kChunks * 4 < p.head_dim_vo) f(item / kChunks, item % kChunks);
     }
   }
 
-  // Each block writes its share of the rows' columns: a lane for each part, sums in the order of a tree.
-  FI_DEVICE_INLINE void finish_cluster(const SegmentPlace& at, int num_rows) {
-    cluster_arrive();
-    const int items = num_rows * kChunks, each = (items + parts - 1) / parts;
-    const int part = static_cast<int>(threadIdx.x) % parts, at_once = static_cast<int>(blockDim.x) / parts;
-    const float* peer_columns = peer_smem(columns, part);
-    const float* peer_max = peer_smem(shared.max, part);
-    const float* peer_sum = peer_smem(shared.sum, part);
-    cluster_wait();
-    for (int start = 0; start < each; start += at_once) {
-      const int mine = start + static_cast<int>(threadIdx.x) / parts, item = rank * each + mine;
-      const int row = item / kChunks, chunk = item % kChunks;
-      const bool inside = mine < each && item < items && chunk * 4 < p.head_dim_vo;
-      Part all;
+  // Block n of the cluster joins and writes the n-th part of each row; both numbers are powers of two.
+  FI_DEVICE_INLINE int log2_parts() const { return 31 - __clz(parts); }
+  FI_DEVICE_INLINE int log2_own_chunks() const { return 31 - __clz(kChunks) - log2_parts(); }
+  FI_DEVICE_INLINE int slot_of(int num_rows, int part, int row, int own_chunk) const {
+    return ((part * num_rows + row) << log2_own_chunks()) + own_chunk;
+  }
+  FI_DEVICE_INLINE float4* received() const { return reinterpret_cast<float4*>(&shared + 1); }
+  FI_DEVICE_INLINE PartState* received_states() const {
+    return reinterpret_cast<PartState*>(received() + Engine::kRows * kChunks);
+  }
+
+  // Stores to another block's shared memory are not waited for, as loads from there would be.
+  FI_DEVICE_INLINE void send(int num_rows, int row, int chunk, const Part& part) const {
+    const int owner = chunk >> log2_own_chunks();
+    const int slot = slot_of(num_rows, rank, row, chunk - (owner << log2_own_chunks()));
+    *peer_smem(received() + slot, owner) = float4{part.acc[0], part.acc[1], part.acc[2], part.acc[3]};
+    *peer_smem(received_states() + slot, owner) = PartState{part.max, part.sum};
+  }
+
+  // A lane for each part, sums in the order of a tree.
+  FI_DEVICE_INLINE void join_parts(const SegmentPlace& at, int num_rows) const {
+    const int own_chunks = 1 << log2_own_chunks(), items = num_rows * own_chunks;
+    const int part = static_cast<int>(threadIdx.x) & (parts - 1);
+    for (int start = 0; start < items; start += static_cast<int>(blockDim.x) >> log2_parts()) {
+      const int item = start + (static_cast<int>(threadIdx.x) >> log2_parts());
+      const int row = item >> log2_own_chunks(), own_chunk = item & (own_chunks - 1);
+      const int chunk = rank * own_chunks + own_chunk;
+      const bool inside = item < items && chunk * 4 < p.head_dim_vo;
+      PartState state{-kInf, 0.0f};
       float4 acc{0.0f, 0.0f, 0.0f, 0.0f};
       if (inside) {
-        all.max = peer_max[row], all.sum = peer_sum[row];
-        acc = *reinterpret_cast<const float4*>(peer_columns + Engine::acc_offset(row, chunk));
+        const int slot = slot_of(num_rows, part, row, own_chunk);
+        state = received_states()[slot];
+        acc = received()[slot];
       }
-      const float own = all.max;
-      for (int other = 1; other < parts; other *= 2)
-        all.max = fmaxf(all.max, __shfl_xor_sync(~0u, all.max, other));
-      const float factor = exp2_approx(own - usable_max(all.max));
-      all.sum *= factor;
+      Part all;
+      all.max = state.max;
+#pragma unroll
+      for (int other = 1; other < kMaxCluster; other *= 2) {
+        if (other < parts) all.max = fmaxf(all.max, __shfl_xor_sync(~0u, all.max, other));
+      }
+      const float factor = exp2_approx(state.max - usable_max(all.max));
+      all.sum = state.sum * factor;
       all.add_scaled(acc, factor);
-      for (int other = 1; other < parts; other *= 2) {
+#pragma unroll
+      for (int other = 1; other < kMaxCluster; other *= 2) {
+        if (other >= parts) break;
         all.sum += __shfl_xor_sync(~0u, all.sum, other);
 #pragma unroll
         for (int e = 0; e < 4; ++e) all.acc[e] += __shfl_xor_sync(~0u, all.acc[e], other);
       }
       if (inside && part == 0) write_columns<T, Engine::kAligned>(p, plan, at, row, chunk, all);
     }
-    cluster_arrive();  // no block may end while others read its shared memory
-    cluster_wait();
   }
 
   const AttentionParams& p;
   const Plan& plan;
-  float* columns;
   unsigned char* query;
   ClusterShared& shared;
   int rank, parts;
 };
 
-// Dynamic shared memory: the warps' parts, the query rows, ClusterShared.
+// Dynamic shared memory: the warps' parts, the query rows, ClusterShared, what is received.
 template <class T, class Engine>
 __global__ void __launch_bounds__(Engine::kSmWarps * 32, 1)
     cluster_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Plan plan,
                    int warp_bytes, int query_bytes) {
   unsigned char* smem = dynamic_smem();
   unsigned char* query = smem + static_cast<int>(blockDim.x / 32) * warp_bytes;
-  ClusterBlock<T, Engine> block(p, plan, smem, query, *reinterpret_cast<ClusterShared*>(query + query_bytes));
+  ClusterBlock<T, Engine> block(p, plan, query, *reinterpret_cast<ClusterShared*>(query + query_bytes));
   block.run(smem + static_cast<int>(threadIdx.x / 32) * warp_bytes);
 }
 
@@ -215,7 +240,8 @@ void run_on_tensor_cores(const AttentionParams& p, const Gpu& gpu) {
   const Plan plan = plan_of<Clusters>(p);
   const ClusterPlan clusters = plan_clusters(p, plan, gpu);
   if (clusters.blocks == 0) return run_decode<T, TensorCores<T, kDim>>(p, gpu);
-  const BlockShape shape = shape_of_block<Clusters>(p, gpu, sizeof(ClusterShared), clusters.wide);
+  const size_t received = clusters.blocks > 1 ? ClusterBlock<T, Clusters>::kReceivedBytes : 0;
+  const BlockShape shape = shape_of_block<Clusters>(p, gpu, sizeof(ClusterShared) + received, clusters.wide);
   const dim3 grid(clusters.blocks, unsigned(plan.num_segments / p.batch), unsigned(p.batch));
   launch_clusters(gpu, cluster_kernel<T, Clusters>, grid, clusters.blocks, dim3(shape.warps * 32),
                   shape.all_bytes, /*overlap=*/true, p, plan, static_cast<int>(shape.warp_bytes),
