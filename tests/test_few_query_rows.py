@@ -122,3 +122,18 @@ def test_ragged_batch(dtype, device):
     k, v = (torch.randn(len(lengths), 2, 3400, 128, device=device).to(dtype) for _ in range(2))
     mask = torch.arange(3400, device=device) < lengths.view(-1, 1, 1, 1)
     assert_op_matches_reference(SPECS["attention_with_lse"], Sample((q, k, v, mask), name="ragged"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mask", [None, "bool", "finfo.min", "all dead"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_shared_keys(kv_heads, mask, device):
+    """Keys that all heads and entries share, many for each of few (entry, KV head)."""
+    q = torch.randn(2, 8, 1, 128, device=device).bfloat16()
+    k, v = (torch.randn(2, kv_heads, 3000, 128, device=device).bfloat16() for _ in range(2))
+    keys = torch.arange(3000, device=device).view(1, 1, 1, -1)
+    keep = ((keys >= 70) & (keys < 2000) | (keys == 2999)) & (mask != "all dead")
+    values = None if mask is None else keep
+    if mask == "finfo.min":
+        values = torch.zeros(keep.shape, device=device).masked_fill(~keep, torch.finfo(torch.float32).min)
+    assert_op_matches_reference(SPECS["attention_with_lse"], Sample((q, k, v, values), name=f"shared keys, {mask}"))

@@ -55,7 +55,7 @@ struct alignas(16) ClusterShared {
 };
 
 // Of a row, in one block of the cluster.
-struct PartState {
+struct alignas(8) PartState {
   float max, sum;
 };
 
@@ -89,7 +89,7 @@ class ClusterBlock {
       list = shared.scan.entries;
       slices = shared.scan.count * (kTileKeys / Engine::kSliceKeys);
     }
-    const int share = slices / parts, extra = slices - share * parts;
+    const int share = slices >> log2_parts(), extra = slices & (parts - 1);
     const int begin = rank * share + min(rank, extra), end = begin + share + int(rank < extra);
     Engine engine(p, plan, typename Engine::Cursor(at, begin + warp, end, list, first_key, keys.end), query,
                   warp_memory);

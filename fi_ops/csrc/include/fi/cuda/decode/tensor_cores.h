@@ -62,7 +62,7 @@ class TensorCores {
                                 unsigned char* query) const {
 #pragma unroll
       for (int n = 0; n < kHeld; ++n) put(query, threadIdx.x + n * blockDim.x, chunks_[n]);
-      // Where the block has fewer warps; mostly these are rows that the segment doesn't have.
+      // Where shared memory has room for fewer warps.
 #pragma unroll 1
       for (int item = threadIdx.x + kHeld * blockDim.x; item < kItems; item += blockDim.x)
         put(query, item, load(p, plan, at, item));
@@ -70,7 +70,7 @@ class TensorCores {
 
    private:
     static constexpr int kItems = kRows * kChunks;
-    static constexpr int kHeld = (kItems + kSmWarps * 32 - 1) / (kSmWarps * 32);
+    static constexpr int kHeld = kItems / (kSmWarps / kBlocksAnSm * 32);  // in a block of that many warps
 
     FI_DEVICE_INLINE static void put(unsigned char* query, int item, const uint4& v) {
       if (item < kItems) *reinterpret_cast<uint4*>(query + offset_of(item / kChunks, item % kChunks)) = v;
@@ -78,7 +78,8 @@ class TensorCores {
     FI_DEVICE_INLINE static uint4 load(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
                                        int item) {
       const int row = item / kChunks, chunk = item % kChunks;
-      if (at.row_begin + row >= plan.rows || chunk * 8 >= p.head_dim_qk) return uint4{0, 0, 0, 0};
+      if (row >= kRows || at.row_begin + row >= plan.rows || chunk * 8 >= p.head_dim_qk)
+        return uint4{0, 0, 0, 0};
       const QueryRow q = query_row(plan, at, row);
       const T* src =
           static_cast<const T*>(p.query) + at.b * p.q_stride_b + q.head * p.q_stride_h + q.i * p.q_stride_n;
