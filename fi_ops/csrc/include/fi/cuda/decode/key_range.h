@@ -1,8 +1,7 @@
 // The keys that causal, window and length leave to query rows.
 #pragma once
 
-#include "fi/attention.h"
-#include "fi/cuda/ptx.h"
+#include "fi/cuda/attention_rows.h"
 
 namespace fi::cuda::decode {
 
@@ -10,24 +9,10 @@ namespace fi::cuda::decode {
 // batch wastes little, large enough that a list entry is nothing beside the tile's K and V.
 inline constexpr int kTileKeys = 64;
 
-struct KeyRange {
-  int begin, end;
-};
-
-FI_INLINE int64_t query_position(const AttentionParams& p, int64_t b, int64_t i) {
-  return p.positions.data ? p.positions.at(b, i) : i + p.q_offset;
-}
-
 // Keys that causal, window and length leave to query row i; may be empty.
 FI_INLINE KeyRange allowed_keys(const AttentionParams& p, int64_t b, int64_t i) {
-  int64_t begin = 0, end = p.kv_len;
-  if (p.causal || p.window_left >= 0) {
-    const int64_t position = query_position(p, b, i);
-    if (p.causal && position + 1 < end) end = position + 1 < 0 ? 0 : position + 1;
-    if (p.window_left >= 0 && position - p.window_left > 0) begin = position - p.window_left;
-    if (begin > end) begin = end;
-  }
-  return {static_cast<int>(begin), static_cast<int>(end)};
+  if (!p.causal && p.window_left < 0) return {0, static_cast<int>(p.kv_len)};
+  return keys_of_position(p, query_position(p, b, i));
 }
 
 // The union of allowed_keys over all query rows (positions need not ascend).

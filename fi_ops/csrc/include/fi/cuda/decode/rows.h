@@ -53,31 +53,10 @@ FI_DEVICE_INLINE float logit(const AttentionParams& p, const RowTable& rows, int
     x = tanhf(product * (p.scale / p.logits_soft_cap)) * (p.logits_soft_cap * kLog2e);
   if (p.alibi_slopes) x += static_cast<float>(key - rows.position[row]) * rows.slope[row];
   if (masked) {
-    const float addend = mask_addend(p, rows.mask[row] + key * p.mask_stride_k);
+    const float addend = addend_at(p, rows.mask[row] + key * p.mask_stride_k);
     x = addend == -kInf ? addend : x + addend;
   }
   return x;
-}
-
-// The maximum so far that may be subtracted: 0 while nothing was attended to.
-FI_DEVICE_INLINE float usable_max(float m) { return m == -kInf ? 0.0f : m; }
-
-struct RowResult {
-  float factor;  // of what was accumulated
-  float lse;     // base 2
-};
-
-// The sink joins the sum, the sum divides.
-FI_DEVICE_INLINE RowResult finish_row(const AttentionParams& p, int h, float row_max, float row_sum) {
-  float total = row_sum, top = row_max, keep = 1.0f;
-  if (p.sinks) {
-    const float sink = p.sinks.at(h) * kLog2e;
-    top = fmaxf(sink, row_max);
-    keep = exp2_approx(row_max - usable_max(top));
-    total = row_sum * keep + exp2_approx(sink - usable_max(top));
-  }
-  return {total == 0.0f ? 0.0f : keep / total,
-          total == 0.0f || top <= 0.99f * kLowestLogit ? -kInf : usable_max(top) + log2f(total)};
 }
 
 }  // namespace fi::cuda::decode
