@@ -11,7 +11,9 @@
 
 #include <math.h>
 
-#include "fi/cuda/sampling_select.h"
+#include <algorithm>
+
+#include "fi/cuda/sampling_short.h"
 
 namespace fi::cuda {
 namespace {
@@ -26,6 +28,7 @@ struct alignas(16) SampleScratch {
   Team<kThreads>::Scratch team;
   SelectScratch select;
   uint64_t warp_sums[kThreads / 32];
+  uint32_t warp_keys[2][kMaxTeam][kThreads / 32];  // of each warp of the team: first and last order key
   SamplingDraw draw;
   Slice<T, kThreads> slice;
   Weights weights;
@@ -47,7 +50,7 @@ struct Sampler {
   }
 
   // What all threads need and one can find out.
-  __device__ void prepare_draw(float fixed_scale) const {
+  __device__ void prepare_draw(int fraction_bits) const {
     if (threadIdx.x != 0) return;
     SamplingDraw d = p.draw(index());
     // Values that no check has seen, NaN among them: what follows relies on these ranges.
@@ -57,13 +60,13 @@ struct Sampler {
     s.use_top_k = d.top_k > 0 && d.top_k < p.vocab_size;
     s.use_top_p = d.top_p < 1.0;
     s.weights.exponent_scale = exponent_scale_of(d.temperature);
-    s.weights.fixed_scale = fixed_scale;
+    s.weights.set_fraction_bits(fraction_bits);
     // p >= min_p * max(p), as a distance from the largest logit: a prefix, as the other filters are
     s.min_p_distance = d.min_p > 0.0 ? float(-double(d.temperature) * log(d.min_p)) : kInfinity;
   }
 
-  __device__ void run(float fixed_scale) {
-    prepare_draw(fixed_scale);
+  __device__ void run(int fraction_bits) {
+    prepare_draw(fraction_bits);
     s.slice.wait();
     __syncthreads();
     if (team.size > 1) cluster_wait();  // the others have started
@@ -73,15 +76,18 @@ struct Sampler {
     s.slice.for_each([&](float x, int32_t) {
       nan |= x != x;
       high = fmaxf(high, x);
-      low = fminf(low, x > -kInfinity ? x : kInfinity);
+      if (x > -kInfinity) low = fminf(low, x);
     });
-    const uint64_t ends = team.max_halves(nan ? ~0u : ~order_key(high), order_key(low));
-    float max = key_logit(~uint32_t(ends >> 32)), min = key_logit(uint32_t(ends));
+    ShortDraw<T, kThreads> short_draw{s.slice, s.weights, team, s.select};
+    const bool try_short = s.use_top_k && short_draw.fits(s.draw.top_k, team.size) &&
+                           (p.top_k_first || !s.use_top_p) && s.draw.temperature > 0.0f;
+    if (try_short) short_draw.publish(high);
+    const Range range = range_of_row(nan ? __uint_as_float(0x7fffffff) : high, low);
+    float max = range.max, min = range.min;
     if (max != max || max == -kInfinity) return write(0, false);
     if (max == kInfinity) {
       if (threadIdx.x == 0) s.slice.infinite = true;
       __syncthreads();
-      high = high == kInfinity ? 0.0f : -kInfinity;
       max = min = 0.0f;
     }
 
@@ -94,44 +100,65 @@ struct Sampler {
       return write(int64_t(team.min(first)), true);
     }
 
-    if (threadIdx.x == 0) s.weights.max = max;
+    if (threadIdx.x == 0) {
+      s.weights.max = max;
+      s.weights.eligible = p.top_k_first || !s.use_top_p ? s.min_p_distance : kInfinity;
+    }
+    if (try_short && range.max < kInfinity) {
+      // Of logits far below the maximum one more or less in a step does no harm.
+      const float steps = fminf(max - min, fmaxf(64.0f, 64.0f / s.weights.exponent_scale));
+      if (short_draw.draw(d, s.use_top_p, p.exact_ties, max, steps,
+                          [&](int64_t id, bool valid) { p.write(index(), id, valid); }))
+        return;
+    }
     uint64_t cut = kAllPlaces;
     if (s.use_top_k || s.use_top_p) {
-      set_eligible(p.top_k_first || !s.use_top_p ? s.min_p_distance : kInfinity);
-      cut = end_of_filters(high, max - min);
+      __syncthreads();
+      cut = end_of_filters(max - min);
     }
-    set_eligible(s.min_p_distance);
+    __syncthreads();
+    if (threadIdx.x == 0) s.weights.eligible = s.min_p_distance;
+    __syncthreads();
     draw(cut);
   }
 
-  __device__ void set_eligible(float distance) const {
-    __syncthreads();
-    if (threadIdx.x == 0) s.weights.eligible = distance;
-    __syncthreads();
+  // The largest and the smallest finite logit of the row (not a number if any is), from those of the threads.
+  struct Range {
+    float max, min;
+  };
+  __device__ Range range_of_row(float high, float low) const {
+    constexpr uint32_t kWarps = kThreads / 32;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint32_t first = __reduce_min_sync(kAllLanes, order_key(high)),
+             last = __reduce_max_sync(kAllLanes, order_key(low));
+    if (lane < team.size) {
+      *team.at(&s.warp_keys[0][team.rank][warp], lane) = first;
+      *team.at(&s.warp_keys[1][team.rank][warp], lane) = last;
+    }
+    team.sync();
+    for (uint32_t i = lane; i < team.size * kWarps; i += 32) {
+      first = ::min(first, s.warp_keys[0][0][i]);
+      last = ::max(last, s.warp_keys[1][0][i]);
+    }
+    return {key_logit(__reduce_min_sync(kAllLanes, first)), key_logit(__reduce_max_sync(kAllLanes, last))};
   }
 
-  // The place up to which top-k and top-p keep the row's tokens; `high` is the largest logit of this thread,
-  // `spread` the distance between the row's largest and smallest finite ones.
-  __device__ uint64_t end_of_filters(float high, float spread) const {
+  // The place up to which top-k and top-p keep the row's tokens; `spread` is the distance between the row's
+  // largest and smallest finite logits.
+  __device__ uint64_t end_of_filters(float spread) const {
     const SamplingDraw& d = s.draw;
     // Bins are for what weighs something and is there.
     const float there = fmaxf(spread * s.weights.exponent_scale * (kBins / (kBins - 2.0f)), 0x1p-20f);
-    const float octaves = fminf(log2f(s.weights.fixed_scale) + 1.0f, there);
+    const float octaves = fminf(float(s.weights.fraction_bits + 1), there);
     Selector<T, kThreads> selector{s.slice, s.weights, team, s.select};
     selector.set_bins(octaves);
     uint64_t mass = 0;  // top-p's whole
 
-    // A list of all that is kept, if it is known to be short.
     bool all_listed = uint32_t(s.slice.n) <= kListed;
-    if (all_listed || (s.use_top_k && d.top_k <= team.size * kThreads / 4)) {
-      Bracket bracket{0, kBins - 1, 0, 0};
-      if (!all_listed) {
-        selector.count_threads(high);
-        bracket.last = min(selector.bracket_of_count(uint64_t(d.top_k)).last, kBins - 2);
-      }
+    if (all_listed) {
       if (s.use_top_p && !p.top_k_first) mass = selector.sum_row(kAllPlaces);
       uint64_t before;
-      all_listed = selector.list_bins(bracket, before);
+      all_listed = selector.list_bins({0, kBins - 1, 0, 0}, before);
     }
     if (!all_listed) {
       // Tokens so light that all of the row's together are less than 1 - top_p of the largest one are not
@@ -226,7 +253,7 @@ struct Sampler {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) sample(SamplingParams p, float fixed_scale, bool keep) {
+__global__ void __launch_bounds__(kThreads, 2) sample(SamplingParams p, int fraction_bits, bool keep) {
   auto& s = *reinterpret_cast<SampleScratch<T>*>(dynamic_smem());
   Team<kThreads> team(cluster_rank(), cluster_size());
   if (team.size > 1) cluster_arrive();
@@ -241,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample(SamplingParams p, float fi
                                  team.rank, team.size, keep ? uint32_t(sizeof(SampleScratch<T>)) : 0);
   slice.fetch();
   if (threadIdx.x == 0) s.slice = slice;
-  Sampler<T>{p, s, team}.run(fixed_scale);
+  Sampler<T>{p, s, team}.run(fraction_bits);
 }
 
 template <class T>
@@ -261,7 +288,7 @@ void sample_all(const SamplingParams& p, const Gpu& gpu) {
   const bool keep = int64_t(sizeof(SampleScratch<T>)) + kept_bytes() <= gpu.max_block_smem;
   launch_clusters(gpu, &sample<T>, dim3(unsigned(p.batch) * blocks), blocks, dim3(kThreads),
                   sizeof(SampleScratch<T>) + (keep ? size_t(kept_bytes()) : 0), p,
-                  float(int64_t{1} << weight_fraction_bits(p.vocab_size)), keep);
+                  std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits), keep);
 }
 
 }  // namespace

@@ -15,12 +15,19 @@ namespace fi::cuda {
 
 inline constexpr int kBins = 2048, kFineBits = 9, kFineBins = 1 << kFineBits;
 inline constexpr uint32_t kListed = 2048;  // tokens that the list can hold
-inline constexpr uint32_t kFew = 64;       // so few are compared each with each
+inline constexpr uint32_t kShort = 512;    // so few are sorted, each compared with each
 inline constexpr uint64_t kAllPlaces = ~uint64_t{0};
 
 struct FineHistogram {
   uint64_t values[kFineBins];  // counts or weights
   uint32_t counts[kFineBins];
+};
+
+// A few tokens, sorted.
+struct ShortList {
+  uint64_t tokens[kShort];  // places, in no order
+  uint64_t sorted[kShort];
+  uint32_t id_rank[kShort];  // of sorted[i]: how many of the list have a lower id
 };
 
 // In dynamic shared memory. What is in a union is never needed at the same time.
@@ -29,15 +36,16 @@ struct SelectScratch {
   union {
     uint32_t counts[kBins];  // this block's share of that
     FineHistogram fine;
-    uint64_t found[kListed];  // this block's share of the list
+    uint64_t found[kListed];                            // this block's share of the list
+    uint32_t maxima[kMaxTeam][kListed * 2 / kMaxTeam];  // order keys of all threads' largest logits
+    ShortList brief;
   } own;
   union {
     FineHistogram fine;
     uint64_t list[kListed];  // places, in no order
   } all;
-  uint64_t few[kFew], few_values[kFew];
   uint64_t answer[4];
-  uint32_t num_found, num_few;
+  uint32_t num_found;
 };
 
 // Bins [first, last]: where a prefix ends.
@@ -55,7 +63,7 @@ struct Span {
 
 template <class T, int Threads>
 struct Selector {
-  static_assert(Threads == kFineBins && kBins % Threads == 0);
+  static_assert(Threads == kFineBins && Threads == kShort && kBins % Threads == 0);
 
   const Slice<T, Threads>& slice;
   const Weights& shared_weights;  // in shared memory: not to take registers between passes
@@ -87,22 +95,14 @@ struct Selector {
   __device__ uint64_t count_row(bool weigh) {
     const Weights weights = shared_weights;
     clear_counts();
-    uint64_t mass = 0;
+    WeightSum sum;
     slice.for_each([&](float x, int32_t) {
       count(weights, x);
-      if (weigh) mass += weights.weigh(x);
+      if (weigh) sum.add(weights, weights.fraction(x));
     });
-    mass = team.sum(mass);
+    const uint64_t mass = team.sum(sum.total(weights));
     team.sum_arrays(s.own.counts, s.totals, kBins);
     return mass;
-  }
-
-  // Makes `totals` the numbers of threads by the bin of their largest logit.
-  __device__ void count_threads(float high) {
-    clear_counts();
-    count(shared_weights, high);
-    team.sync();
-    team.sum_arrays(s.own.counts, s.totals, kBins);
   }
 
   // The weight of this thread's tokens up to `cut`.
@@ -110,11 +110,9 @@ struct Selector {
                                         uint64_t cut) {
     const Weights weights = shared_weights;
     const Kept kept(cut);
-    uint64_t mass = 0;
-    slice.for_each([&](float x, int32_t id) {
-      if (kept(x, id)) mass += weights.weigh(x);
-    });
-    return mass;
+    WeightSum sum;
+    slice.for_each([&](float x, int32_t id) { sum.add(weights, kept(x, id) ? weights.fraction(x) : 0.0f); });
+    return sum.total(weights);
   }
   // The weight of the row's tokens up to `cut`.
   __device__ uint64_t sum_row(uint64_t cut) { return team.sum(sum_thread(slice, shared_weights, cut)); }
@@ -123,17 +121,17 @@ struct Selector {
   __device__ Bracket bracket_of_count(uint64_t target) {
     constexpr int kEach = kBins / Threads;
     uint32_t counts[kEach];
-    uint64_t before[1] = {0};
-    for (int j = 0; j < kEach; ++j) before[0] += counts[j] = s.totals[threadIdx.x * kEach + j];
+    uint64_t before = 0;
+    for (int j = 0; j < kEach; ++j) before += counts[j] = s.totals[threadIdx.x * kEach + j];
     if (threadIdx.x == 0) s.answer[0] = kBins - 1, s.answer[1] = s.answer[2] = 0;
-    team.scan_block(before);
+    before = team.scan(before);
     for (int j = 0; j < kEach; ++j) {
-      if (before[0] < target && before[0] + counts[j] >= target) {
+      if (before < target && before + counts[j] >= target) {
         s.answer[0] = threadIdx.x * kEach + j;
-        s.answer[1] = before[0];
+        s.answer[1] = before;
         s.answer[2] = counts[j];
       }
-      before[0] += counts[j];
+      before += counts[j];
     }
     __syncthreads();
     const Bracket b{int32_t(s.answer[0]), int32_t(s.answer[0]), s.answer[1], s.answer[2]};
@@ -141,55 +139,50 @@ struct Selector {
     return b;
   }
 
-  // A bin's tokens, and the least and the most that they can weigh together: all weights of a bin lie between
-  // those of its ends. The margin is for what rounding does to octaves and exponentials.
-  struct Bounds {
-    uint64_t count, low, high;
-  };
-  __device__ Bounds bounds(int32_t b, int32_t eligible) const {
-    const Weights weights = shared_weights;
-    constexpr float kMargin = 0x1p-15f;
-    const float at_most = exp2_approx(float(-b) / bin_scale) * (1.0f + kMargin) * weights.fixed_scale;
-    const float at_least = exp2_approx(float(-b - 1) / bin_scale) * (1.0f - kMargin) * weights.fixed_scale;
-    const uint64_t count = s.totals[b];
-    return {count, b < eligible ? count * uint64_t(at_least) : 0,
-            b <= eligible ? count * uint64_t(at_most) : 0};
-  }
-
-  // The bins in which the weight of tokens can reach `target`, which is positive and at most that of the row:
-  // the sums of both bounds bound the weight of what lies before a token.
+  // The bins in which the weight of tokens can reach `target`, which is positive and at most that of the row.
+  // All weights of a bin lie between those of its ends; the sums of both bounds bound the weight of what lies
+  // before a token. The margin is for what rounding does to octaves and exponentials.
   __device__ Bracket bracket_of_mass(uint64_t target) {
     const Weights weights = shared_weights;
     constexpr int kEach = kBins / Threads;
+    constexpr float kMargin = 0x1p-15f;
+    const float one = __uint_as_float(uint32_t(127 + weights.fraction_bits) << 23), width = 1.0f / bin_scale;
     const int32_t eligible = bin_at(__fmul_rn(weights.eligible, weights.exponent_scale));
-    uint64_t before[3] = {0, 0, 0};
-#pragma unroll 1
+    const int32_t first = int32_t(threadIdx.x) * kEach;
+    uint32_t count[kEach];
+    uint64_t low[kEach], high[kEach], before[3] = {0, 0, 0};
+    float above = exp2_approx(-float(first) * width) * one;
+#pragma unroll
     for (int j = 0; j < kEach; ++j) {
-      const Bounds of = bounds(int32_t(threadIdx.x) * kEach + j, eligible);
-      before[0] += of.count;
-      before[1] += of.low;
-      before[2] += of.high;
+      const int32_t b = first + j;
+      const float below = exp2_approx(-float(b + 1) * width) * one;
+      count[j] = s.totals[b];
+      low[j] = b < eligible ? count[j] * uint64_t(below * (1.0f - kMargin)) : 0;
+      high[j] = b <= eligible ? count[j] * (uint64_t(above * (1.0f + kMargin)) + 1) : 0;
+      above = below;
+      before[0] += count[j];
+      before[1] += low[j];
+      before[2] += high[j];
     }
     if (threadIdx.x == 0) {
       s.answer[0] = s.answer[1] = kBins - 1;
       s.answer[2] = 0;
       s.answer[3] = uint64_t(slice.n);
     }
-    team.scan_block(before);
-#pragma unroll 1
+    for (uint64_t& b : before) b = team.scan(b);
+#pragma unroll
     for (int j = 0; j < kEach; ++j) {
-      const Bounds of = bounds(int32_t(threadIdx.x) * kEach + j, eligible);
-      if (before[2] < target && before[2] + of.high >= target) {
-        s.answer[0] = threadIdx.x * kEach + j;
+      if (before[2] < target && before[2] + high[j] >= target) {
+        s.answer[0] = first + j;
         s.answer[2] = before[0];
       }
-      if (before[1] < target && before[1] + of.low >= target) {
-        s.answer[1] = threadIdx.x * kEach + j;
-        s.answer[3] = before[0] + of.count;
+      if (before[1] < target && before[1] + low[j] >= target) {
+        s.answer[1] = first + j;
+        s.answer[3] = before[0] + count[j];
       }
-      before[0] += of.count;
-      before[1] += of.low;
-      before[2] += of.high;
+      before[0] += count[j];
+      before[1] += low[j];
+      before[2] += high[j];
     }
     __syncthreads();
     const Bracket b{int32_t(s.answer[0]), int32_t(s.answer[1]), s.answer[2], s.answer[3] - s.answer[2]};
@@ -212,7 +205,7 @@ struct Selector {
   // Makes the list of the shares; returns the sum of `mass` over the threads of the team. False if it has no
   // room.
   __device__ bool end_list(uint64_t& mass) {
-    mass = team.sum_for_warp_0(mass);
+    mass = team.sum(mass, Among::kBlock);
     team.share(mass, s.num_found);
     mass = 0;
     uint64_t all = 0;
@@ -237,29 +230,60 @@ struct Selector {
   // Makes the tokens of a bracket (without -inf) the list, and `before` the weight in front of them.
   __device__ bool list_bins(const Bracket& bracket, uint64_t& before) {
     const Weights weights = shared_weights;
+    const float first = float(bracket.first),
+                end = bracket.last == kBins - 1 ? kInfinity : float(bracket.last + 1);
     begin_list();
-    before = 0;
-    slice.for_each([&](float x, int32_t id) {
-      const int32_t b = bin(weights, x);
-      if (b > bracket.last) return;
-      if (b < bracket.first) {
-        before += weights.weigh(x);
-      } else {
-        collect(x, id);
+    WeightSum sum;
+    slice.for_each_vector([&](const auto& x, int32_t id) {
+      bool any = false;
+#pragma unroll
+      for (const float logit : x) {
+        const float at = __fmul_rn(weights.octaves(logit), bin_scale);
+        sum.add(weights, at < first ? weights.fraction(logit) : 0.0f);
+        any |= at >= first && at < end;
+      }
+      if (!any) return;
+#pragma unroll
+      for (const float logit : x) {
+        const float at = __fmul_rn(weights.octaves(logit), bin_scale);
+        if (at >= first && at < end) collect(logit, id);
+        ++id;
       }
     });
+    before = sum.total(weights);
     return end_list(before);
   }
 
   // The weight of the list's tokens up to `cut`.
   __device__ uint64_t mass_listed(uint64_t cut) {
     const Weights weights = shared_weights;
-    uint64_t mass = 0;
+    WeightSum sum;
     for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
       const uint64_t place = s.all.list[i];
-      if (place <= cut) mass += weights.weigh(logit_at(place));
+      sum.add(weights, place <= cut ? weights.fraction(logit_at(place)) : 0.0f);
     }
-    return team.sum(mass, Among::kBlock);
+    return team.sum(sum.total(weights), Among::kBlock);
+  }
+
+  // Sorts the n tokens of the short list; those and what they are sorted by lie in s.own.brief.
+  __device__ void sort(uint32_t n) {
+    ShortList& brief = s.own.brief;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (uint32_t i = warp; i < n; i += Threads / 32) {
+      const uint64_t place = brief.tokens[i];
+      uint32_t in_front = 0;  // lower half: tokens in front of this one; upper half: those with lower ids
+#pragma unroll 4
+      for (uint32_t j = lane; j < n; j += 32) {
+        const uint64_t other = brief.tokens[j];
+        in_front += (other < place ? 1u : 0u) + (uint32_t(other) < uint32_t(place) ? 0x10000u : 0u);
+      }
+      in_front = __reduce_add_sync(kAllLanes, in_front);
+      if (lane == 0) {
+        brief.sorted[in_front & 0xffffu] = place;
+        brief.id_rank[in_front & 0xffffu] = in_front >> 16;
+      }
+    }
+    __syncthreads();
   }
 
   // ---- exact ends ----
@@ -336,13 +360,12 @@ struct Selector {
     }
 
     const uint64_t mine = total->values[threadIdx.x];
-    uint64_t before[1] = {mine};
     if (threadIdx.x == 0) s.answer[0] = s.answer[1] = s.answer[2] = 0;
-    team.scan_block(before);
-    before[0] += span.before;
-    if (before[0] < target && before[0] + mine >= target) {
+    uint64_t before = team.scan(mine);
+    before += span.before;
+    if (before < target && before + mine >= target) {
       s.answer[0] = threadIdx.x;
-      s.answer[1] = before[0];
+      s.answer[1] = before;
       s.answer[2] = total->counts[threadIdx.x];
     }
     __syncthreads();
@@ -361,11 +384,11 @@ struct Selector {
       return by_count ? bracket.before : before;
     }
     Span span{kAllPlaces, 0, 0, bracket.inside};
-    uint64_t mass = 0;
+    WeightSum sum;
     for (int32_t i = threadIdx.x; i < slice.num_tokens(); i += Threads) {
       const float x = slice.logit(i);
       const int32_t b = bin(weights, x);
-      if (b < bracket.first) mass += weights.weigh(x);
+      sum.add(weights, b < bracket.first ? weights.fraction(x) : 0.0f);
       if (b < bracket.first || b > bracket.last || !(x > -kInfinity)) continue;
       const uint64_t place = place_of(x, slice.id_of(i));
       span.low = place < span.low ? place : span.low;
@@ -373,7 +396,7 @@ struct Selector {
     }
     span.low = team.min(span.low);
     span.high = team.max(span.high);
-    mass = team.sum(mass);
+    uint64_t mass = team.sum(sum.total(weights));
     span.before = by_count ? bracket.before : mass;
     while (span.inside > kListed) narrow(Among::kTeam, by_count, span, target);
     begin_list();
@@ -392,28 +415,27 @@ struct Selector {
   __device__ uint64_t end_in_list(bool by_count, uint64_t target, uint64_t limit) {
     const Weights weights = shared_weights;
     Span span{0, limit, 0, listed};
-    while (span.inside > kFew) narrow(Among::kBlock, by_count, span, target);
-    if (threadIdx.x == 0) s.num_few = 0;
-    __syncthreads();
+    while (span.inside > kShort) narrow(Among::kBlock, by_count, span, target);
+    begin_list();
     for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
       const uint64_t place = s.all.list[i];
       if (place < span.low || place > span.high) continue;
-      const uint32_t slot = atomicAdd(&s.num_few, 1u);
-      if (slot >= kFew) continue;
-      s.few[slot] = place;
-      s.few_values[slot] = by_count ? 1 : weights.weigh(logit_at(place));
+      const uint32_t slot = atomicAdd(&s.num_found, 1u);
+      if (slot < kShort) s.own.brief.tokens[slot] = place;
     }
+    if (threadIdx.x == 0) s.answer[0] = limit;
     __syncthreads();
-    uint64_t end = limit;
-    const uint32_t num_few = s.num_few < kFew ? s.num_few : kFew;
-    if (threadIdx.x < num_few) {
-      const uint64_t place = s.few[threadIdx.x];
-      uint64_t up_to = span.before;
-#pragma unroll 4
-      for (uint32_t i = 0; i < num_few; ++i) up_to += s.few[i] <= place ? s.few_values[i] : 0;
-      if (up_to >= target) end = place;
-    }
-    return team.min(end, Among::kBlock);
+    const uint32_t n = min(s.num_found, kShort);
+    sort(n);
+    const uint64_t place = threadIdx.x < n ? s.own.brief.sorted[threadIdx.x] : kAllPlaces;
+    const uint64_t value = threadIdx.x >= n ? 0 : by_count ? 1 : weights.weigh(logit_at(place));
+    uint64_t before = team.scan(value);
+    before += span.before;
+    if (before < target && before + value >= target) s.answer[0] = place;
+    __syncthreads();
+    const uint64_t end = s.answer[0];
+    __syncthreads();
+    return end;
   }
 };
 

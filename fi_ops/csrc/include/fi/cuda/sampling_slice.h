@@ -31,21 +31,55 @@ struct Kept {
   }
 };
 
+// A weight has at most so many fraction bits: two halves of it, each a float's mantissa, are exact.
+inline constexpr int kMaxFractionBits = 45;
+
 // How logits become weights and bins; the same in all blocks of a row.
 struct Weights {
   float max;             // of the row; 0 where that is infinite
   float exponent_scale;  // log2(e) / temperature
-  float fixed_scale;     // 2^fraction_bits: the weight of the maximum
   float eligible;        // logits below max - eligible weigh nothing (min-p)
+  int fraction_bits;     // the maximum weighs 2^fraction_bits
+  float low_base;        // 1.5 * 2^(23 - fraction_bits), the last place of which is 2^-fraction_bits
+
+  __device__ void set_fraction_bits(int bits) {
+    fraction_bits = bits;
+    low_base = __uint_as_float(uint32_t(127 + 23 - bits) << 23 | 1u << 22);
+  }
 
   // How many octaves a weight is below that of the maximum.
   __device__ float octaves(float logit) const { return __fmul_rn(max - logit, exponent_scale); }
 
-  __device__ uint64_t weigh(float logit) const {
-    if (!(max - logit <= eligible)) return 0;
-    return uint64_t(exp2_approx(-octaves(logit)) * fixed_scale);
+  // The weight as a fraction of the maximum's.
+  __device__ float fraction(float logit) const {
+    return max - logit <= eligible ? exp2_approx(-octaves(logit)) : 0.0f;
+  }
+  __device__ inline uint64_t weigh(float logit) const;
+};
+
+// A sum of weights, exact. A conversion to 64-bit integers runs at a small part of the rate of additions;
+// adding a large power of two rounds to its last place just so, twice.
+struct WeightSum {
+  uint64_t high = 0;  // of 2^-22
+  uint32_t low = 0;   // of 2^-fraction_bits, signed
+
+  __device__ void add(const Weights& weights, float fraction) {
+    constexpr uint32_t kTwo = 0x40000000u;  // 2.0f, the last place of which is 2^-22
+    const float a = __fadd_rn(fraction, 2.0f);
+    const float rest = __fadd_rn(fraction, -__fadd_rn(a, -2.0f));
+    high += __float_as_uint(a) - kTwo;
+    low += __float_as_uint(__fadd_rn(rest, weights.low_base)) - __float_as_uint(weights.low_base);
+  }
+  __device__ uint64_t total(const Weights& weights) const {
+    return (high << (weights.fraction_bits - 22)) + uint64_t(int64_t(int32_t(low)));
   }
 };
+
+__device__ inline uint64_t Weights::weigh(float logit) const {
+  WeightSum sum;
+  sum.add(*this, fraction(logit));
+  return sum.total(*this);
+}
 
 // In shared memory, once fetch() has begun: not to take registers between passes.
 template <class T, int Threads>
@@ -137,17 +171,25 @@ struct Slice {
     for (int j = 0; j < kLogits; ++j) x[j] += 0.0f;  // -0 becomes +0
   }
 
-  // f(logit, id) for the tokens of this warp, -inf where a lane has none.
+  // f(logits, id of the first) for the vectors of this thread.
   template <class F>
-  __device__ __forceinline__ void for_each(const F& f) const {
+  __device__ __forceinline__ void for_each_vector(const F& f) const {
     const Slice slice = *this;  // one read of what is in shared memory
     const int32_t first_id = -slice.lead(), end = slice.warp_end();
+#pragma unroll 1
     for (int32_t vector = slice.warp_begin() + int32_t(threadIdx.x % 32); vector < end; vector += 32) {
       float x[kLogits];
       slice.read(vector, x);
-#pragma unroll
-      for (int j = 0; j < kLogits; ++j) f(x[j], vector * kLogits + j + first_id);
+      f(x, vector * kLogits + first_id);
     }
+  }
+  // f(logit, id) for the tokens of this thread, -inf where it has none.
+  template <class F>
+  __device__ __forceinline__ void for_each(const F& f) const {
+    for_each_vector([&](const float (&x)[kLogits], int32_t id) {
+#pragma unroll
+      for (int j = 0; j < kLogits; ++j) f(x[j], id + j);
+    });
   }
 
   // The tokens of the block, one at a time: for rare passes, whose code is not to be there kLogits times.
