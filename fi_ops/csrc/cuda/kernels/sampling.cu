@@ -23,23 +23,26 @@ constexpr int64_t kKeptBytes = 64 * 1024;  // of a row in a block: two blocks fi
 constexpr int64_t kWorthABlock = 4096;     // tokens
 
 // In dynamic shared memory, in front of what is kept of the row.
-template <class T>
 struct alignas(16) SampleScratch {
   Team<kThreads>::Scratch team;
   SelectScratch select;
   uint64_t warp_sums[kThreads / 32];
   uint32_t warp_keys[2][kMaxTeam][kThreads / 32];  // of each warp of the team: first and last order key
   SamplingDraw draw;
-  Slice<T, kThreads> slice;
+  alignas(16) unsigned char slice[64];
   Weights weights;
   float min_p_distance;
   bool use_top_k, use_top_p;
 };
 
-template <class T>
+template <class T, bool kKept>
+using RowSlice = Slice<T, kThreads, kKept, uint32_t(sizeof(SampleScratch))>;
+
+template <class Row>
 struct Sampler {
   const SamplingParams& p;
-  SampleScratch<T>& s;
+  SampleScratch& s;
+  Row& slice;  // in s
   Team<kThreads>& team;
 
   // Of the draw.
@@ -67,18 +70,18 @@ struct Sampler {
 
   __device__ void run(int fraction_bits) {
     prepare_draw(fraction_bits);
-    s.slice.wait();
+    slice.wait();
     __syncthreads();
     if (team.size > 1) cluster_wait();  // the others have started
 
     float high = -kInfinity, low = kInfinity;  // of this thread, finite for the lower one
     bool nan = false;
-    s.slice.for_each([&](float x, int32_t) {
+    slice.for_each([&](float x, int32_t) {
       nan |= x != x;
       high = fmaxf(high, x);
       if (x > -kInfinity) low = fminf(low, x);
     });
-    ShortDraw<T, kThreads> short_draw{s.slice, s.weights, team, s.select};
+    ShortDraw<Row, kThreads> short_draw{slice, s.weights, team, s.select};
     const bool try_short = s.use_top_k && short_draw.fits(s.draw.top_k, team.size) &&
                            (p.top_k_first || !s.use_top_p) && s.draw.temperature > 0.0f;
     if (try_short) short_draw.publish(high);
@@ -86,7 +89,7 @@ struct Sampler {
     float max = range.max, min = range.min;
     if (max != max || max == -kInfinity) return write(0, false);
     if (max == kInfinity) {
-      if (threadIdx.x == 0) s.slice.infinite = true;
+      slice.set_infinite();
       __syncthreads();
       max = min = 0.0f;
     }
@@ -94,7 +97,7 @@ struct Sampler {
     const SamplingDraw& d = s.draw;
     if (d.temperature == 0.0f || d.top_p == 0.0 || (d.top_k == 1 && p.exact_ties)) {
       uint64_t first = kAllPlaces;
-      s.slice.for_each([&](float x, int32_t id) {
+      slice.for_each([&](float x, int32_t id) {
         if (x == max && uint64_t(id) < first) first = uint64_t(id);
       });
       return write(int64_t(team.min(first)), true);
@@ -112,13 +115,20 @@ struct Sampler {
         return;
     }
     uint64_t cut = kAllPlaces;
+    bool has_sums = false;
     if (s.use_top_k || s.use_top_p) {
       __syncthreads();
-      cut = end_of_filters(max - min);
+      cut = end_of_filters(max - min, has_sums);
     }
-    __syncthreads();
-    if (threadIdx.x == 0) s.weights.eligible = s.min_p_distance;
-    __syncthreads();
+    if (!has_sums) {
+      __syncthreads();
+      if (threadIdx.x == 0) s.weights.eligible = s.min_p_distance;
+      __syncthreads();
+      const uint64_t sum =
+          Team<kThreads>::sum_of_warp(Selector<Row, kThreads>::sum_thread(slice, s.weights, cut));
+      if (threadIdx.x % 32 == 0) s.warp_sums[threadIdx.x / 32] = sum;
+      __syncthreads();
+    }
     draw(cut);
   }
 
@@ -129,8 +139,8 @@ struct Sampler {
   __device__ Range range_of_row(float high, float low) const {
     constexpr uint32_t kWarps = kThreads / 32;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint32_t first = __reduce_min_sync(kAllLanes, order_key(high)),
-             last = __reduce_max_sync(kAllLanes, order_key(low));
+    uint32_t first = __reduce_min_sync(kAllLanes, order_key(high + 0.0f)),
+             last = __reduce_max_sync(kAllLanes, order_key(low + 0.0f));
     if (lane < team.size) {
       *team.at(&s.warp_keys[0][team.rank][warp], lane) = first;
       *team.at(&s.warp_keys[1][team.rank][warp], lane) = last;
@@ -144,17 +154,17 @@ struct Sampler {
   }
 
   // The place up to which top-k and top-p keep the row's tokens; `spread` is the distance between the row's
-  // largest and smallest finite logits.
-  __device__ uint64_t end_of_filters(float spread) const {
+  // largest and smallest finite logits. `has_sums`: warp_sums are there as well.
+  __device__ uint64_t end_of_filters(float spread, bool& has_sums) const {
     const SamplingDraw& d = s.draw;
     // Bins are for what weighs something and is there.
     const float there = fmaxf(spread * s.weights.exponent_scale * (kBins / (kBins - 2.0f)), 0x1p-20f);
     const float octaves = fminf(float(s.weights.fraction_bits + 1), there);
-    Selector<T, kThreads> selector{s.slice, s.weights, team, s.select};
+    Selector<Row, kThreads> selector{slice, s.weights, team, s.select};
     selector.set_bins(octaves);
     uint64_t mass = 0;  // top-p's whole
 
-    bool all_listed = uint32_t(s.slice.n) <= kListed;
+    bool all_listed = uint32_t(slice.n) <= kListed;
     if (all_listed) {
       if (s.use_top_p && !p.top_k_first) mass = selector.sum_row(kAllPlaces);
       uint64_t before;
@@ -163,7 +173,7 @@ struct Sampler {
     if (!all_listed) {
       // Tokens so light that all of the row's together are less than 1 - top_p of the largest one are not
       // where top-p ends.
-      const float relevant = log2f(float(s.slice.n) / float(1.0 - d.top_p)) + 1.0f;
+      const float relevant = log2f(float(slice.n) / float(1.0 - d.top_p)) + 1.0f;
       if (!s.use_top_k) selector.set_bins(fminf(octaves, relevant));
       mass = selector.count_row(s.use_top_p);
     }
@@ -182,13 +192,31 @@ struct Sampler {
         if (target > kept) break;
       }
       if (!all_listed) {
-        const Bracket bracket =
-            by_count ? selector.bracket_of_count(target) : selector.bracket_of_mass(target);
-        if (by_count && bracket.last == kBins - 1) continue;  // it keeps all that weighs something
-        in_front = selector.list_end(by_count, bracket, target);
+        if (by_count) {
+          const Bracket bracket = selector.bracket_of_count(target);
+          if (bracket.last == kBins - 1) continue;  // it keeps all that weighs something
+          in_front = selector.list_end(true, bracket, target);
+        } else {
+          const Bracket likely = selector.likely_bracket_of_mass(target);
+          bool found = false;
+          if (likely.inside <= kListed) {
+            in_front = selector.list_end(false, likely, target);
+            found = selector.is_in_list(in_front, target);
+          }
+          if (!found) in_front = selector.list_end(false, selector.bracket_of_mass(target), target);
+        }
       }
       cut = selector.end_in_list(by_count, target - in_front, cut);
       if (by_count && !p.exact_ties) cut |= 0xffffffffu;
+    }
+    // What weighs something in top-p's pass does so in the draw, but for min-p behind top-p.
+    has_sums =
+        selector.has_sums && s.use_top_p && !s.use_top_k && (p.top_k_first || s.min_p_distance == kInfinity);
+    if (has_sums) {
+      if (threadIdx.x % 32 == 0) s.warp_sums[threadIdx.x / 32] = selector.warp_sum;
+      __syncthreads();
+      selector.add_listed(cut, s.warp_sums);
+      __syncthreads();
     }
     return cut;
   }
@@ -199,10 +227,7 @@ struct Sampler {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Kept kept(cut);
     auto weigh = [&](float x, int32_t id) { return kept(x, id) ? weights.weigh(x) : 0; };
-    uint64_t sum = Selector<T, kThreads>::sum_thread(s.slice, s.weights, cut);
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    if (lane == 0) s.warp_sums[warp] = sum;
-    __syncthreads();
+    const uint64_t sum = s.warp_sums[warp];
     uint64_t of_block = 0, before = 0;
 #pragma unroll 4
     for (uint32_t w = 0; w < kThreads / 32; ++w) {
@@ -220,8 +245,7 @@ struct Sampler {
     uint64_t left = uint64_t(draw_target(int64_t(total), s.draw.uniform)) - before;
     if (left >= sum) return;  // another warp's (or negative, as a large number)
 
-    constexpr int kLogits = Slice<T, kThreads>::kLogits;
-    const Slice<T, kThreads> slice = s.slice;
+    constexpr int kLogits = Row::kLogits;
     const int32_t end = slice.warp_end();
     for (int32_t base = slice.warp_begin(); base < end; base += 32) {
       const int32_t vector = base + int32_t(lane), id = vector * kLogits - slice.lead();
@@ -252,9 +276,9 @@ struct Sampler {
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2) sample(SamplingParams p, int fraction_bits, bool keep) {
-  auto& s = *reinterpret_cast<SampleScratch<T>*>(dynamic_smem());
+template <class T, bool kKept>
+__global__ void __launch_bounds__(kThreads, 2) sample(SamplingParams p, int fraction_bits) {
+  auto& s = *reinterpret_cast<SampleScratch*>(dynamic_smem());
   Team<kThreads> team(cluster_rank(), cluster_size());
   if (team.size > 1) cluster_arrive();
   const int64_t index = blockIdx.x / team.size;
@@ -264,11 +288,13 @@ __global__ void __launch_bounds__(kThreads, 2) sample(SamplingParams p, int frac
     if (team.rank == 0 && threadIdx.x == 0) p.write(index, 0, false);
     return;
   }
-  const Slice<T, kThreads> slice(static_cast<const T*>(p.logits) + row * p.row_stride, p.vocab_size,
-                                 team.rank, team.size, keep ? uint32_t(sizeof(SampleScratch<T>)) : 0);
+  using Row = RowSlice<T, kKept>;
+  static_assert(sizeof(Row) <= sizeof(s.slice));
+  const Row slice(static_cast<const T*>(p.logits) + row * p.row_stride, p.vocab_size, team.rank, team.size);
   slice.fetch();
-  if (threadIdx.x == 0) s.slice = slice;
-  Sampler<T>{p, s, team}.run(fraction_bits);
+  Row& shared = *reinterpret_cast<Row*>(s.slice);
+  if (threadIdx.x == 0) shared = slice;
+  Sampler<Row>{p, s, shared, team}.run(fraction_bits);
 }
 
 template <class T>
@@ -285,10 +311,10 @@ void sample_all(const SamplingParams& p, const Gpu& gpu) {
     while (blocks < kMaxTeam && p.batch * blocks * 2 <= gpu.num_sms && p.vocab_size > blocks * kWorthABlock)
       blocks *= 2;
   }
-  const bool keep = int64_t(sizeof(SampleScratch<T>)) + kept_bytes() <= gpu.max_block_smem;
-  launch_clusters(gpu, &sample<T>, dim3(unsigned(p.batch) * blocks), blocks, dim3(kThreads),
-                  sizeof(SampleScratch<T>) + (keep ? size_t(kept_bytes()) : 0), p,
-                  std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits), keep);
+  const bool keep = int64_t(sizeof(SampleScratch)) + kept_bytes() <= gpu.max_block_smem;
+  launch_clusters(gpu, keep ? &sample<T, true> : &sample<T, false>, dim3(unsigned(p.batch) * blocks), blocks,
+                  dim3(kThreads), sizeof(SampleScratch) + (keep ? size_t(kept_bytes()) : 0), p,
+                  std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
 }
 
 }  // namespace

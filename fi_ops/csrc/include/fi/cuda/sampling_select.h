@@ -28,6 +28,7 @@ struct ShortList {
   uint64_t tokens[kShort];  // places, in no order
   uint64_t sorted[kShort];
   uint32_t id_rank[kShort];  // of sorted[i]: how many of the list have a lower id
+  uint32_t ranks[kShort];    // of tokens[i]: lower half by place, upper half by id
 };
 
 // In dynamic shared memory. What is in a union is never needed at the same time.
@@ -61,16 +62,18 @@ struct Span {
   uint64_t inside;  // tokens in it
 };
 
-template <class T, int Threads>
+template <class Row, int Threads>
 struct Selector {
   static_assert(Threads == kFineBins && Threads == kShort && kBins % Threads == 0);
 
-  const Slice<T, Threads>& slice;
+  const Row& slice;
   const Weights& shared_weights;  // in shared memory: not to take registers between passes
   Team<Threads>& team;
   SelectScratch& s;
   float bin_scale = 0;
   uint32_t listed = 0;
+  uint64_t warp_sum = 0;  // what list_bins found in front of the list, in this warp
+  bool has_sums = false;  // that is of the last filter: all that it keeps is that and in the list
 
   // ---- bins ----
 
@@ -106,8 +109,7 @@ struct Selector {
   }
 
   // The weight of this thread's tokens up to `cut`.
-  static __device__ uint64_t sum_thread(const Slice<T, Threads>& slice, const Weights& shared_weights,
-                                        uint64_t cut) {
+  static __device__ uint64_t sum_thread(const Row& slice, const Weights& shared_weights, uint64_t cut) {
     const Weights weights = shared_weights;
     const Kept kept(cut);
     WeightSum sum;
@@ -137,6 +139,37 @@ struct Selector {
     const Bracket b{int32_t(s.answer[0]), int32_t(s.answer[0]), s.answer[1], s.answer[2]};
     __syncthreads();
     return b;
+  }
+
+  // The bins in which the weight of tokens is likely to reach `target`, as if all tokens of a bin weighed
+  // what its middle does: it is right but for sums that are that near to a bin's end. At worst a bracket
+  // without that place.
+  __device__ Bracket likely_bracket_of_mass(uint64_t target) {
+    const Weights weights = shared_weights;
+    constexpr int kEach = kBins / Threads;
+    const float one = __uint_as_float(uint32_t(127 + weights.fraction_bits) << 23), width = 1.0f / bin_scale;
+    const int32_t eligible = bin_at(__fmul_rn(weights.eligible, weights.exponent_scale));
+    const int32_t first = int32_t(threadIdx.x) * kEach;
+    uint64_t guess[kEach], before = 0;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int32_t b = first + j;
+      const float weight = b <= eligible ? exp2_approx(-(float(b) + 0.5f) * width) : 0.0f;
+      before += guess[j] = uint64_t(float(s.totals[b]) * weight * one);
+    }
+    if (threadIdx.x == 0) s.answer[0] = kBins - 2;
+    before = team.scan(before);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      if (before < target && before + guess[j] >= target) s.answer[0] = first + j;
+      before += guess[j];
+    }
+    __syncthreads();
+    const int32_t b = int32_t(s.answer[0]), from = max(b - 1, 0), to = min(b + 1, kBins - 2);
+    uint64_t inside = 0;
+    for (int32_t i = from; i <= to; ++i) inside += s.totals[i];
+    __syncthreads();
+    return {from, to, 0, inside};
   }
 
   // The bins in which the weight of tokens can reach `target`, which is positive and at most that of the row.
@@ -251,7 +284,26 @@ struct Selector {
       }
     });
     before = sum.total(weights);
+    warp_sum = team.sum_of_warp(before);
     return end_list(before);
+  }
+
+  // Whether the weight of tokens reaches `target` in the list; `before`: the weight in front of the list.
+  __device__ bool is_in_list(uint64_t before, uint64_t target) {
+    return before < target && before + mass_listed(kAllPlaces) >= target;
+  }
+
+  // Adds to sums by warp (of this block) the weights of the list's tokens up to `cut`.
+  __device__ void add_listed(uint64_t cut, uint64_t* sums) const {
+    const Weights weights = shared_weights;
+    const int32_t first_id = slice.id_of(0), per_warp = slice.per_warp() * Row::kLogits;
+    for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
+      const uint64_t place = s.all.list[i];
+      const int32_t at = int32_t(uint32_t(place)) - first_id;
+      if (place <= cut && at >= 0 && at < slice.num_tokens())
+        atomicAdd(reinterpret_cast<unsigned long long*>(&sums[at / per_warp]),
+                  weights.weigh(logit_at(place)));
+    }
   }
 
   // The weight of the list's tokens up to `cut`.
@@ -265,23 +317,32 @@ struct Selector {
     return team.sum(sum.total(weights), Among::kBlock);
   }
 
-  // Sorts the n tokens of the short list; those and what they are sorted by lie in s.own.brief.
+  // Sorts the n tokens of the short list: each is compared with each, by as many threads a token as there
+  // are.
   __device__ void sort(uint32_t n) {
     ShortList& brief = s.own.brief;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (uint32_t i = warp; i < n; i += Threads / 32) {
-      const uint64_t place = brief.tokens[i];
-      uint32_t in_front = 0;  // lower half: tokens in front of this one; upper half: those with lower ids
+    brief.ranks[threadIdx.x] = 0;
+    __syncthreads();
+    const uint32_t wide = (n + 31) / 32 * 32, parts = Threads / max(wide, 32u),
+                   each = (n + parts - 1) / parts;
+    const uint32_t i = threadIdx.x % max(wide, 32u), part = threadIdx.x / max(wide, 32u);
+    const uint64_t place = i < n ? brief.tokens[i] : 0;
+    if (i < n && part < parts) {
+      uint32_t in_front = 0, lower = 0;
+      const uint32_t end = min(n, (part + 1) * each);
 #pragma unroll 4
-      for (uint32_t j = lane; j < n; j += 32) {
+      for (uint32_t j = part * each; j < end; ++j) {
         const uint64_t other = brief.tokens[j];
-        in_front += (other < place ? 1u : 0u) + (uint32_t(other) < uint32_t(place) ? 0x10000u : 0u);
+        in_front += other < place;
+        lower += uint32_t(other) < uint32_t(place);
       }
-      in_front = __reduce_add_sync(kAllLanes, in_front);
-      if (lane == 0) {
-        brief.sorted[in_front & 0xffffu] = place;
-        brief.id_rank[in_front & 0xffffu] = in_front >> 16;
-      }
+      atomicAdd(&brief.ranks[i], lower << 16 | in_front);
+    }
+    __syncthreads();
+    if (threadIdx.x < n) {
+      const uint32_t ranks = brief.ranks[threadIdx.x];
+      brief.sorted[ranks & 0xffffu] = brief.tokens[threadIdx.x];
+      brief.id_rank[ranks & 0xffffu] = ranks >> 16;
     }
     __syncthreads();
   }
@@ -378,7 +439,8 @@ struct Selector {
   // Returns the value (count or weight) in front of the list.
   __device__ uint64_t list_end(bool by_count, const Bracket& bracket, uint64_t target) {
     const Weights weights = shared_weights;
-    if (bracket.inside <= kListed) {
+    has_sums = bracket.inside <= kListed;
+    if (has_sums) {
       uint64_t before;
       list_bins(bracket, before);
       return by_count ? bracket.before : before;

@@ -9,11 +9,11 @@
 
 namespace fi::cuda {
 
-template <class T, int Threads>
+template <class Row, int Threads>
 struct ShortDraw {
   static constexpr int kSteps = Threads;  // of the logit; the last one is for all that is below the others
 
-  const Slice<T, Threads>& slice;
+  const Row& slice;
   const Weights& shared_weights;
   Team<Threads>& team;
   SelectScratch& s;
@@ -26,7 +26,7 @@ struct ShortDraw {
   // Before the barrier after which `draw` is called: shares the largest logit of this thread.
   __device__ void publish(float high) {
     for (uint32_t block = 0; block < team.size; ++block)
-      *team.at(&s.own.maxima[team.rank][threadIdx.x], block) = order_key(high);
+      *team.at(&s.own.maxima[team.rank][threadIdx.x], block) = order_key(high + 0.0f);
     s.totals[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
       s.num_found = 0;
@@ -96,7 +96,7 @@ struct ShortDraw {
     const uint32_t i = threadIdx.x, top_k = uint32_t(d.top_k);
     if (i < n) brief.tokens[i] = mine;
     __syncthreads();
-    Selector<T, Threads>{slice, shared_weights, team, s}.sort(n);
+    Selector<Row, Threads>{slice, shared_weights, team, s}.sort(n);
 
     const uint64_t place = i < n ? brief.sorted[i] : kAllPlaces;
     bool kept = i < n && (i < top_k || (!exact_ties && place >> 32 == brief.sorted[top_k - 1] >> 32));

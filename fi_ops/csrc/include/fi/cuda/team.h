@@ -74,6 +74,9 @@ class Team {
     return ~fold<Fold::kMin>(~value, among);
   }
 
+  // Of a value (below 2^63) of every lane, for all lanes.
+  static __device__ uint64_t sum_of_warp(uint64_t value) { return fold_warp<Fold::kSum>(value); }
+
   // Makes totals[i] of every block the sum of all blocks' parts[i], for i < n (a multiple of kMaxTeam). A
   // sync of the team must lie between the writing of parts and this.
   template <class N>
