@@ -26,7 +26,6 @@ constexpr int64_t kWorthABlock = 4096;     // tokens
 struct alignas(16) SampleScratch {
   Team<kThreads>::Scratch team;
   SelectScratch select;
-  uint64_t warp_sums[kThreads / 32];
   uint32_t warp_keys[2][kMaxTeam][kThreads / 32];  // of each warp of the team: first and last order key
   SamplingDraw draw;
   alignas(16) unsigned char slice[64];
@@ -53,9 +52,8 @@ struct Sampler {
   }
 
   // What all threads need and one can find out.
-  __device__ void prepare_draw(int fraction_bits) const {
+  __device__ void prepare_draw(SamplingDraw d, int fraction_bits) const {
     if (threadIdx.x != 0) return;
-    SamplingDraw d = p.draw(index());
     // Values that no check has seen, NaN among them: what follows relies on these ranges.
     d.temperature = d.temperature > 0.0f ? d.temperature : 0.0f;
     d.uniform = d.uniform > 0.0f ? fminf(d.uniform, 1.0f - 0x1p-24f) : 0.0f;
@@ -68,8 +66,9 @@ struct Sampler {
     s.min_p_distance = d.min_p > 0.0 ? float(-double(d.temperature) * log(d.min_p)) : kInfinity;
   }
 
-  __device__ void run(int fraction_bits) {
-    prepare_draw(fraction_bits);
+  // `asked`: the draw, in thread 0.
+  __device__ void run(const SamplingDraw& asked, int fraction_bits) {
+    prepare_draw(asked, fraction_bits);
     slice.wait();
     __syncthreads();
     if (team.size > 1) cluster_wait();  // the others have started
@@ -126,7 +125,7 @@ struct Sampler {
       __syncthreads();
       const uint64_t sum =
           Team<kThreads>::sum_of_warp(Selector<Row, kThreads>::sum_thread(slice, s.weights, cut));
-      if (threadIdx.x % 32 == 0) s.warp_sums[threadIdx.x / 32] = sum;
+      if (threadIdx.x % 32 == 0) s.select.warp_sums[threadIdx.x / 32] = sum;
       __syncthreads();
     }
     draw(cut);
@@ -159,24 +158,13 @@ struct Sampler {
     const SamplingDraw& d = s.draw;
     // Bins are for what weighs something and is there.
     const float there = fmaxf(spread * s.weights.exponent_scale * (kBins / (kBins - 2.0f)), 0x1p-20f);
-    const float octaves = fminf(float(s.weights.fraction_bits + 1), there);
+    float octaves = fminf(float(s.weights.fraction_bits + 1), there);
+    // Tokens so light that all of the row's together are less than 1 - top_p of the largest one are not where
+    // top-p ends.
+    if (!s.use_top_k) octaves = fminf(octaves, log2f(float(slice.n) / float(1.0 - d.top_p)) + 1.0f);
     Selector<Row, kThreads> selector{slice, s.weights, team, s.select};
     selector.set_bins(octaves);
-    uint64_t mass = 0;  // top-p's whole
-
-    bool all_listed = uint32_t(slice.n) <= kListed;
-    if (all_listed) {
-      if (s.use_top_p && !p.top_k_first) mass = selector.sum_row(kAllPlaces);
-      uint64_t before;
-      all_listed = selector.list_bins({0, kBins - 1, 0, 0}, before);
-    }
-    if (!all_listed) {
-      // Tokens so light that all of the row's together are less than 1 - top_p of the largest one are not
-      // where top-p ends.
-      const float relevant = log2f(float(slice.n) / float(1.0 - d.top_p)) + 1.0f;
-      if (!s.use_top_k) selector.set_bins(fminf(octaves, relevant));
-      mass = selector.count_row(s.use_top_p);
-    }
+    selector.count_row(s.use_top_p);
 
     uint64_t cut = kAllPlaces;
 #pragma unroll 1
@@ -185,26 +173,23 @@ struct Sampler {
       if (!(by_count ? s.use_top_k : s.use_top_p)) continue;
       uint64_t target = uint64_t(d.top_k), in_front = 0;
       if (!by_count) {
-        const uint64_t kept = all_listed          ? selector.mass_listed(cut)
-                              : cut == kAllPlaces ? mass
-                                                  : selector.sum_row(cut);
-        target = uint64_t(mass_target(d.top_p, int64_t(p.top_k_first ? kept : mass)));
+        const uint64_t kept = cut == kAllPlaces ? s.select.mass : selector.sum_row(cut);
+        target = uint64_t(mass_target(d.top_p, int64_t(p.top_k_first ? kept : s.select.mass)));
         if (target > kept) break;
       }
-      if (!all_listed) {
-        if (by_count) {
-          const Bracket bracket = selector.bracket_of_count(target);
-          if (bracket.last == kBins - 1) continue;  // it keeps all that weighs something
-          in_front = selector.list_end(true, bracket, target);
-        } else {
-          const Bracket likely = selector.likely_bracket_of_mass(target);
-          bool found = false;
-          if (likely.inside <= kListed) {
-            in_front = selector.list_end(false, likely, target);
-            found = selector.is_in_list(in_front, target);
-          }
-          if (!found) in_front = selector.list_end(false, selector.bracket_of_mass(target), target);
+      // By weight: first where it is likely to end, then where it is sure to.
+      bool sure = by_count, found = false;
+      Bracket bracket =
+          by_count ? selector.bracket_of_count(target) : selector.likely_bracket_of_mass(target);
+      if (by_count && bracket.last == kBins - 1) continue;  // it keeps all that weighs something
+#pragma unroll 1
+      while (!found) {
+        if (sure || bracket.inside <= kListed) {
+          in_front = selector.list_end(by_count, bracket, target);
+          found = sure || selector.is_in_list(in_front, target);
         }
+        if (!found) bracket = selector.bracket_of_mass(target);
+        sure = true;
       }
       cut = selector.end_in_list(by_count, target - in_front, cut);
       if (by_count && !p.exact_ties) cut |= 0xffffffffu;
@@ -213,9 +198,8 @@ struct Sampler {
     has_sums =
         selector.has_sums && s.use_top_p && !s.use_top_k && (p.top_k_first || s.min_p_distance == kInfinity);
     if (has_sums) {
-      if (threadIdx.x % 32 == 0) s.warp_sums[threadIdx.x / 32] = selector.warp_sum;
       __syncthreads();
-      selector.add_listed(cut, s.warp_sums);
+      selector.add_listed(cut);
       __syncthreads();
     }
     return cut;
@@ -227,12 +211,12 @@ struct Sampler {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Kept kept(cut);
     auto weigh = [&](float x, int32_t id) { return kept(x, id) ? weights.weigh(x) : 0; };
-    const uint64_t sum = s.warp_sums[warp];
+    const uint64_t sum = s.select.warp_sums[warp];
     uint64_t of_block = 0, before = 0;
 #pragma unroll 4
     for (uint32_t w = 0; w < kThreads / 32; ++w) {
       if (w == warp) before = of_block;
-      of_block += s.warp_sums[w];
+      of_block += s.select.warp_sums[w];
     }
     team.share(of_block, 0);
     uint64_t total = 0;
@@ -277,7 +261,7 @@ struct Sampler {
 };
 
 template <class T, bool kKept>
-__global__ void __launch_bounds__(kThreads, 2) sample(SamplingParams p, int fraction_bits) {
+__global__ void __launch_bounds__(kThreads, kKept ? 2 : 1) sample(SamplingParams p, int fraction_bits) {
   auto& s = *reinterpret_cast<SampleScratch*>(dynamic_smem());
   Team<kThreads> team(cluster_rank(), cluster_size());
   if (team.size > 1) cluster_arrive();
@@ -291,10 +275,12 @@ __global__ void __launch_bounds__(kThreads, 2) sample(SamplingParams p, int frac
   using Row = RowSlice<T, kKept>;
   static_assert(sizeof(Row) <= sizeof(s.slice));
   const Row slice(static_cast<const T*>(p.logits) + row * p.row_stride, p.vocab_size, team.rank, team.size);
+  SamplingDraw draw{};
+  if (threadIdx.x == 0) draw = p.draw(index);  // its loads are under way with the row's
   slice.fetch();
   Row& shared = *reinterpret_cast<Row*>(s.slice);
   if (threadIdx.x == 0) shared = slice;
-  Sampler<Row>{p, s, shared, team}.run(fraction_bits);
+  Sampler<Row>{p, s, shared, team}.run(draw, fraction_bits);
 }
 
 template <class T>

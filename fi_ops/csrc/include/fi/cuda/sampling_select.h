@@ -45,6 +45,8 @@ struct SelectScratch {
     FineHistogram fine;
     uint64_t list[kListed];  // places, in no order
   } all;
+  uint64_t warp_sums[kShort / 32];  // the weight of the tokens of each warp that are kept
+  uint64_t mass;
   uint64_t answer[4];
   uint32_t num_found;
 };
@@ -72,8 +74,7 @@ struct Selector {
   SelectScratch& s;
   float bin_scale = 0;
   uint32_t listed = 0;
-  uint64_t warp_sum = 0;  // what list_bins found in front of the list, in this warp
-  bool has_sums = false;  // that is of the last filter: all that it keeps is that and in the list
+  bool has_sums = false;  // in s.warp_sums: of all tokens in front of the list
 
   // ---- bins ----
 
@@ -94,8 +95,8 @@ struct Selector {
     if (b < kBins - 1) atomicAdd(&s.own.counts[b], 1u);
   }
 
-  // Makes `totals` the numbers of tokens by bin; returns their weight (0 unless `weigh`).
-  __device__ uint64_t count_row(bool weigh) {
+  // Makes `totals` the numbers of tokens by bin and `mass` their weight (0 unless `weigh`).
+  __device__ void count_row(bool weigh) {
     const Weights weights = shared_weights;
     clear_counts();
     WeightSum sum;
@@ -104,8 +105,8 @@ struct Selector {
       if (weigh) sum.add(weights, weights.fraction(x));
     });
     const uint64_t mass = team.sum(sum.total(weights));
+    if (threadIdx.x == 0) s.mass = mass;
     team.sum_arrays(s.own.counts, s.totals, kBins);
-    return mass;
   }
 
   // The weight of this thread's tokens up to `cut`.
@@ -150,19 +151,19 @@ struct Selector {
     const float one = __uint_as_float(uint32_t(127 + weights.fraction_bits) << 23), width = 1.0f / bin_scale;
     const int32_t eligible = bin_at(__fmul_rn(weights.eligible, weights.exponent_scale));
     const int32_t first = int32_t(threadIdx.x) * kEach;
-    uint64_t guess[kEach], before = 0;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const int32_t b = first + j;
+    auto guess = [&](int32_t b) {
       const float weight = b <= eligible ? exp2_approx(-(float(b) + 0.5f) * width) : 0.0f;
-      before += guess[j] = uint64_t(float(s.totals[b]) * weight * one);
-    }
+      return uint64_t(float(s.totals[b]) * weight * one);
+    };
+    uint64_t before = 0;
+#pragma unroll 1
+    for (int32_t b = first; b < first + kEach; ++b) before += guess(b);
     if (threadIdx.x == 0) s.answer[0] = kBins - 2;
     before = team.scan(before);
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      if (before < target && before + guess[j] >= target) s.answer[0] = first + j;
-      before += guess[j];
+#pragma unroll 1
+    for (int32_t b = first; b < first + kEach && before < target; ++b) {
+      before += guess(b);
+      if (before >= target) s.answer[0] = b;
     }
     __syncthreads();
     const int32_t b = int32_t(s.answer[0]), from = max(b - 1, 0), to = min(b + 1, kBins - 2);
@@ -182,41 +183,42 @@ struct Selector {
     const float one = __uint_as_float(uint32_t(127 + weights.fraction_bits) << 23), width = 1.0f / bin_scale;
     const int32_t eligible = bin_at(__fmul_rn(weights.eligible, weights.exponent_scale));
     const int32_t first = int32_t(threadIdx.x) * kEach;
-    uint32_t count[kEach];
-    uint64_t low[kEach], high[kEach], before[3] = {0, 0, 0};
-    float above = exp2_approx(-float(first) * width) * one;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const int32_t b = first + j;
-      const float below = exp2_approx(-float(b + 1) * width) * one;
-      count[j] = s.totals[b];
-      low[j] = b < eligible ? count[j] * uint64_t(below * (1.0f - kMargin)) : 0;
-      high[j] = b <= eligible ? count[j] * (uint64_t(above * (1.0f + kMargin)) + 1) : 0;
-      above = below;
-      before[0] += count[j];
-      before[1] += low[j];
-      before[2] += high[j];
-    }
+    uint64_t before[3] = {0, 0, 0};
+    // f(bin, its tokens, the least and the most that they can weigh together)
+    auto for_each_bin = [&](const auto& f) {
+#pragma unroll 1
+      for (int32_t b = first; b < first + kEach; ++b) {
+        const float above = exp2_approx(-float(b) * width) * one,
+                    below = exp2_approx(-float(b + 1) * width) * one;
+        const uint64_t count = s.totals[b];
+        f(b, count, b < eligible ? count * uint64_t(below * (1.0f - kMargin)) : 0,
+          b <= eligible ? count * (uint64_t(above * (1.0f + kMargin)) + 1) : 0);
+      }
+    };
+    for_each_bin([&](int32_t, uint64_t count, uint64_t low, uint64_t high) {
+      before[0] += count;
+      before[1] += low;
+      before[2] += high;
+    });
     if (threadIdx.x == 0) {
       s.answer[0] = s.answer[1] = kBins - 1;
       s.answer[2] = 0;
       s.answer[3] = uint64_t(slice.n);
     }
     for (uint64_t& b : before) b = team.scan(b);
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      if (before[2] < target && before[2] + high[j] >= target) {
-        s.answer[0] = first + j;
+    for_each_bin([&](int32_t b, uint64_t count, uint64_t low, uint64_t high) {
+      if (before[2] < target && before[2] + high >= target) {
+        s.answer[0] = b;
         s.answer[2] = before[0];
       }
-      if (before[1] < target && before[1] + low[j] >= target) {
-        s.answer[1] = first + j;
-        s.answer[3] = before[0] + count[j];
+      if (before[1] < target && before[1] + low >= target) {
+        s.answer[1] = b;
+        s.answer[3] = before[0] + count;
       }
-      before[0] += count[j];
-      before[1] += low[j];
-      before[2] += high[j];
-    }
+      before[0] += count;
+      before[1] += low;
+      before[2] += high;
+    });
     __syncthreads();
     const Bracket b{int32_t(s.answer[0]), int32_t(s.answer[1]), s.answer[2], s.answer[3] - s.answer[2]};
     __syncthreads();
@@ -268,23 +270,18 @@ struct Selector {
     begin_list();
     WeightSum sum;
     slice.for_each_vector([&](const auto& x, int32_t id) {
-      bool any = false;
+      uint32_t found = 0;
 #pragma unroll
-      for (const float logit : x) {
-        const float at = __fmul_rn(weights.octaves(logit), bin_scale);
-        sum.add(weights, at < first ? weights.fraction(logit) : 0.0f);
-        any |= at >= first && at < end;
+      for (int j = 0; j < Row::kLogits; ++j) {
+        const float at = __fmul_rn(weights.octaves(x[j]), bin_scale);
+        sum.add(weights, at < first ? weights.fraction(x[j]) : 0.0f);
+        found |= at >= first && at < end ? 1u << j : 0;
       }
-      if (!any) return;
-#pragma unroll
-      for (const float logit : x) {
-        const float at = __fmul_rn(weights.octaves(logit), bin_scale);
-        if (at >= first && at < end) collect(logit, id);
-        ++id;
-      }
+      Row::for_each_of(found, x, id, [&](float logit, int32_t token) { collect(logit, token); });
     });
     before = sum.total(weights);
-    warp_sum = team.sum_of_warp(before);
+    const uint64_t of_warp = team.sum_of_warp(before);
+    if (threadIdx.x % 32 == 0) s.warp_sums[threadIdx.x / 32] = of_warp;
     return end_list(before);
   }
 
@@ -293,15 +290,15 @@ struct Selector {
     return before < target && before + mass_listed(kAllPlaces) >= target;
   }
 
-  // Adds to sums by warp (of this block) the weights of the list's tokens up to `cut`.
-  __device__ void add_listed(uint64_t cut, uint64_t* sums) const {
+  // Adds to the sums by warp (of this block) the weights of the list's tokens up to `cut`.
+  __device__ void add_listed(uint64_t cut) const {
     const Weights weights = shared_weights;
     const int32_t first_id = slice.id_of(0), per_warp = slice.per_warp() * Row::kLogits;
     for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
       const uint64_t place = s.all.list[i];
       const int32_t at = int32_t(uint32_t(place)) - first_id;
       if (place <= cut && at >= 0 && at < slice.num_tokens())
-        atomicAdd(reinterpret_cast<unsigned long long*>(&sums[at / per_warp]),
+        atomicAdd(reinterpret_cast<unsigned long long*>(&s.warp_sums[at / per_warp]),
                   weights.weigh(logit_at(place)));
     }
   }

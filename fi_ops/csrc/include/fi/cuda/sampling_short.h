@@ -58,18 +58,13 @@ struct ShortDraw {
     const uint32_t room = kListed / team.size;
     uint64_t* const part = team.at(s.all.list + team.rank * room, 0);
     slice.for_each_vector([&](const auto& x, int32_t id) {
-      bool any = false;
+      uint32_t found = 0;
 #pragma unroll
-      for (const float logit : x) any |= step(logit) < end;
-      if (!any) return;
-#pragma unroll
-      for (const float logit : x) {
-        if (step(logit) < end) {
-          const uint32_t slot = atomicAdd(&s.num_found, 1u);
-          if (slot < room) part[slot] = place_of(logit, id);
-        }
-        ++id;
-      }
+      for (int j = 0; j < Row::kLogits; ++j) found |= step(x[j]) < end ? 1u << j : 0;
+      Row::for_each_of(found, x, id, [&](float logit, int32_t token) {
+        const uint32_t slot = atomicAdd(&s.num_found, 1u);
+        if (slot < room) part[slot] = place_of(logit, token);
+      });
     });
     __syncthreads();
     team.share(0, s.num_found);

@@ -130,13 +130,16 @@ struct Slice {
   // what it will read: no barrier.
   __device__ void fetch() const {
     if (!kKept) return;
-    const int32_t first_id = -lead(), end = warp_end();
+    const T* const vectors = row - lead();
+    const int32_t whole_begin = lead() == 0 ? 0 : 1, whole_end = int32_t((int64_t(lead()) + n) / kLogits);
+    const int32_t end = warp_end();
+    uint4* const to = kept() - block_begin;
+#pragma unroll 1
     for (int32_t v = warp_begin() + int32_t(threadIdx.x % 32); v < end; v += 32) {
-      const int64_t id = int64_t(v) * kLogits + first_id;
-      if (id >= 0 && id + kLogits <= n) {
-        cp_async_16(kept() + (v - block_begin), row + id);
+      if (v >= whole_begin && v < whole_end) {
+        cp_async_16(to + v, vectors + int64_t(v) * kLogits);
       } else {
-        kept()[v - block_begin] = load_partial(row, n, id);
+        to[v] = load_partial(row, n, int64_t(v) * kLogits - lead());
       }
     }
     cp_async_commit();
@@ -184,7 +187,7 @@ struct Slice {
   // f(logits, id of the first) for the vectors of this warp, -inf where a lane has none.
   template <class F>
   __device__ __forceinline__ void for_each_vector(const F& f) const {
-    constexpr int kAtOnce = 2;
+    constexpr int kAtOnce = 8 / kLogits;
     const Slice slice = *this;  // one read of what is in shared memory
     const int32_t first_id = -slice.lead(), end = slice.warp_end(), lane = int32_t(threadIdx.x % 32);
     for (int32_t base = slice.warp_begin() + lane; base - lane < end; base += 32 * kAtOnce) {
@@ -199,6 +202,20 @@ struct Slice {
       for (int i = 0; i < kAtOnce; ++i) f(x[i], (base + 32 * i) * kLogits + first_id);
     }
   }
+  // f(logit, id) for those of a vector's tokens that `mask` has; one copy of f's code.
+  template <class F>
+  static __device__ __forceinline__ void for_each_of(uint32_t mask, const float (&x)[kLogits], int32_t id,
+                                                     const F& f) {
+#pragma unroll 1
+    for (; mask != 0; mask &= mask - 1) {
+      const int j = __ffs(int(mask)) - 1;
+      float logit = x[0];
+#pragma unroll
+      for (int i = 1; i < kLogits; ++i) logit = j == i ? x[i] : logit;
+      f(logit, id + j);
+    }
+  }
+
   // f(logit, id) for the tokens of this thread, -inf where it has none.
   template <class F>
   __device__ __forceinline__ void for_each(const F& f) const {
