@@ -28,6 +28,7 @@ struct alignas(16) SampleScratch {
   SelectScratch select;
   uint32_t warp_keys[2][kMaxTeam][kThreads / 32];  // of each warp of the team: first and last order key
   SamplingDraw draw;
+  int64_t index;  // of the draw
   alignas(16) unsigned char slice[64];
   Weights weights;
   float min_p_distance;
@@ -44,11 +45,8 @@ struct Sampler {
   Row& slice;  // in s
   Team<kThreads>& team;
 
-  // Of the draw.
-  __device__ int64_t index() const { return blockIdx.x / team.size; }
-
   __device__ void write(int64_t id, bool valid) const {
-    if (team.rank == 0 && threadIdx.x == 0) p.write(index(), id, valid);
+    if (team.rank == 0 && threadIdx.x == 0) p.write(s.index, id, valid);
   }
 
   // What all threads need and one can find out.
@@ -110,7 +108,7 @@ struct Sampler {
       // Of logits far below the maximum one more or less in a step does no harm.
       const float steps = fminf(max - min, fmaxf(64.0f, 64.0f / s.weights.exponent_scale));
       if (short_draw.draw(d, s.use_top_p, p.exact_ties, max, steps,
-                          [&](int64_t id, bool valid) { p.write(index(), id, valid); }))
+                          [&](int64_t id, bool valid) { p.write(s.index, id, valid); }))
         return;
     }
     uint64_t cut = kAllPlaces;
@@ -179,8 +177,8 @@ struct Sampler {
       }
       // By weight: first where it is likely to end, then where it is sure to.
       bool sure = by_count, found = false;
-      Bracket bracket =
-          by_count ? selector.bracket_of_count(target) : selector.likely_bracket_of_mass(target);
+      Bracket bracket = by_count ? selector.bracket_of_count(target)
+                                 : selector.likely_bracket_of_mass(target, !s.use_top_k);
       if (by_count && bracket.last == kBins - 1) continue;  // it keeps all that weighs something
 #pragma unroll 1
       while (!found) {
@@ -250,7 +248,7 @@ struct Sampler {
         left -= up_to - mine;
         for (int j = 0; j < kLogits; ++j) {
           const uint64_t weight = weigh(x[j], id + j);
-          if (left < weight) return p.write(index(), id + j, true);
+          if (left < weight) return p.write(s.index, id + j, true);
           left -= weight;
         }
         return;
@@ -279,7 +277,10 @@ __global__ void __launch_bounds__(kThreads, kKept ? 2 : 1) sample(SamplingParams
   if (threadIdx.x == 0) draw = p.draw(index);  // its loads are under way with the row's
   slice.fetch();
   Row& shared = *reinterpret_cast<Row*>(s.slice);
-  if (threadIdx.x == 0) shared = slice;
+  if (threadIdx.x == 0) {
+    shared = slice;
+    s.index = index;
+  }
   Sampler<Row>{p, s, shared, team}.run(draw, fraction_bits);
 }
 

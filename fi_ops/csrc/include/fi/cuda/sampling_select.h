@@ -143,9 +143,9 @@ struct Selector {
   }
 
   // The bins in which the weight of tokens is likely to reach `target`, as if all tokens of a bin weighed
-  // what its middle does: it is right but for sums that are that near to a bin's end. At worst a bracket
-  // without that place.
-  __device__ Bracket likely_bracket_of_mass(uint64_t target) {
+  // what its middle does. At worst a bracket without that place. The heaviest tokens are what is the least
+  // like that, so where all of the row is known to weigh s.mass it counts from the light end.
+  __device__ Bracket likely_bracket_of_mass(uint64_t target, bool of_row) {
     const Weights weights = shared_weights;
     constexpr int kEach = kBins / Threads;
     const float one = __uint_as_float(uint32_t(127 + weights.fraction_bits) << 23), width = 1.0f / bin_scale;
@@ -155,15 +155,16 @@ struct Selector {
       const float weight = b <= eligible ? exp2_approx(-(float(b) + 0.5f) * width) : 0.0f;
       return uint64_t(float(s.totals[b]) * weight * one);
     };
-    uint64_t before = 0;
+    uint64_t mine = 0;
 #pragma unroll 1
-    for (int32_t b = first; b < first + kEach; ++b) before += guess(b);
+    for (int32_t b = first; b < first + kEach; ++b) mine += guess(b);
     if (threadIdx.x == 0) s.answer[0] = kBins - 2;
-    before = team.scan(before);
+    const int64_t in_front = of_row ? int64_t(s.mass - team.sum(mine, Among::kBlock)) : 0;
+    int64_t before = in_front + int64_t(team.scan(mine));
 #pragma unroll 1
-    for (int32_t b = first; b < first + kEach && before < target; ++b) {
-      before += guess(b);
-      if (before >= target) s.answer[0] = b;
+    for (int32_t b = first; b < first + kEach && before < int64_t(target); ++b) {
+      before += int64_t(guess(b));
+      if (before >= int64_t(target)) s.answer[0] = b;
     }
     __syncthreads();
     const int32_t b = int32_t(s.answer[0]), from = max(b - 1, 0), to = min(b + 1, kBins - 2);
@@ -251,12 +252,11 @@ struct Selector {
     }
     listed = 0;
     if (all > kListed) return false;
-#pragma unroll 1
-    for (uint32_t block = 0; block < team.size; ++block) {
-      const uint32_t size = uint32_t(team.shared(block).b);
-      const uint64_t* found = team.at(s.own.found, block);
-      for (uint32_t i = threadIdx.x; i < size; i += Threads) s.all.list[listed + i] = found[i];
-      listed += size;
+    listed = uint32_t(all);
+    for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
+      uint32_t block = 0, at = i;
+      for (; at >= team.shared(block).b; ++block) at -= uint32_t(team.shared(block).b);
+      s.all.list[i] = *team.at(s.own.found + at, block);
     }
     team.sync();
     return true;
@@ -316,6 +316,7 @@ struct Selector {
 
   // Sorts the n tokens of the short list: each is compared with each, by as many threads a token as there
   // are.
+  template <bool kIds>
   __device__ void sort(uint32_t n) {
     ShortList& brief = s.own.brief;
     brief.ranks[threadIdx.x] = 0;
@@ -331,7 +332,7 @@ struct Selector {
       for (uint32_t j = part * each; j < end; ++j) {
         const uint64_t other = brief.tokens[j];
         in_front += other < place;
-        lower += uint32_t(other) < uint32_t(place);
+        if (kIds) lower += uint32_t(other) < uint32_t(place);
       }
       atomicAdd(&brief.ranks[i], lower << 16 | in_front);
     }
@@ -339,7 +340,7 @@ struct Selector {
     if (threadIdx.x < n) {
       const uint32_t ranks = brief.ranks[threadIdx.x];
       brief.sorted[ranks & 0xffffu] = brief.tokens[threadIdx.x];
-      brief.id_rank[ranks & 0xffffu] = ranks >> 16;
+      if (kIds) brief.id_rank[ranks & 0xffffu] = ranks >> 16;
     }
     __syncthreads();
   }
@@ -475,17 +476,23 @@ struct Selector {
     const Weights weights = shared_weights;
     Span span{0, limit, 0, listed};
     while (span.inside > kShort) narrow(Among::kBlock, by_count, span, target);
-    begin_list();
-    for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
-      const uint64_t place = s.all.list[i];
-      if (place < span.low || place > span.high) continue;
-      const uint32_t slot = atomicAdd(&s.num_found, 1u);
-      if (slot < kShort) s.own.brief.tokens[slot] = place;
-    }
+    uint32_t n = listed;
     if (threadIdx.x == 0) s.answer[0] = limit;
-    __syncthreads();
-    const uint32_t n = min(s.num_found, kShort);
-    sort(n);
+    if (n <= kShort) {  // no token behind `limit` is where the target is reached
+      if (threadIdx.x < n) s.own.brief.tokens[threadIdx.x] = s.all.list[threadIdx.x];
+      __syncthreads();
+    } else {
+      begin_list();
+      for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
+        const uint64_t place = s.all.list[i];
+        if (place < span.low || place > span.high) continue;
+        const uint32_t slot = atomicAdd(&s.num_found, 1u);
+        if (slot < kShort) s.own.brief.tokens[slot] = place;
+      }
+      __syncthreads();
+      n = min(s.num_found, kShort);
+    }
+    sort<false>(n);
     const uint64_t place = threadIdx.x < n ? s.own.brief.sorted[threadIdx.x] : kAllPlaces;
     const uint64_t value = threadIdx.x >= n ? 0 : by_count ? 1 : weights.weigh(logit_at(place));
     uint64_t before = team.scan(value);

@@ -91,7 +91,7 @@ struct ShortDraw {
     const uint32_t i = threadIdx.x, top_k = uint32_t(d.top_k);
     if (i < n) brief.tokens[i] = mine;
     __syncthreads();
-    Selector<Row, Threads>{slice, shared_weights, team, s}.sort(n);
+    Selector<Row, Threads>{slice, shared_weights, team, s}.template sort<true>(n);
 
     const uint64_t place = i < n ? brief.sorted[i] : kAllPlaces;
     bool kept = i < n && (i < top_k || (!exact_ties && place >> 32 == brief.sorted[top_k - 1] >> 32));
