@@ -15,7 +15,7 @@ inline constexpr float kInfinity = __builtin_huge_valf();
 
 // What orders tokens: larger logit first, lower id first among equals. Smaller comes first.
 FI_DEVICE_INLINE uint64_t place_of(float logit, int32_t id) {
-  return uint64_t(order_key(logit)) << 32 | uint32_t(id);
+  return uint64_t(order_key(logit + 0.0f)) << 32 | uint32_t(id);  // -0 is +0
 }
 FI_DEVICE_INLINE float logit_at(uint64_t place) { return key_logit(uint32_t(place >> 32)); }
 
@@ -31,24 +31,59 @@ struct Kept {
   }
 };
 
+// A weight has at most so many fraction bits: two halves of it, each a float's mantissa, are exact.
+inline constexpr int kMaxFractionBits = 45;
+
 // How logits become weights and bins; the same in all blocks of a row.
 struct Weights {
   float max;             // of the row; 0 where that is infinite
   float exponent_scale;  // log2(e) / temperature
-  float fixed_scale;     // 2^fraction_bits: the weight of the maximum
   float eligible;        // logits below max - eligible weigh nothing (min-p)
+  int fraction_bits;     // the maximum weighs 2^fraction_bits
+  float low_base;        // 1.5 * 2^(23 - fraction_bits), the last place of which is 2^-fraction_bits
+
+  __device__ void set_fraction_bits(int bits) {
+    fraction_bits = bits;
+    low_base = __uint_as_float(uint32_t(127 + 23 - bits) << 23 | 1u << 22);
+  }
 
   // How many octaves a weight is below that of the maximum.
   __device__ float octaves(float logit) const { return __fmul_rn(max - logit, exponent_scale); }
 
-  __device__ uint64_t weigh(float logit) const {
-    if (!(max - logit <= eligible)) return 0;
-    return uint64_t(exp2_approx(-octaves(logit)) * fixed_scale);
+  // The weight as a fraction of the maximum's.
+  __device__ float fraction(float logit) const {
+    return max - logit <= eligible ? exp2_approx(-octaves(logit)) : 0.0f;
+  }
+  __device__ inline uint64_t weigh(float logit) const;
+};
+
+// A sum of weights, exact. A conversion to 64-bit integers runs at a small part of the rate of additions;
+// adding a large power of two rounds to its last place just so, twice.
+struct WeightSum {
+  uint64_t high = 0;  // of 2^-22
+  uint32_t low = 0;   // of 2^-fraction_bits, signed
+
+  __device__ void add(const Weights& weights, float fraction) {
+    constexpr uint32_t kTwo = 0x40000000u;  // 2.0f, the last place of which is 2^-22
+    const float a = __fadd_rn(fraction, 2.0f);
+    const float rest = __fadd_rn(fraction, -__fadd_rn(a, -2.0f));
+    high += __float_as_uint(a) - kTwo;
+    low += __float_as_uint(__fadd_rn(rest, weights.low_base)) - __float_as_uint(weights.low_base);
+  }
+  __device__ uint64_t total(const Weights& weights) const {
+    return (high << (weights.fraction_bits - 22)) + uint64_t(int64_t(int32_t(low)));
   }
 };
 
-// In shared memory, once fetch() has begun: not to take registers between passes.
-template <class T, int Threads>
+__device__ inline uint64_t Weights::weigh(float logit) const {
+  WeightSum sum;
+  sum.add(*this, fraction(logit));
+  return sum.total(*this);
+}
+
+// In shared memory, once fetch() has begun: not to take registers between passes. With kKept the logits are
+// kept in shared memory too, behind `kOffset` bytes; else they are read from memory each time.
+template <class T, int Threads, bool kKept, uint32_t kOffset>
 struct Slice {
   static constexpr int kLogits = 16 / sizeof(T);  // in a vector
   static constexpr int kWarps = Threads / 32;
@@ -56,19 +91,18 @@ struct Slice {
   const T* row;
   int32_t n;                       // tokens in the row
   int32_t block_begin, block_end;  // vectors of this block
-  uint32_t kept_at;  // where in dynamic shared memory the slice is; 0: nowhere, read it from memory each time
-  bool infinite;     // some logit is +inf: those count as 0, all others as -inf
+  bool infinite;                   // some logit is +inf: those count as 0, all others as -inf (not kKept)
 
   // Part `rank` of `blocks`.
-  __device__ Slice(const T* row, int64_t vocab_size, uint32_t rank, uint32_t blocks, uint32_t kept_at)
-      : row(row), n(int32_t(vocab_size)), kept_at(kept_at), infinite(false) {
+  __device__ Slice(const T* row, int64_t vocab_size, uint32_t rank, uint32_t blocks)
+      : row(row), n(int32_t(vocab_size)), infinite(false) {
     const int32_t all = int32_t((int64_t(lead()) + n + kLogits - 1) / kLogits);
     const int32_t per_block = (all + int32_t(blocks) - 1) / int32_t(blocks);
     block_begin = min(all, int32_t(rank) * per_block);
     block_end = min(all, block_begin + per_block);
   }
 
-  __device__ uint4* kept() const { return reinterpret_cast<uint4*>(dynamic_smem() + kept_at); }
+  __device__ uint4* kept() const { return reinterpret_cast<uint4*>(dynamic_smem() + kOffset); }
 
   // Elements of the first vector in front of the row.
   __device__ int32_t lead() const {
@@ -95,29 +129,24 @@ struct Slice {
   // Begins to bring the slice to shared memory, if it is to be kept there; wait() ends it. Each thread copies
   // what it will read: no barrier.
   __device__ void fetch() const {
-    if (kept_at == 0) return;
-    const int32_t first_id = -lead(), end = warp_end();
+    if (!kKept) return;
+    const T* const vectors = row - lead();
+    const int32_t whole_begin = lead() == 0 ? 0 : 1, whole_end = int32_t((int64_t(lead()) + n) / kLogits);
+    const int32_t end = warp_end();
+    uint4* const to = kept() - block_begin;
+#pragma unroll 1
     for (int32_t v = warp_begin() + int32_t(threadIdx.x % 32); v < end; v += 32) {
-      const int64_t id = int64_t(v) * kLogits + first_id;
-      if (id >= 0 && id + kLogits <= n) {
-        cp_async_16(kept() + (v - block_begin), row + id);
+      if (v >= whole_begin && v < whole_end) {
+        cp_async_16(to + v, vectors + int64_t(v) * kLogits);
       } else {
-        kept()[v - block_begin] = load_partial(row, n, id);
+        to[v] = load_partial(row, n, int64_t(v) * kLogits - lead());
       }
     }
     cp_async_commit();
   }
   static __device__ void wait() { cp_async_wait<0>(); }
 
-  __device__ void read(int32_t vector, float (&x)[kLogits]) const {
-    uint4 v;
-    if (kept_at != 0) {
-      v = kept()[vector - block_begin];
-    } else {
-      const int64_t id = int64_t(vector) * kLogits - lead();
-      const bool whole = id >= 0 && id + kLogits <= n;
-      v = whole ? load_streaming_16(row + id) : load_partial(row, n, id);
-    }
+  static __device__ void unpack(uint4 v, float (&x)[kLogits]) {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -129,25 +158,71 @@ struct Slice {
         x[2 * i + 1] = pair.y;
       }
     }
-    if (infinite) {
+  }
+  __device__ void read(int32_t vector, float (&x)[kLogits]) const {
+    if constexpr (kKept) {
+      unpack(kept()[vector - block_begin], x);
+    } else {
+      const int64_t id = int64_t(vector) * kLogits - lead();
+      const bool whole = id >= 0 && id + kLogits <= n;
+      unpack(whole ? load_streaming_16(row + id) : load_partial(row, n, id), x);
+      if (infinite) {
 #pragma unroll
-      for (int j = 0; j < kLogits; ++j) x[j] = x[j] == kInfinity ? 0.0f : -kInfinity;
+        for (int j = 0; j < kLogits; ++j) x[j] = x[j] == kInfinity ? 0.0f : -kInfinity;
+      }
     }
-#pragma unroll
-    for (int j = 0; j < kLogits; ++j) x[j] += 0.0f;  // -0 becomes +0
   }
 
-  // f(logit, id) for the tokens of this warp, -inf where a lane has none.
+  // Some logit is +inf. All threads call it, between barriers of the block.
+  __device__ void set_infinite() {
+    if constexpr (kKept) {
+      T* const logits = reinterpret_cast<T*>(kept());
+      for (int32_t i = threadIdx.x; i < num_tokens(); i += Threads)
+        logits[i] = from_float<T>(to_float(logits[i]) == kInfinity ? 0.0f : -kInfinity);
+    } else {
+      if (threadIdx.x == 0) infinite = true;
+    }
+  }
+
+  // f(logits, id of the first) for the vectors of this warp, -inf where a lane has none.
+  template <class F>
+  __device__ __forceinline__ void for_each_vector(const F& f) const {
+    constexpr int kAtOnce = 8 / kLogits;
+    const Slice slice = *this;  // one read of what is in shared memory
+    const int32_t first_id = -slice.lead(), end = slice.warp_end(), lane = int32_t(threadIdx.x % 32);
+    for (int32_t base = slice.warp_begin() + lane; base - lane < end; base += 32 * kAtOnce) {
+      float x[kAtOnce][kLogits];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (float& logit : x[i]) logit = -kInfinity;
+        if (base + 32 * i < end) slice.read(base + 32 * i, x[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) f(x[i], (base + 32 * i) * kLogits + first_id);
+    }
+  }
+  // f(logit, id) for those of a vector's tokens that `mask` has; one copy of f's code.
+  template <class F>
+  static __device__ __forceinline__ void for_each_of(uint32_t mask, const float (&x)[kLogits], int32_t id,
+                                                     const F& f) {
+#pragma unroll 1
+    for (; mask != 0; mask &= mask - 1) {
+      const int j = __ffs(int(mask)) - 1;
+      float logit = x[0];
+#pragma unroll
+      for (int i = 1; i < kLogits; ++i) logit = j == i ? x[i] : logit;
+      f(logit, id + j);
+    }
+  }
+
+  // f(logit, id) for the tokens of this thread, -inf where it has none.
   template <class F>
   __device__ __forceinline__ void for_each(const F& f) const {
-    const Slice slice = *this;  // one read of what is in shared memory
-    const int32_t first_id = -slice.lead(), end = slice.warp_end();
-    for (int32_t vector = slice.warp_begin() + int32_t(threadIdx.x % 32); vector < end; vector += 32) {
-      float x[kLogits];
-      slice.read(vector, x);
+    for_each_vector([&](const float (&x)[kLogits], int32_t id) {
 #pragma unroll
-      for (int j = 0; j < kLogits; ++j) f(x[j], vector * kLogits + j + first_id);
-    }
+      for (int j = 0; j < kLogits; ++j) f(x[j], id + j);
+    });
   }
 
   // The tokens of the block, one at a time: for rare passes, whose code is not to be there kLogits times.
@@ -156,8 +231,9 @@ struct Slice {
   __device__ float logit(int32_t i) const {
     const int32_t id = id_of(i);
     if (id < 0 || id >= n) return -kInfinity;
-    const float x = to_float(kept_at != 0 ? reinterpret_cast<const T*>(kept())[i] : row[id]);
-    return infinite ? x == kInfinity ? 0.0f : -kInfinity : x + 0.0f;
+    if constexpr (kKept) return to_float(reinterpret_cast<const T*>(kept())[i]);
+    const float x = to_float(row[id]);
+    return !infinite ? x : x == kInfinity ? 0.0f : -kInfinity;
   }
 };
 

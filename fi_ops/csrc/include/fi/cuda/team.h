@@ -14,7 +14,7 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Who takes part in a sum: all blocks of the team, or each block by itself.
 enum class Among { kTeam, kBlock };
-enum class Fold { kSum, kMin, kMax, kMaxHalves };
+enum class Fold { kSum, kMin };
 
 // The first thing in each block's dynamic shared memory.
 template <int Warps>
@@ -22,9 +22,8 @@ struct TeamScratch {
   struct Pair {
     uint64_t a, b;
   };
-  Pair slots[2][kMaxTeam];  // what each block shared; alternating
-  uint64_t results[2];      // of a block by itself; alternating
-  uint64_t warps[3][Warps];
+  Pair slots[2][kMaxTeam];   // what each block shared; alternating
+  uint64_t folds[2][Warps];  // of each warp; alternating
 };
 
 template <int Threads>
@@ -64,22 +63,19 @@ class Team {
     return scratch().slots[team_side_][block];
   }
 
-  // Folds a value of every thread; all have the result.
+  // Folds a value (below 2^63) of every thread; all have the result.
   __device__ uint64_t sum(uint64_t value, Among among = Among::kTeam) {
-    return fold(Fold::kSum, value, among);
+    return fold<Fold::kSum>(value, among);
   }
   __device__ uint64_t min(uint64_t value, Among among = Among::kTeam) {
-    return fold(Fold::kMin, value, among);
+    return fold<Fold::kMin>(value, among);
   }
   __device__ uint64_t max(uint64_t value, Among among = Among::kTeam) {
-    return fold(Fold::kMax, value, among);
+    return ~fold<Fold::kMin>(~value, among);
   }
-  // The largest `high` in the upper half, the largest `low` in the lower one.
-  __device__ uint64_t max_halves(uint32_t high, uint32_t low) {
-    return fold(Fold::kMaxHalves, uint64_t(high) << 32 | low, Among::kTeam);
-  }
-  // The sum over this block's threads, for all lanes of warp 0.
-  __device__ uint64_t sum_for_warp_0(uint64_t value) const { return fold_block(Fold::kSum, value); }
+
+  // Of a value (below 2^63) of every lane, for all lanes.
+  static __device__ uint64_t sum_of_warp(uint64_t value) { return fold_warp<Fold::kSum>(value); }
 
   // Makes totals[i] of every block the sum of all blocks' parts[i], for i < n (a multiple of kMaxTeam). A
   // sync of the team must lie between the writing of parts and this.
@@ -88,89 +84,75 @@ class Team {
     const uint32_t share = n / size;
     for (uint32_t i = rank * share + threadIdx.x; i < (rank + 1) * share; i += Threads) {
       N total = 0;
-#pragma unroll 4
-      for (uint32_t block = 0; block < size; ++block) total += *at(parts + i, block);
-#pragma unroll 1
-      for (uint32_t block = 0; block < size; ++block) *at(totals + i, block) = total;
+#pragma unroll
+      for (uint32_t block = 0; block < kMaxTeam; ++block)
+        if (block < size) total += *at(parts + i, block);
+#pragma unroll
+      for (uint32_t block = 0; block < kMaxTeam; ++block)
+        if (block < size) *at(totals + i, block) = total;
     }
     sync();
   }
 
-  // Makes each v[k] the sum of those of the threads before this one, in this block.
-  template <int K>
-  __device__ void scan_block(uint64_t (&v)[K]) const {
-    static_assert(K <= 3);
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int k = 0; k < K; ++k) {
-      uint64_t up_to = v[k];
-#pragma unroll 1
-      for (unsigned step = 1; step < 32; step *= 2) {
-        const uint64_t other = __shfl_up_sync(kAllLanes, up_to, step);
-        if (lane >= step) up_to += other;
-      }
-      if (lane == 31) scratch().warps[k][warp] = up_to;
-      v[k] = up_to - v[k];
-    }
-    __syncthreads();
-    for (int k = 0; k < K; ++k) {
-#pragma unroll 4
-      for (unsigned before = 0; before < kWarps; ++before)
-        v[k] += before < warp ? scratch().warps[k][before] : 0;
-    }
-    __syncthreads();
+  // The sum of the values (below 2^63) of the threads before this one, in this block.
+  __device__ uint64_t scan(uint64_t value) {
+    block_side_ ^= 1;
+    return scan_block(value, block_side_);
   }
 
  private:
   static __device__ Scratch& scratch() { return *reinterpret_cast<Scratch*>(dynamic_smem()); }
 
-  static __device__ uint64_t folded(Fold fold, uint64_t a, uint64_t b) {
-    if (fold == Fold::kSum) return a + b;
-    if (fold == Fold::kMaxHalves) {
-      const uint32_t low = ::max(uint32_t(a), uint32_t(b)),
-                     high = ::max(uint32_t(a >> 32), uint32_t(b >> 32));
+  static FI_DEVICE_INLINE uint64_t neutral(Fold fold) { return fold == Fold::kSum ? 0 : ~uint64_t{0}; }
+
+  // Over a warp, for all its lanes: one instruction folds 32 bits.
+  template <Fold kFold>
+  static __device__ uint64_t fold_warp(uint64_t value) {
+    if constexpr (kFold == Fold::kSum) {
+      constexpr uint32_t kPart = (1u << 21) - 1;
+      const uint64_t low = __reduce_add_sync(kAllLanes, uint32_t(value) & kPart),
+                     middle = __reduce_add_sync(kAllLanes, uint32_t(value >> 21) & kPart),
+                     high = __reduce_add_sync(kAllLanes, uint32_t(value >> 42));
+      return low + (middle << 21) + (high << 42);
+    } else {
+      const uint32_t high = __reduce_min_sync(kAllLanes, uint32_t(value >> 32));
+      const uint32_t low =
+          __reduce_min_sync(kAllLanes, uint32_t(value >> 32) == high ? uint32_t(value) : ~0u);
       return uint64_t(high) << 32 | low;
     }
-    return (a < b) == (fold == Fold::kMin) ? a : b;
   }
 
-  // Folds are called from many places: one copy of the code for all. All lanes of warp 0 have the block's
-  // result.
-  static FI_DEVICE_NOINLINE uint64_t fold_block(Fold fold, uint64_t value) {
+  // Folds are called from many places: one copy of the code for all.
+  template <Fold kFold>
+  static FI_DEVICE_NOINLINE uint64_t fold_block(uint64_t value, uint32_t side) {
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll 1
-    for (int step = 16; step > 0; step /= 2)
-      value = folded(fold, value, __shfl_xor_sync(kAllLanes, value, step));
-    if (lane == 0) scratch().warps[0][warp] = value;
+    value = fold_warp<kFold>(value);
+    if (lane == 0) scratch().folds[side][warp] = value;
     __syncthreads();
-    if (warp == 0) {
-      value = scratch().warps[0][lane % kWarps];
-#pragma unroll 1
-      for (int step = kWarps / 2; step > 0; step /= 2)
-        value = folded(fold, value, __shfl_xor_sync(kAllLanes, value, step));
-    }
-    return value;
+    return fold_warp<kFold>(lane < kWarps ? scratch().folds[side][lane] : neutral(kFold));
   }
 
-  __device__ uint64_t fold(Fold fold, uint64_t value, Among among) {
-    value = fold_block(fold, value);
-    if (among == Among::kBlock) {
-      block_side_ ^= 1;
-      if (threadIdx.x == 0) scratch().results[block_side_] = value;
-      __syncthreads();
-      return scratch().results[block_side_];
-    }
-    share(value, 0);
-    return fold_shared(fold, size, team_side_);
-  }
-  static FI_DEVICE_NOINLINE uint64_t fold_shared(Fold fold, uint32_t size, uint32_t side) {
-    const auto& slots = scratch().slots[side];
-    uint64_t value = slots[0].a;
+  static FI_DEVICE_NOINLINE uint64_t scan_block(uint64_t value, uint32_t side) {
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint64_t up_to = value;
 #pragma unroll
-    for (uint32_t block = 1; block < kMaxTeam; ++block) {
-      const uint64_t with = folded(fold, value, slots[block].a);
-      value = block < size ? with : value;
+    for (unsigned step = 1; step < 32; step *= 2) {
+      const uint64_t other = __shfl_up_sync(kAllLanes, up_to, step);
+      if (lane >= step) up_to += other;
     }
-    return value;
+    if (lane == 31) scratch().folds[side][warp] = up_to;
+    __syncthreads();
+    return fold_warp<Fold::kSum>(lane < warp ? scratch().folds[side][lane] : 0) + up_to - value;
+  }
+
+  template <Fold kFold>
+  __device__ uint64_t fold(uint64_t value, Among among) {
+    block_side_ ^= 1;
+    value = fold_block<kFold>(value, block_side_);
+    if (among == Among::kBlock || size == 1) return value;
+    share(value, 0);
+    const unsigned lane = threadIdx.x % 32;
+    return fold_warp<kFold>(lane < size ? shared(lane).a : neutral(kFold));
   }
 
   uint32_t team_side_ = 0, block_side_ = 0;

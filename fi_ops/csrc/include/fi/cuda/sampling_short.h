@@ -1,0 +1,125 @@
+// Draws from a row under a small top-k: what can be kept is known to be a short list, which one block sorts.
+//
+// The k-th largest of the threads' maxima bounds the k-th logit from below: as many tokens as that lie above
+// it. All blocks know all maxima, so that each finds the bound by itself; what a block has above it goes to
+// the first block, which does the rest alone. So two barriers of the team are all.
+#pragma once
+
+#include "fi/cuda/sampling_select.h"
+
+namespace fi::cuda {
+
+template <class Row, int Threads>
+struct ShortDraw {
+  static constexpr int kSteps = Threads;  // of the logit; the last one is for all that is below the others
+
+  const Row& slice;
+  const Weights& shared_weights;
+  Team<Threads>& team;
+  SelectScratch& s;
+
+  // Whether a top-k is small enough.
+  static __device__ bool fits(int64_t top_k, uint32_t team_size) {
+    return top_k <= kShort / 2 && top_k <= team_size * Threads / 4;
+  }
+
+  // Before the barrier after which `draw` is called: shares the largest logit of this thread.
+  __device__ void publish(float high) {
+    for (uint32_t block = 0; block < team.size; ++block)
+      *team.at(&s.own.maxima[team.rank][threadIdx.x], block) = order_key(high + 0.0f);
+    s.totals[threadIdx.x] = 0;
+    if (threadIdx.x == 0) {
+      s.num_found = 0;
+      s.answer[0] = kSteps - 1;
+    }
+  }
+
+  // Calls write(id, valid) in one thread of the team, or returns false: too many tokens are as large as what
+  // bounds them. `range`: the distance from the maximum that the steps cover.
+  template <class Write>
+  __device__ bool draw(const SamplingDraw& d, bool use_top_p, bool exact_ties, float max, float range,
+                       const Write& write) {
+    const float scale = float(kSteps - 1) / fmaxf(range, 0x1p-100f);
+    auto step = [&](float logit) { return __fmul_rn(max - logit, scale); };
+    __syncthreads();
+    for (uint32_t block = 0; block < team.size; ++block) {
+      const float at = step(key_logit(s.own.maxima[block][threadIdx.x]));
+      if (at < float(kSteps - 1)) atomicAdd(&s.totals[int32_t(at)], 1u);
+    }
+    __syncthreads();
+    const uint32_t count = s.totals[threadIdx.x], top_k = uint32_t(d.top_k);
+    const uint64_t before = team.scan(count);
+    if (before < top_k && before + count >= top_k) s.answer[0] = threadIdx.x;
+    __syncthreads();
+    if (s.answer[0] == kSteps - 1) return false;
+
+    // What this block has goes to its part of the first block's list.
+    const float end = float(s.answer[0] + 1);
+    const uint32_t room = kListed / team.size;
+    uint64_t* const part = team.at(s.all.list + team.rank * room, 0);
+    slice.for_each_vector([&](const auto& x, int32_t id) {
+      uint32_t found = 0;
+#pragma unroll
+      for (int j = 0; j < Row::kLogits; ++j) found |= step(x[j]) < end ? 1u << j : 0;
+      Row::for_each_of(found, x, id, [&](float logit, int32_t token) {
+        const uint32_t slot = atomicAdd(&s.num_found, 1u);
+        if (slot < room) part[slot] = place_of(logit, token);
+      });
+    });
+    __syncthreads();
+    team.share(0, s.num_found);
+    uint32_t n = 0;
+    uint64_t mine = 0;
+    bool fits = true;
+    for (uint32_t block = 0; block < team.size; ++block) {
+      const uint32_t size = uint32_t(team.shared(block).b);
+      fits &= size <= room;
+      if (fits && threadIdx.x - n < size) mine = s.all.list[block * room + threadIdx.x - n];
+      n += size;
+    }
+    if (!fits || n > kShort) return false;
+    if (team.rank == 0) draw_sorted(d, use_top_p, exact_ties, n, mine, write);
+    return true;
+  }
+
+ private:
+  template <class Write>
+  __device__ void draw_sorted(const SamplingDraw& d, bool use_top_p, bool exact_ties, uint32_t n,
+                              uint64_t mine, const Write& write) {
+    const Weights weights = shared_weights;
+    ShortList& brief = s.own.brief;
+    const uint32_t i = threadIdx.x, top_k = uint32_t(d.top_k);
+    if (i < n) brief.tokens[i] = mine;
+    __syncthreads();
+    Selector<Row, Threads>{slice, shared_weights, team, s}.template sort<true>(n);
+
+    const uint64_t place = i < n ? brief.sorted[i] : kAllPlaces;
+    bool kept = i < n && (i < top_k || (!exact_ties && place >> 32 == brief.sorted[top_k - 1] >> 32));
+    uint64_t weight = kept ? weights.weigh(logit_at(place)) : 0;
+    uint64_t total = team.sum(weight, Among::kBlock);
+    if (use_top_p) {
+      const uint64_t before = team.scan(weight);
+      if (before >= uint64_t(mass_target(d.top_p, int64_t(total)))) weight = 0;
+      total = team.sum(weight, Among::kBlock);
+    }
+    if (total == 0) {  // of values that no check has seen
+      if (i == 0) write(0, false);
+      return;
+    }
+
+    // By id.
+    uint64_t* const weight_by_id = brief.tokens;
+    uint32_t* const ids = s.totals;
+    if (i < n) {
+      weight_by_id[brief.id_rank[i]] = weight;
+      ids[brief.id_rank[i]] = uint32_t(place);
+    }
+    __syncthreads();
+    weight = i < n ? weight_by_id[i] : 0;
+    const uint64_t before = team.scan(weight);
+    const uint64_t target = uint64_t(draw_target(int64_t(total), d.uniform));
+    if (before <= target && target - before < weight) write(int64_t(ids[i]), true);
+  }
+};
+
+}  // namespace fi::cuda
