@@ -2,10 +2,8 @@
 // docs/kernels/sampling_cuda.md).
 //
 // 1. Fetch and scan: the row's maximum, NaN, +inf.
-// 2. Where the filters end (fi/cuda/sampling_select.h). A small top-k: the k-th largest of the threads'
-// maxima
-//    bounds the k-th logit from below, so the tokens from there on are the list, and top-p ends in it too.
-//    Else a histogram of the row.
+// 2. A small top-k: all that it can keep is a short list, from which one block draws
+//    (fi/cuda/sampling_short.h). Else where the filters end, by a histogram (fi/cuda/sampling_select.h).
 // 3. The draw: the weight that is kept, by warp; then one warp looks into its range of ids.
 #include "fi/sampling.h"
 
@@ -26,10 +24,10 @@ constexpr int64_t kWorthABlock = 4096;     // tokens
 struct alignas(16) SampleScratch {
   Team<kThreads>::Scratch team;
   SelectScratch select;
-  uint32_t warp_keys[2][kMaxTeam][kThreads / 32];  // of each warp of the team: first and last order key
+  uint32_t warp_keys[2][kMaxTeam * kThreads / 32];  // of each warp of the team: first and last order key
   SamplingDraw draw;
-  int64_t index;  // of the draw
-  alignas(16) unsigned char slice[64];
+  int64_t index;                        // of the draw
+  alignas(16) unsigned char slice[64];  // a RowSlice
   Weights weights;
   float min_p_distance;
   bool use_top_k, use_top_p;
@@ -139,13 +137,13 @@ struct Sampler {
     uint32_t first = __reduce_min_sync(kAllLanes, order_key(high + 0.0f)),
              last = __reduce_max_sync(kAllLanes, order_key(low + 0.0f));
     if (lane < team.size) {
-      *team.at(&s.warp_keys[0][team.rank][warp], lane) = first;
-      *team.at(&s.warp_keys[1][team.rank][warp], lane) = last;
+      *team.at(&s.warp_keys[0][team.rank * kWarps + warp], lane) = first;
+      *team.at(&s.warp_keys[1][team.rank * kWarps + warp], lane) = last;
     }
     team.sync();
     for (uint32_t i = lane; i < team.size * kWarps; i += 32) {
-      first = ::min(first, s.warp_keys[0][0][i]);
-      last = ::max(last, s.warp_keys[1][0][i]);
+      first = ::min(first, s.warp_keys[0][i]);
+      last = ::max(last, s.warp_keys[1][i]);
     }
     return {key_logit(__reduce_min_sync(kAllLanes, first)), key_logit(__reduce_max_sync(kAllLanes, last))};
   }
