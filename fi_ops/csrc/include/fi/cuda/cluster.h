@@ -9,32 +9,12 @@
 
 namespace fi::cuda {
 
-// Launches `kernel` with `cluster` consecutive blocks of grid.x in a cluster (at most 8; 1 where the device
-// has no clusters). `overlap` as for launch().
+// launch() with `cluster` consecutive blocks of grid.x in a cluster: at most 8; 1 where the device has no
+// clusters.
 template <class... Params, class... Args>
 void launch_clusters(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, unsigned cluster, dim3 block,
                      size_t smem, bool overlap, Args&&... args) {
-  if (cluster == 1) return launch(gpu, kernel, grid, block, smem, overlap, std::forward<Args>(args)...);
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (smem > 48 * 1024)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)),
-          "cudaFuncSetAttribute");
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = smem;
-  config.stream = gpu.stream;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = cluster;
-  attributes[0].val.clusterDim.y = 1;
-  attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attributes;
-  config.numAttrs = overlap ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "a kernel launch");
+  launch_as(gpu, kernel, grid, cluster, block, smem, overlap, std::forward<Args>(args)...);
 }
 
 template <class... Params, class... Args>

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "fi/cuda/gpu.h"
 
@@ -17,29 +18,44 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("fi_ops: CUDA error in ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Launches `kernel<<<grid, block, smem>>>(args...)` on gpu.stream. `smem` may exceed 48 KB. With `overlap`
-// the kernel may start while the one before it in the stream runs its last blocks (sm_90, programmatic
-// dependent launch); it must then call wait_for_previous_kernel() (fi/cuda/ptx.h) before it reads what that
-// one wrote.
+// Launches `kernel<<<grid, block, smem>>>(args...)` on gpu.stream, `cluster` consecutive blocks of grid.x in
+// a cluster (more than 1 on sm_90 only). `smem` may exceed 48 KB. With `overlap` the kernel may start while
+// the one before it in the stream runs its last blocks (sm_90, programmatic dependent launch); it must then
+// call wait_for_previous_kernel() (fi/cuda/ptx.h) before it reads what that one wrote.
 template <class... Params, class... Args>
-void launch(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, bool overlap,
-            Args&&... args) {
+void launch_as(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, unsigned cluster, dim3 block,
+               size_t smem, bool overlap, Args&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (smem > 48 * 1024)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)),
           "cudaFuncSetAttribute");
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = smem;
   config.stream = gpu.stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = overlap && gpu.compute_capability >= 90 ? 1 : 0;
+  config.attrs = attributes;
+  if (overlap && gpu.compute_capability >= 90) {
+    auto& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    auto& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+  }
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "a kernel launch");
+}
+
+template <class... Params, class... Args>
+void launch(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, bool overlap,
+            Args&&... args) {
+  launch_as(gpu, kernel, grid, 1, block, smem, overlap, std::forward<Args>(args)...);
 }
 
 template <class... Params, class... Args>
