@@ -93,6 +93,7 @@ class ClusterBlock {
     const int begin = rank * share + min(rank, extra), end = begin + share + int(rank < extra);
     Engine engine(p, plan, typename Engine::Cursor(at, begin + warp, end, list, first_key, keys.end), query,
                   warp_memory);
+    rows.finish(p, plan, at);
     rows.store(p, plan, at, query);
     if (warp == warps - 1) fill_row_table(p, plan, at, shared.rows);
     __syncthreads();
