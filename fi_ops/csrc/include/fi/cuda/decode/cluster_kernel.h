@@ -78,8 +78,6 @@ class ClusterBlock {
     const SegmentPlace at{static_cast<int>(blockIdx.z), head,
                           (static_cast<int>(blockIdx.y) - head * plan.row_blocks) * Engine::kRows};
     const int num_rows = min(Engine::kRows, plan.rows - at.row_begin);
-    typename Engine::Query rows;
-    rows.fetch(p, plan, at);
     const KeyRange keys = range_of(p, plan, at.b);
     const int32_t* list = nullptr;
     const int first_key = keys.begin / Engine::kSliceKeys * Engine::kSliceKeys;
@@ -89,6 +87,9 @@ class ClusterBlock {
       list = shared.scan.entries;
       slices = shared.scan.count * (kTileKeys / Engine::kSliceKeys);
     }
+    // Not before the scan: its first load would wait for these (registers that its loop may have in flight).
+    typename Engine::Query rows;
+    rows.fetch(p, plan, at);
     const int share = slices >> log2_parts(), extra = slices & (parts - 1);
     const int begin = rank * share + min(rank, extra), end = begin + share + int(rank < extra);
     Engine engine(p, plan, typename Engine::Cursor(at, begin + warp, end, list, first_key, keys.end), query,
