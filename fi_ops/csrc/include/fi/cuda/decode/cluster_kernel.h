@@ -1,4 +1,4 @@
-// Decode attention where all segments have the same keys: a cluster of blocks takes one segment.
+// Decode attention where segments have about the same keys: a cluster of blocks takes one segment.
 //
 // Each block attends to a run of the segment's slices; the blocks join over distributed shared memory. So
 // there is no scratch memory, no counter and no other kernel, and no block has a second segment to go on to.
@@ -78,21 +78,23 @@ class ClusterBlock {
     const SegmentPlace at{static_cast<int>(blockIdx.z), head,
                           (static_cast<int>(blockIdx.y) - head * plan.row_blocks) * Engine::kRows};
     const int num_rows = min(Engine::kRows, plan.rows - at.row_begin);
-    typename Engine::Query rows;
-    rows.fetch(p, plan, at);
     const KeyRange keys = range_of(p, plan, at.b);
     const int32_t* list = nullptr;
     const int first_key = keys.begin / Engine::kSliceKeys * Engine::kSliceKeys;
     int slices = (keys.end - first_key + Engine::kSliceKeys - 1) / Engine::kSliceKeys;
     if (p.mask && slices > 0) {
-      scan_row(p, keys, shared.scan);
+      scan_row(p, at.b, keys, shared.scan);
       list = shared.scan.entries;
       slices = shared.scan.count * (kTileKeys / Engine::kSliceKeys);
     }
+    // Not before the scan: its first load would wait for these (registers that its loop may have in flight).
+    typename Engine::Query rows;
+    rows.fetch(p, plan, at);
     const int share = slices >> log2_parts(), extra = slices & (parts - 1);
     const int begin = rank * share + min(rank, extra), end = begin + share + int(rank < extra);
     Engine engine(p, plan, typename Engine::Cursor(at, begin + warp, end, list, first_key, keys.end), query,
                   warp_memory);
+    rows.finish(p, plan, at);
     rows.store(p, plan, at, query);
     if (warp == warps - 1) fill_row_table(p, plan, at, shared.rows);
     __syncthreads();
@@ -204,7 +206,7 @@ __global__ void __launch_bounds__(Engine::kSmWarps * 32, 1)
 
 // How segments become blocks.
 struct ClusterPlan {
-  int blocks;  // of a segment; 0: other kernels share the work out better, or segments differ in keys
+  int blocks;  // of a segment; 0: other kernels share the work out better
   bool wide;   // blocks of kSmWarps warps, one an SM; else half of that, two an SM
 };
 
@@ -212,17 +214,27 @@ struct ClusterPlan {
 // leave more gets up to four shares. What decode_kernel adds to its tiles is its other kernel, scratch
 // memory, counters, and second segments of blocks; here a block's start and end, most of which the other
 // block of the SM hides, and the cluster's join.
+//
+// With a mask for each batch entry nobody knows here how many tiles live. All clusters must run at once, so
+// that none begins late, and with as many blocks as can: the longest segment then ends soonest. Where the
+// clusters can't take all of the bandwidth at their most shares, even shares of the tiles end sooner.
 inline ClusterPlan plan_clusters(const AttentionParams& p, const Plan& plan, const Gpu& gpu) {
   constexpr int64_t kMostBlocks = 65535;  // of grid.y and grid.z
   constexpr double kMostShares = 4.0, kOther = 7.0, kRound = 0.25, kJoin = 0.5;
-  const bool alike = (p.mask == nullptr || row_scan_takes(p)) && (p.batch == 1 || !range_is_data(p));
-  if (!alike || p.batch > kMostBlocks || plan.num_segments / p.batch > kMostBlocks) return {0, false};
+  const bool takes = (p.mask == nullptr || row_scan_takes(p)) && (p.batch == 1 || !range_is_data(p));
+  if (!takes || p.batch > kMostBlocks || plan.num_segments / p.batch > kMostBlocks) return {0, false};
   const int64_t slots = int64_t{gpu.num_sms} * 2, segments = plan.num_segments;
   const double tiles = double(range_is_data(p) ? p.kv_len : plan.range.end - plan.range.begin) / kTileKeys;
+  const bool ragged = p.mask && p.batch > 1 && p.mask_stride_b != 0;
   double best = segments * tiles / slots + kOther;
   int blocks = 0;
   for (int n = 1; n <= (has_clusters(gpu) ? kMaxCluster : 1); n *= 2) {
     if (n > 1 && tiles * 2 < n) break;  // not two slices for a block
+    if (ragged) {
+      if (segments * n > slots) break;
+      blocks = segments * n * kMostShares < slots ? 0 : n;
+      continue;
+    }
     const int64_t full = segments * n / slots, rest = segments * n - full * slots;
     const double each = tiles / n;
     const double time = full * (each + kRound) + (n > 1 ? kJoin : 0.0) +

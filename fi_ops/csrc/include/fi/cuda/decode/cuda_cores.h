@@ -49,6 +49,7 @@ class CudaCores {
   // The query rows of a segment, as floats, into shared memory. There is no ring to come before.
   struct Query {
     FI_DEVICE_INLINE void fetch(const AttentionParams&, const Plan&, const SegmentPlace&) {}
+    FI_DEVICE_INLINE void finish(const AttentionParams&, const Plan&, const SegmentPlace&) {}
     FI_DEVICE_INLINE void store(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
                                 unsigned char* query) const {
       float* to = reinterpret_cast<float*>(query);

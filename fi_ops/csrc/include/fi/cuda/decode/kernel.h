@@ -7,6 +7,7 @@
 #pragma once
 
 #include "fi/cuda/decode/finish.h"
+#include "fi/cuda/decode/rope.h"
 #include "fi/cuda/decode/slices.h"
 #include "fi/cuda/launch.h"
 
@@ -35,6 +36,7 @@ class DecodeBlock {
     SegmentWalk walk = work.first;
     if (work.begin < work.end) rows.fetch(p, plan, place(walk.index));
     Engine engine(p, plan, typename Engine::Cursor(p, plan, work), query, warp_memory);
+    if (work.begin < work.end) rows.finish(p, plan, place(walk.index));
     for (int unit = work.begin; unit < work.end;) {
       const SegmentWalk here = walk;
       const SegmentPlace at = place(here.index);
@@ -49,6 +51,7 @@ class DecodeBlock {
       if (unit < work.end) {
         walk.next(p, plan, work.end);
         rows.fetch(p, plan, place(walk.index));
+        rows.finish(p, plan, place(walk.index));  // here, where few registers are taken
       }
 #pragma unroll 1
       for (int n = 0; n < slices; ++n) engine.attend(shared.rows, at, num_rows);
@@ -209,6 +212,7 @@ Plan plan_of(const AttentionParams& p) {
   plan.rows = static_cast<int>(plan.group * p.qo_len);
   plan.row_blocks = (plan.rows + Engine::kRows - 1) / Engine::kRows;
   plan.num_segments = static_cast<int>(p.batch * p.num_kv_heads * plan.row_blocks);
+  plan.rope_chunks = rope_takes_chunks(p.rope);
   plan.range = range_is_data(p) ? KeyRange{0, 0} : allowed_keys(p, 0);
   return plan;
 }

@@ -20,6 +20,7 @@ struct Plan {
   int num_groups, group_segments;  // segments with the same live tiles: all of a batch entry, or of a KV head
   int uniform_tiles;               // live tiles of every segment; -1: the device must look
   KeyRange range;                  // allowed_keys of every batch entry, unless range_is_data
+  bool rope_chunks;                // the query is rotated, eight elements at once
   int min_units;                   // for less than this many no block is started
   TileLists lists;
   int32_t* arrivals;  // [num_segments], zero at first: blocks that have left their partial result

@@ -1,4 +1,5 @@
-// Rotation of single pairs, for query rows on their way into shared memory and for keys that lie there.
+// Rotation of query rows on their way into shared memory, eight elements at once, and of single pairs: keys
+// that lie in shared memory, and whatever vectors don't fit.
 #pragma once
 
 #include "fi/cuda/decode/mask.h"
@@ -32,5 +33,105 @@ FI_DEVICE_INLINE T rotated(const RopeTable& t, int b, int64_t row, const T* x, i
   const float a = to_float(x[pair.first]), b_ = to_float(x[pair.second]);
   return from_float<T>(d == pair.first ? pair.low(a, b_) : pair.high(a, b_));
 }
+
+// Whether chunks of eight 16-bit elements hold what their rotation needs of tables that are read 16 bytes at
+// a time. Asked on the host, once a call.
+inline bool rope_takes_chunks(const RopeTable& t) {
+  auto whole = [&](const void* data, int64_t stride_b, int64_t stride_row) {
+    const int64_t values = t.dtype == DType::f32 ? 4 : 8;
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_b % values == 0 && stride_row % values == 0;
+  };
+  return t.cos && t.rotary_dim % (t.interleaved ? 8 : 16) == 0 &&
+         whole(t.cos, t.cos_stride_b, t.cos_stride_row) && whole(t.sin, t.sin_stride_b, t.sin_stride_row);
+}
+
+// A chunk of eight elements to be rotated. fetch() has all its loads on their way and waits for none of them.
+template <class T>
+class RopeChunk {
+ public:
+  // Besides the chunk itself, from element d < rotary_dim on, of the row x of batch b and table row `row`.
+  FI_DEVICE_INLINE void fetch(const RopeTable& t, int b, int64_t row, const T* x, int d) {
+    const int half = static_cast<int>(t.rotary_dim / 2);
+    if (!t.interleaved) other_ = load_16(x + (d < half ? d + half : d - half));
+    const int column = t.interleaved ? (t.width == half ? d / 2 : d) : d < half ? d : d - half;
+    fetch_values(cos_, t, t.cos, b * t.cos_stride_b + row * t.cos_stride_row + column);
+    fetch_values(sin_, t, t.sin, b * t.sin_stride_b + row * t.sin_stride_row + column);
+  }
+
+  // The chunk x, rotated; the roundings are those of `rotated`.
+  FI_DEVICE_INLINE uint4 rotate(const RopeTable& t, const uint4& x, int d) const {
+    float a[8], other[8], cos[8], sin[8];
+    unpack<T>(a, x);
+    values(cos, t.dtype, cos_);
+    values(sin, t.dtype, sin_);
+    if (t.interleaved) {
+      const bool one_a_pair = t.width == t.rotary_dim / 2;
+#pragma unroll
+      for (int e = 7; e >= 0; --e) {
+        cos[e] = one_a_pair ? cos[e / 2] : cos[e & ~1];
+        sin[e] = one_a_pair ? sin[e / 2] : sin[e & ~1];
+        other[e] = e % 2 ? a[e ^ 1] : -a[e ^ 1];
+      }
+    } else {
+      unpack<T>(other, other_);
+      const bool low = d < t.rotary_dim / 2;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) other[e] = low ? -other[e] : other[e];
+    }
+    uint32_t words[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const int e = 2 * w;
+      words[w] = pack2<T>(fmaf(a[e], cos[e], other[e] * sin[e]),
+                          fmaf(a[e + 1], cos[e + 1], other[e + 1] * sin[e + 1]));
+    }
+    return {words[0], words[1], words[2], words[3]};
+  }
+
+ private:
+  template <class E>
+  FI_DEVICE_INLINE static void unpack(float (&x)[8], const uint4& v) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const float2 two = unpack2<E>(words[w]);
+      x[2 * w] = two.x, x[2 * w + 1] = two.y;
+    }
+  }
+
+  // Eight values from value `at` on, or the four that eight interleaved elements share.
+  FI_DEVICE_INLINE static void fetch_values(uint4 (&to)[2], const RopeTable& t, const void* table,
+                                            int64_t at) {
+    const bool four = t.interleaved && t.width == t.rotary_dim / 2;
+    if (t.dtype == DType::f32) {
+      const float* from = static_cast<const float*>(table) + at;
+      to[0] = load_16(from);
+      if (!four) to[1] = load_16(from + 4);
+    } else {
+      const uint16_t* from = static_cast<const uint16_t*>(table) + at;
+      if (four) {
+        const uint2 v = *reinterpret_cast<const uint2*>(from);
+        to[0].x = v.x, to[0].y = v.y;
+      } else {
+        to[0] = load_16(from);
+      }
+    }
+  }
+
+  FI_DEVICE_INLINE static void values(float (&x)[8], DType dtype, const uint4 (&v)[2]) {
+    if (dtype == DType::f32) {
+      const uint32_t words[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e] = __uint_as_float(words[e]);
+    } else if (dtype == DType::bf16) {
+      unpack<bf16>(x, v[0]);
+    } else {
+      unpack<f16>(x, v[0]);
+    }
+  }
+
+  uint4 other_ = {0, 0, 0, 0};  // rotate-half: the other elements of the pairs
+  uint4 cos_[2] = {}, sin_[2] = {};
+};
 
 }  // namespace fi::cuda::decode

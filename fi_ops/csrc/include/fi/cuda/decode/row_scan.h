@@ -1,5 +1,5 @@
-// The scan of a mask that has one row for all queries of a block, by each block for itself: sooner there than
-// a list from another kernel. The rules are those of live_tiles.h.
+// The scan of a mask that has one row for all queries of a batch entry, by each block for itself: sooner
+// there than a list from another kernel. The rules are those of live_tiles.h.
 #pragma once
 
 #include "fi/cuda/decode/live_tiles.h"
@@ -17,20 +17,22 @@ struct RowScanShared {
 
 // Whether scan_row() takes the call's mask.
 inline bool row_scan_takes(const AttentionParams& p) {
-  auto same = [](int64_t size, int64_t stride) { return size == 1 || stride == 0; };
-  return same(p.batch, p.mask_stride_b) && same(p.num_qo_heads, p.mask_stride_h) &&
+  const int64_t bytes = p.mask_dtype == DType::boolean ? 1 : p.mask_dtype == DType::f32 ? 4 : 2;
+  return (p.batch == 1 || p.mask_stride_b * bytes % 16 == 0) &&
+         (p.num_qo_heads == 1 || p.mask_stride_h == 0) &&
          (p.qo_len == 1 || (p.mask_stride_q == 0 && !p.causal && p.window_left < 0)) &&
          (p.kv_len == 1 || p.mask_stride_k == 1) && p.kv_len <= kMaxListed * kTileKeys &&
          reinterpret_cast<uintptr_t>(p.mask) % 16 == 0;
 }
 
-// Lists the live tiles of `keys`, which holds at least one. By all threads of the block; has barriers.
+// Lists the live tiles of batch entry b among `keys`, which holds at least one. By all threads of the block;
+// has barriers.
 template <class M>
-FI_DEVICE_INLINE void scan_row(const AttentionParams& p, KeyRange keys, RowScanShared& shared) {
+FI_DEVICE_INLINE void scan_row(const AttentionParams& p, int b, KeyRange keys, RowScanShared& shared) {
   constexpr int kValues = 16 / sizeof(M), kLanes = kTileKeys / kValues;  // lanes a tile
   constexpr int kAtOnce = 4;                                             // loads in flight
   constexpr unsigned kTileLanes = (1u << kLanes) - 1u;
-  const M* row = static_cast<const M*>(p.mask);
+  const M* row = static_cast<const M*>(p.mask) + b * p.mask_stride_b;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int first = keys.begin / kTileKeys, num_tiles = tiles_of(keys), num = num_tiles * kLanes;
   const float low = negligible(p.mask_dtype);
@@ -91,16 +93,16 @@ FI_DEVICE_INLINE void scan_row(const AttentionParams& p, KeyRange keys, RowScanS
   __syncthreads();
 }
 
-FI_DEVICE_INLINE void scan_row(const AttentionParams& p, KeyRange keys, RowScanShared& shared) {
+FI_DEVICE_INLINE void scan_row(const AttentionParams& p, int b, KeyRange keys, RowScanShared& shared) {
   switch (p.mask_dtype) {
     case DType::boolean:
-      return scan_row<uint8_t>(p, keys, shared);
+      return scan_row<uint8_t>(p, b, keys, shared);
     case DType::f32:
-      return scan_row<float>(p, keys, shared);
+      return scan_row<float>(p, b, keys, shared);
     case DType::bf16:
-      return scan_row<bf16>(p, keys, shared);
+      return scan_row<bf16>(p, b, keys, shared);
     default:
-      return scan_row<f16>(p, keys, shared);
+      return scan_row<f16>(p, b, keys, shared);
   }
 }
 

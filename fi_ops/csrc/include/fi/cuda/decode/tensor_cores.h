@@ -49,14 +49,19 @@ class TensorCores {
   static constexpr int kRowChunks = kDim / 4;  // four accumulators each
   FI_INLINE int row_chunks(const AttentionParams&) { return kRowChunks; }
 
-  // The query rows of a segment on their way into shared memory. Fetched early: behind the ring's copies
-  // they would wait for all of these.
+  // The query rows of a segment on their way into shared memory: fetch(), then finish() when other copies are
+  // on their way, then store(). Fetched early: behind the ring's copies they would wait for all of these.
   class Query {
    public:
-    // By all threads of the block.
+    // By all threads of the block. Waits for nothing, unless single elements are to be rotated.
     FI_DEVICE_INLINE void fetch(const AttentionParams& p, const Plan& plan, const SegmentPlace& at) {
 #pragma unroll
-      for (int n = 0; n < kHeld; ++n) chunks_[n] = load(p, plan, at, threadIdx.x + n * blockDim.x);
+      for (int n = 0; n < kHeld; ++n) fetch(p, plan, at, threadIdx.x + n * blockDim.x, chunks_[n], rope_[n]);
+    }
+    FI_DEVICE_INLINE void finish(const AttentionParams& p, const Plan& plan, const SegmentPlace& at) {
+      if (!plan.rope_chunks) return;
+#pragma unroll
+      for (int n = 0; n < kHeld; ++n) finish(p, plan, at, threadIdx.x + n * blockDim.x, chunks_[n], rope_[n]);
     }
     FI_DEVICE_INLINE void store(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
                                 unsigned char* query) const {
@@ -64,8 +69,13 @@ class TensorCores {
       for (int n = 0; n < kHeld; ++n) put(query, threadIdx.x + n * blockDim.x, chunks_[n]);
       // Where shared memory has room for fewer warps.
 #pragma unroll 1
-      for (int item = threadIdx.x + kHeld * blockDim.x; item < kItems; item += blockDim.x)
-        put(query, item, load(p, plan, at, item));
+      for (int item = threadIdx.x + kHeld * blockDim.x; item < kItems; item += blockDim.x) {
+        uint4 chunk;
+        RopeChunk<T> rope;
+        fetch(p, plan, at, item, chunk, rope);
+        if (plan.rope_chunks) finish(p, plan, at, item, chunk, rope);
+        put(query, item, chunk);
+      }
     }
 
    private:
@@ -75,16 +85,33 @@ class TensorCores {
     FI_DEVICE_INLINE static void put(unsigned char* query, int item, const uint4& v) {
       if (item < kItems) *reinterpret_cast<uint4*>(query + offset_of(item / kChunks, item % kChunks)) = v;
     }
-    FI_DEVICE_INLINE static uint4 load(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
-                                       int item) {
-      const int row = item / kChunks, chunk = item % kChunks;
-      if (row >= kRows || at.row_begin + row >= plan.rows || chunk * 8 >= p.head_dim_qk)
-        return uint4{0, 0, 0, 0};
-      const QueryRow q = query_row(plan, at, row);
+    FI_DEVICE_INLINE static bool is_inside(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
+                                           int item) {
+      const int row = item / kChunks;
+      return row < kRows && at.row_begin + row < plan.rows && item % kChunks * 8 < p.head_dim_qk;
+    }
+    FI_DEVICE_INLINE static void fetch(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
+                                       int item, uint4& chunk, RopeChunk<T>& rope) {
+      chunk = uint4{0, 0, 0, 0};
+      rope = {};  // nothing of the segment before is kept in registers
+      if (!is_inside(p, plan, at, item)) return;
+      const QueryRow q = query_row(plan, at, item / kChunks);
+      const int column = item % kChunks * 8;
       const T* src =
           static_cast<const T*>(p.query) + at.b * p.q_stride_b + q.head * p.q_stride_h + q.i * p.q_stride_n;
-      if (p.rope.cos) return load_rotated(p, at.b, q.i, src, chunk * 8);
-      return *reinterpret_cast<const uint4*>(src + chunk * 8);
+      if (p.rope.cos && !plan.rope_chunks) {
+        chunk = load_rotated(p, at.b, q.i, src, column);
+        return;
+      }
+      chunk = load_16(src + column);
+      if (plan.rope_chunks && column < p.rope.rotary_dim)
+        rope.fetch(p.rope, at.b, q.i + p.rope_q_offset, src, column);
+    }
+    FI_DEVICE_INLINE static void finish(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
+                                        int item, uint4& chunk, const RopeChunk<T>& rope) {
+      const int column = item % kChunks * 8;
+      if (column < p.rope.rotary_dim && is_inside(p, plan, at, item))
+        chunk = rope.rotate(p.rope, chunk, column);
     }
     FI_DEVICE_NOINLINE static uint4 load_rotated(const AttentionParams& p, int b, int i, const T* src,
                                                  int column) {
@@ -96,6 +123,7 @@ class TensorCores {
     }
 
     uint4 chunks_[kHeld];
+    RopeChunk<T> rope_[kHeld];  // from fetch() to finish()
   };
 
   FI_DEVICE_INLINE TensorCores(const AttentionParams& p, const Plan&, const Cursor& cursor,
