@@ -22,7 +22,7 @@ from ._build import BuildError, Job, Plan
 
 Capability = tuple[int, int]
 OLDEST_TOOLKIT = (12, 4)
-_NO_LOSS = "CPU ops keep working, and so does stock torch"
+STILL_WORKS = "CPU ops keep working, and so does stock torch"
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,20 @@ def nvcc() -> tuple[str, str]:
         text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
         release = re.search(r"release (\d+)\.(\d+)", text)
         if release is None:
-            raise BuildError(f"fi_ops: {path} --version does not answer as nvcc does; set CUDACXX to nvcc. {_NO_LOSS}")
+            raise BuildError(
+                f"fi_ops: {path} --version does not answer as nvcc does; set CUDACXX to nvcc. {STILL_WORKS}"
+            )
         if (int(release[1]), int(release[2])) < OLDEST_TOOLKIT:
             oldest = ".".join(map(str, OLDEST_TOOLKIT))
             raise BuildError(
                 f"fi_ops: the CUDA kernels need CUDA toolkit {oldest} or newer and {path} is of {release[1]}.{release[2]}; "
-                f"set CUDACXX to a newer nvcc. {_NO_LOSS}"
+                f"set CUDACXX to a newer nvcc. {STILL_WORKS}"
             )
         return path, next(line for line in text.splitlines() if "release" in line)
     raise BuildError(
         "fi_ops: the CUDA kernels need nvcc to be compiled and none was found (looked for $CUDACXX, $CUDA_HOME/bin/nvcc, nvcc on "
         "PATH, /usr/local/cuda/bin/nvcc); install the CUDA toolkit, or a wheel built with FI_OPS_BUILD_CUDA=1. "
-        + _NO_LOSS
+        + STILL_WORKS
     )
 
 

@@ -79,20 +79,21 @@ def _archs_to_build(cards: tuple[_build_cuda.Capability, ...]) -> tuple[_build_c
 
 def _cuda_cards() -> tuple[_build_cuda.Capability, ...]:
     """The compute capabilities of the cards that torch sees; RuntimeError with one line where none can be used."""
-    rest = "CPU ops keep working, and so does stock torch"
     if torch.version.cuda is None:
-        raise RuntimeError(f"fi_ops: torch {torch.__version__} is not a CUDA build; install one that is. {rest}")
+        raise RuntimeError(
+            f"fi_ops: torch {torch.__version__} is not a CUDA build; install one that is. {_build_cuda.STILL_WORKS}"
+        )
     if not torch.cuda.is_available():
         raise RuntimeError(
             f"fi_ops: no CUDA device can be used (torch.cuda.is_available() is False): no GPU, no driver, or "
-            f"CUDA_VISIBLE_DEVICES hides it; see what nvidia-smi says. {rest}"
+            f"CUDA_VISIBLE_DEVICES hides it; see what nvidia-smi says. {_build_cuda.STILL_WORKS}"
         )
     cards = tuple(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
     usable = tuple(card for card in cards if _build_cuda.archs_for([card]))
     if not usable:
         raise RuntimeError(
             f"fi_ops: the CUDA kernels need a GPU of compute capability 8.0 or newer, got "
-            f"{', '.join(f'{major}.{minor}' for major, minor in cards)}. {rest}"
+            f"{', '.join(f'{major}.{minor}' for major, minor in cards)}. {_build_cuda.STILL_WORKS}"
         )
     return usable
 

@@ -11,11 +11,6 @@
 namespace fi::binding {
 namespace {
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("fi_ops: CUDA error in ") + what + ": " + cudaGetErrorString(error));
-}
-
 // Resolved at run time: a CPU-only torch, against which this library may be linked, has no libtorch_cuda. It
 // is asked for by name because torch loads it with local scope, where RTLD_DEFAULT does not look.
 using CurrentStream = AOTITorchError (*)(int32_t, void**);
@@ -42,7 +37,7 @@ std::array<Properties, kMaxDevices> properties{};
 
 int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
-  check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  cuda::check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
   return value;
 }
 

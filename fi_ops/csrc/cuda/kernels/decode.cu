@@ -19,20 +19,10 @@ __global__ void __launch_bounds__(kScanThreads, 1)
   __shared__ ScanShared shared;
   const int list = blockIdx.x, b = list / plan.lists.heads, kv_head = list % plan.lists.heads;
   int32_t* entries = plan.lists.entries + int64_t{list} * plan.lists.num_tiles;
-  int count;
-  switch (p.mask_dtype) {
-    case DType::boolean:
-      count = scan_list<uint8_t>(p, plan.group, b, kv_head, entries, shared);
-      break;
-    case DType::f32:
-      count = scan_list<float>(p, plan.group, b, kv_head, entries, shared);
-      break;
-    case DType::bf16:
-      count = scan_list<bf16>(p, plan.group, b, kv_head, entries, shared);
-      break;
-    default:
-      count = scan_list<f16>(p, plan.group, b, kv_head, entries, shared);
-  }
+  int count = 0;
+  with_mask_type(p.mask_dtype, [&]<class M>(const M*) {
+    count = scan_list<M>(p, plan.group, b, kv_head, entries, shared);
+  });
   if (threadIdx.x == 0) plan.lists.counts[list] = count;
 }
 

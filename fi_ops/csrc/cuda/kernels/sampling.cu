@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "fi/cuda/sampling_short.h"
+#include "fi/dispatch.h"
 
 namespace fi::cuda {
 namespace {
@@ -298,21 +299,14 @@ void sample_all(const SamplingParams& p, const Gpu& gpu) {
   }
   const bool keep = int64_t(sizeof(SampleScratch)) + kept_bytes() <= gpu.max_block_smem;
   launch_clusters(gpu, keep ? &sample<T, true> : &sample<T, false>, dim3(unsigned(p.batch) * blocks), blocks,
-                  dim3(kThreads), sizeof(SampleScratch) + (keep ? size_t(kept_bytes()) : 0), p,
-                  std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
+                  dim3(kThreads), sizeof(SampleScratch) + (keep ? size_t(kept_bytes()) : 0),
+                  /*overlap=*/false, p, std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
 }
 
 }  // namespace
 
 void top_k_top_p_sample(const SamplingParams& p, const Gpu& gpu) {
-  switch (p.dtype) {
-    case DType::bf16:
-      return sample_all<bf16>(p, gpu);
-    case DType::f16:
-      return sample_all<f16>(p, gpu);
-    default:
-      return sample_all<float>(p, gpu);
-  }
+  dispatch_float(p.dtype, [&](auto t) { sample_all<decltype(t)>(p, gpu); });
 }
 
 }  // namespace fi::cuda

@@ -4,6 +4,7 @@
 
 #include "fi/cpu/parallel.h"
 #include "fi/cpu/simd.h"
+#include "fi/dispatch.h"
 
 namespace fi::FI_ISA {
 
@@ -56,19 +57,6 @@ FI_INLINE Vec load_as(const void* p, DType dtype, int64_t i, int64_t n) {
       return load_n(static_cast<const f16*>(p) + i, n);
     default:
       return load_n(static_cast<const float*>(p) + i, n);
-  }
-}
-
-// Calls f(T{}) with the storage type of `dtype`.
-template <class F>
-FI_INLINE void dispatch_float(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::bf16:
-      return f(bf16{});
-    case DType::f16:
-      return f(f16{});
-    default:
-      return f(float{});
   }
 }
 

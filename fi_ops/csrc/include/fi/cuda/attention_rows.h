@@ -45,6 +45,21 @@ FI_DEVICE_INLINE float mask_addend(M value) {
   }
 }
 
+// Calls f(a null pointer of the mask's type).
+template <class F>
+FI_DEVICE_INLINE void with_mask_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::boolean:
+      return f(static_cast<const uint8_t*>(nullptr));
+    case DType::f32:
+      return f(static_cast<const float*>(nullptr));
+    case DType::bf16:
+      return f(static_cast<const bf16*>(nullptr));
+    default:
+      return f(static_cast<const f16*>(nullptr));
+  }
+}
+
 // The maximum so far that may be subtracted: 0 while nothing was attended to.
 FI_DEVICE_INLINE float usable_max(float m) { return m == -kInf ? 0.0f : m; }
 

@@ -9,20 +9,6 @@
 
 namespace fi::cuda {
 
-// launch() with `cluster` consecutive blocks of grid.x in a cluster: at most 8; 1 where the device has no
-// clusters.
-template <class... Params, class... Args>
-void launch_clusters(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, unsigned cluster, dim3 block,
-                     size_t smem, bool overlap, Args&&... args) {
-  launch_as(gpu, kernel, grid, cluster, block, smem, overlap, std::forward<Args>(args)...);
-}
-
-template <class... Params, class... Args>
-void launch_clusters(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, unsigned cluster, dim3 block,
-                     size_t smem, Args&&... args) {
-  launch_clusters(gpu, kernel, grid, cluster, block, smem, /*overlap=*/false, std::forward<Args>(args)...);
-}
-
 inline bool has_clusters(const Gpu& gpu) { return gpu.compute_capability >= 90; }
 
 #ifdef __CUDACC__

@@ -3,28 +3,19 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdio>
-#include <stdexcept>
-#include <string>
 #include <utility>
 
 #include "fi/cuda/gpu.h"
 
 namespace fi::cuda {
 
-inline void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // a launch that failed must not be reported again by the next one
-  throw std::runtime_error(std::string("fi_ops: CUDA error in ") + what + ": " + cudaGetErrorString(error));
-}
-
 // Launches `kernel<<<grid, block, smem>>>(args...)` on gpu.stream, `cluster` consecutive blocks of grid.x in
 // a cluster (more than 1 on sm_90 only). `smem` may exceed 48 KB. With `overlap` the kernel may start while
 // the one before it in the stream runs its last blocks (sm_90, programmatic dependent launch); it must then
 // call wait_for_previous_kernel() (fi/cuda/ptx.h) before it reads what that one wrote.
 template <class... Params, class... Args>
-void launch_as(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, unsigned cluster, dim3 block,
-               size_t smem, bool overlap, Args&&... args) {
+void launch_clusters(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, unsigned cluster, dim3 block,
+                     size_t smem, bool overlap, Args&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (smem > 48 * 1024)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -55,7 +46,7 @@ void launch_as(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, unsigned cl
 template <class... Params, class... Args>
 void launch(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, bool overlap,
             Args&&... args) {
-  launch_as(gpu, kernel, grid, 1, block, smem, overlap, std::forward<Args>(args)...);
+  launch_clusters(gpu, kernel, grid, 1, block, smem, overlap, std::forward<Args>(args)...);
 }
 
 template <class... Params, class... Args>

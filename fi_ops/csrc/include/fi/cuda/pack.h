@@ -13,26 +13,29 @@ namespace fi::cuda {
 template <class T>
 inline constexpr int kPackSize = 16 / sizeof(T);
 
+// 16 bytes of T's as fp32.
+template <class T>
+FI_DEVICE_INLINE void unpack_16(float* x, const uint4& v) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (sizeof(T) == 2) {
+      const float2 two = unpack2<T>(words[w]);
+      x[2 * w] = two.x;
+      x[2 * w + 1] = two.y;
+    } else {
+      x[w] = __uint_as_float(words[w]);
+    }
+  }
+}
+
 template <int N, class T>
 FI_DEVICE_INLINE void load_pack(float (&x)[N], const T* p) {
   if constexpr (N == 1) {
     x[0] = to_float(*p);
   } else {
 #pragma unroll
-    for (int first = 0; first < N; first += kPackSize<T>) {
-      const uint4 v = load_16(p + first);
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if constexpr (sizeof(T) == 2) {
-          const float2 two = unpack2<T>(words[w]);
-          x[first + 2 * w] = two.x;
-          x[first + 2 * w + 1] = two.y;
-        } else {
-          x[first + w] = __uint_as_float(words[w]);
-        }
-      }
-    }
+    for (int first = 0; first < N; first += kPackSize<T>) unpack_16<T>(x + first, load_16(p + first));
   }
 }
 

@@ -7,22 +7,10 @@
 
 #include "fi/cuda/launch.h"
 #include "fi/cuda/pack.h"
+#include "fi/dispatch.h"
 #include "fi/rows.h"
 
 namespace fi::cuda {
-
-// Calls f(T{}) with the storage type of `dtype`.
-template <class F>
-void dispatch_float(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::bf16:
-      return f(bf16{});
-    case DType::f16:
-      return f(f16{});
-    default:
-      return f(float{});
-  }
-}
 
 // Calls f(T{}, N) with N the elements of a pack: 16 bytes' worth where `packs_fit`, else 1.
 template <class F>

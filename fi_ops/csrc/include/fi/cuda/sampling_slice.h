@@ -6,6 +6,7 @@
 #pragma once
 
 #include "fi/cuda/launch.h"
+#include "fi/cuda/pack.h"
 #include "fi/cuda/ptx.h"
 #include "fi/sampling_math.h"
 
@@ -146,26 +147,13 @@ struct Slice {
   }
   static __device__ void wait() { cp_async_wait<0>(); }
 
-  static __device__ void unpack(uint4 v, float (&x)[kLogits]) {
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        x[i] = __uint_as_float(words[i]);
-      } else {
-        const float2 pair = unpack2<T>(words[i]);
-        x[2 * i] = pair.x;
-        x[2 * i + 1] = pair.y;
-      }
-    }
-  }
   __device__ void read(int32_t vector, float (&x)[kLogits]) const {
     if constexpr (kKept) {
-      unpack(kept()[vector - block_begin], x);
+      unpack_16<T>(x, kept()[vector - block_begin]);
     } else {
       const int64_t id = int64_t(vector) * kLogits - lead();
       const bool whole = id >= 0 && id + kLogits <= n;
-      unpack(whole ? load_streaming_16(row + id) : load_partial(row, n, id), x);
+      unpack_16<T>(x, whole ? load_streaming_16(row + id) : load_partial(row, n, id));
       if (infinite) {
 #pragma unroll
         for (int j = 0; j < kLogits; ++j) x[j] = x[j] == kInfinity ? 0.0f : -kInfinity;

@@ -3,20 +3,22 @@
 
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
 #include <utility>
 
 #include "fi/cuda/gpu.h"
 
 namespace fi::cuda {
 
-inline void check(cudaError_t, const char*) {}
+template <class... Params, class... Args>
+void launch_clusters(const Gpu&, void (*kernel)(Params...), dim3 grid, unsigned cluster, dim3 block, size_t smem, bool,
+                     Args&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  emulation::run_grid(grid, block, smem, [&] { kernel(args...); }, cluster);
+}
 
 template <class... Params, class... Args>
-void launch(const Gpu&, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, bool, Args&&... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  emulation::run_grid(grid, block, smem, [&] { kernel(args...); });
+void launch(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, bool overlap, Args&&... args) {
+  launch_clusters(gpu, kernel, grid, 1, block, smem, overlap, std::forward<Args>(args)...);
 }
 
 template <class... Params, class... Args>

@@ -137,17 +137,7 @@ class CudaCores {
       x[0] = to_float(*src);
     } else {
       static_assert(N * sizeof(T) == 16);
-      const uint4 v = kOnce ? load_streaming_16(src) : *reinterpret_cast<const uint4*>(src);
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if constexpr (sizeof(T) == 4) {
-          x[w] = __uint_as_float(words[w]);
-        } else {
-          const float2 two = unpack2<T>(words[w]);
-          x[2 * w] = two.x, x[2 * w + 1] = two.y;
-        }
-      }
+      unpack_16<T>(x, kOnce ? load_streaming_16(src) : *reinterpret_cast<const uint4*>(src));
     }
   }
 

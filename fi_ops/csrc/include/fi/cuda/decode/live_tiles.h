@@ -7,6 +7,7 @@
 
 #include "fi/cuda/decode/key_range.h"
 #include "fi/cuda/decode/mask.h"
+#include "fi/cuda/pack.h"
 
 namespace fi::cuda::decode {
 
@@ -59,22 +60,16 @@ FI_DEVICE_INLINE float mask_value(M x) {
 // 16 bytes of a row.
 template <class M>
 FI_DEVICE_INLINE Summary summarize(const uint4& v) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
   Summary s;
   if constexpr (__is_same(M, uint8_t)) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
     if (words[0] | words[1] | words[2] | words[3]) s.top = 0.0f;
     s.bottom = (words[0] & words[1] & words[2] & words[3]) == 0x01010101u ? 0.0f : -kInf;
   } else {
+    float x[kPackSize<M>];
+    unpack_16<M>(x, v);
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      if constexpr (sizeof(M) == 4) {
-        s.add(__uint_as_float(words[w]));
-      } else {
-        const float2 two = unpack2<M>(words[w]);
-        s.add(two.x);
-        s.add(two.y);
-      }
-    }
+    for (int n = 0; n < kPackSize<M>; ++n) s.add(x[n]);
   }
   return s;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fi/cuda/decode/mask.h"
+#include "fi/cuda/pack.h"
 
 namespace fi::cuda::decode {
 
@@ -61,7 +62,7 @@ class RopeChunk {
   // The chunk x, rotated; the roundings are those of `rotated`.
   FI_DEVICE_INLINE uint4 rotate(const RopeTable& t, const uint4& x, int d) const {
     float a[8], other[8], cos[8], sin[8];
-    unpack<T>(a, x);
+    unpack_16<T>(a, x);
     values(cos, t.dtype, cos_);
     values(sin, t.dtype, sin_);
     if (t.interleaved) {
@@ -73,7 +74,7 @@ class RopeChunk {
         other[e] = e % 2 ? a[e ^ 1] : -a[e ^ 1];
       }
     } else {
-      unpack<T>(other, other_);
+      unpack_16<T>(other, other_);
       const bool low = d < t.rotary_dim / 2;
 #pragma unroll
       for (int e = 0; e < 8; ++e) other[e] = low ? -other[e] : other[e];
@@ -89,16 +90,6 @@ class RopeChunk {
   }
 
  private:
-  template <class E>
-  FI_DEVICE_INLINE static void unpack(float (&x)[8], const uint4& v) {
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const float2 two = unpack2<E>(words[w]);
-      x[2 * w] = two.x, x[2 * w + 1] = two.y;
-    }
-  }
-
   // Eight values from value `at` on, or the four that eight interleaved elements share.
   FI_DEVICE_INLINE static void fetch_values(uint4 (&to)[2], const RopeTable& t, const void* table,
                                             int64_t at) {
@@ -120,13 +111,12 @@ class RopeChunk {
 
   FI_DEVICE_INLINE static void values(float (&x)[8], DType dtype, const uint4 (&v)[2]) {
     if (dtype == DType::f32) {
-      const uint32_t words[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
-#pragma unroll
-      for (int e = 0; e < 8; ++e) x[e] = __uint_as_float(words[e]);
+      unpack_16<float>(x, v[0]);
+      unpack_16<float>(x + 4, v[1]);
     } else if (dtype == DType::bf16) {
-      unpack<bf16>(x, v[0]);
+      unpack_16<bf16>(x, v[0]);
     } else {
-      unpack<f16>(x, v[0]);
+      unpack_16<f16>(x, v[0]);
     }
   }
 

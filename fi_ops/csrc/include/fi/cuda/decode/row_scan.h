@@ -94,16 +94,7 @@ FI_DEVICE_INLINE void scan_row(const AttentionParams& p, int b, KeyRange keys, R
 }
 
 FI_DEVICE_INLINE void scan_row(const AttentionParams& p, int b, KeyRange keys, RowScanShared& shared) {
-  switch (p.mask_dtype) {
-    case DType::boolean:
-      return scan_row<uint8_t>(p, b, keys, shared);
-    case DType::f32:
-      return scan_row<float>(p, b, keys, shared);
-    case DType::bf16:
-      return scan_row<bf16>(p, b, keys, shared);
-    default:
-      return scan_row<f16>(p, b, keys, shared);
-  }
+  with_mask_type(p.mask_dtype, [&]<class M>(const M*) { scan_row<M>(p, b, keys, shared); });
 }
 
 }  // namespace fi::cuda::decode

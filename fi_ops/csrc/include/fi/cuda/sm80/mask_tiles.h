@@ -119,21 +119,6 @@ class TileWalk {
   unsigned live_ = 0, open_ = 0;
 };
 
-// Calls f(a null pointer of the mask's type).
-template <class F>
-FI_DEVICE_INLINE void with_mask_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::boolean:
-      return f(static_cast<const uint8_t*>(nullptr));
-    case DType::f32:
-      return f(static_cast<const float*>(nullptr));
-    case DType::bf16:
-      return f(static_cast<const bf16*>(nullptr));
-    default:
-      return f(static_cast<const f16*>(nullptr));
-  }
-}
-
 // Scans p.mask for blocks of `block_rows` rows and tiles of `tile` keys (host).
 MaskTiles classify_mask(const AttentionParams& p, const Gpu& gpu, int block_rows, int tile);
 
