@@ -5,6 +5,7 @@ python -m bench single_decode --batch 8        # attention of one new token
 python -m bench single_prefill --dtype float32
 python -m bench models --quick                 # whole decode steps, stock torch.compile against fi_ops
 python -m bench ops                            # every op of the registry on its typical sample
+python -m bench models --device cuda --kernels     # which kernels a step spends its time in
 python -m bench all --quick --markdown bench/results/mine.md
 python -m bench all --device cuda --csv rows.csv --plot plots/
 python -m bench decline --device cuda --csv decline.csv     # where is stock attention faster? (not part of `all`)
@@ -53,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--turns", type=int, default=15, help="turns of each candidate (default 15)")
     parser.add_argument("--turn", type=float, help="seconds of a turn (default 0.03; CUDA 0.002)")
     parser.add_argument("--warm", action="store_true", help="time nothing: compile and run each candidate once")
+    parser.add_argument(
+        "--kernels", action="store_true", help="models on CUDA: print the kernels of a step, time nothing"
+    )
     parser.add_argument("--csv", type=Path, help="write all rows to this file")
     parser.add_argument("--markdown", type=Path, help="write a page for bench/results/")
     parser.add_argument("--plot", type=Path, help="write PNGs of time against length to this folder (needs matplotlib)")
@@ -71,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     options = harness.Options(
         device=args.device, dtype=DTYPES.get(args.dtype), threads=args.threads, quick=args.quick, full=args.full,
         batch=args.batch, length=args.length, compiled=not args.no_compile, turns=args.turns,
-        turn=TURN[args.device] if args.turn is None else args.turn, warm=args.warm,
+        turn=TURN[args.device] if args.turn is None else args.turn, warm=args.warm, kernels=args.kernels,
     )  # fmt: skip
     torch.manual_seed(0)
     report = Report(csv=args.csv, markdown=args.markdown)

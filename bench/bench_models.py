@@ -227,7 +227,7 @@ def _cases_of(kind: type, batch: int, options: Options) -> Iterator[Case]:
                 for name, step, ours in zip(names, steps, (False, True), strict=True)
             ],
             Cost(weights + live, 2 * batch * weights // dtype.itemsize),
-            None if options.warm else _check(subject, token, tokens, device),
+            None if options.warm or options.kernels else _check(subject, token, tokens, device),
             dtype,
             unit="ms",
             turn=sizes.turn,

@@ -21,6 +21,7 @@ import torch
 from fi_ops.library import Cost
 
 from .clock import CudaClock, HostClock, clock_of
+from .kernels import print_kernels
 from .machine import Ceilings
 from .output import Report, Row, print_brief, print_rows
 
@@ -70,6 +71,7 @@ class Options:
     turns: int = 15
     turn: float = 0.03
     warm: bool = False
+    kernels: bool = False
 
     def pick(self, default: torch.dtype) -> torch.dtype:
         return self.dtype or default
@@ -114,6 +116,10 @@ def run(bench: str, cases: Iterable[Case], options: Options, report: Report) -> 
         checks = {id(candidate): _check(case, candidate, clock) for candidate in case.candidates}
         if options.warm:
             print("\n".join(f"{c.name}: {checks[id(c)]}" for c in case.candidates), flush=True)
+            continue
+        if options.kernels:
+            for c in case.candidates:
+                print_kernels(f"{case.name}, {c.name}", lambda c=c: c.fn(*c.inputs[0]), c.rewind or (lambda: None))
             continue
         rows = _timed(bench, case, checks, clock, options)
         report.rows += rows
