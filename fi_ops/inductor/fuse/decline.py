@@ -141,7 +141,24 @@ class Measured:
         )
 
 
-MEASURED: tuple[Measured, ...] = ()
+_H100_GRID = "bench/results/2026-11-22-nvidia-h100-decline.csv"
+"""`python -m bench decline --device cuda`, 112 shapes: stock as torch chooses it was faster by more than 3% at four."""
+
+
+def _on_h100(ratio: float, **conditions: Any) -> Measured:
+    """Short calls of one sequence, whose query heads torch groups by itself."""
+    return Measured(
+        "cuDNN", ratio, "H100", _H100_GRID, capability=(9, 0), dtypes=(torch.bfloat16,), batch=Range(1, 1),
+        kv_len=Range(129, 256), heads=("grouped",), **conditions,
+    )  # fmt: skip
+
+
+MEASURED: tuple[Measured, ...] = (
+    _on_h100(1.17, head_dims=(64,), qo_len=Range(1, 1)),
+    _on_h100(1.06, head_dims=(64,), qo_len=Range(16, 16)),
+    _on_h100(1.15, head_dims=(128,), qo_len=Range(16, 16)),
+    _on_h100(1.18, head_dims=(256,), qo_len=Range(16, 16)),
+)
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:

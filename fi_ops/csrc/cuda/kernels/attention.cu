@@ -11,11 +11,13 @@ namespace {
 #ifdef FI_CUDA_SM90A
 // Hopper's kernel is about twice as fast as the one for sm_80, but takes 128 queries of one head a block and
 // all of their keys: few blocks with long keys leave more than half of the GPU idle. 64 blocks on 132
-// multiprocessors are worth it, 32 are not (docs/kernels/prefill_cuda.md).
+// multiprocessors are worth it, 32 are not, and with very long keys and a head_dim of 64 neither are 64
+// (docs/kernels/prefill_cuda.md).
 bool runs_on_hopper(const AttentionParams& p, const Gpu& gpu) {
   if (gpu.compute_capability != 90 || !sm90_prefill_supports(p)) return false;
   const int64_t blocks = p.batch * p.num_qo_heads * ((p.qo_len + 127) / 128);
-  return p.kv_len < kLongKeys || 9 * blocks >= 4 * gpu.num_sms;
+  const int ninths = p.head_dim_qk <= 64 && p.kv_len > 8192 ? 6 : 4;  // of the multiprocessors
+  return p.kv_len < kLongKeys || 9 * blocks >= ninths * gpu.num_sms;
 }
 #endif
 
