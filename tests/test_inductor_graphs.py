@@ -151,6 +151,37 @@ return [%8]
 """,
         )
 
+    def test_append_at_a_count(self):
+        """The position of one token is the count: nothing computes it."""
+        self.assertExpectedInline(
+            self.graph(cache.counting_cache, *cache.counted(1)),
+            """\
+%0 = input float32[2, 4, 1, 16]
+%1 = input int64[]
+%2 = input float32[2, 2, 12, 16]
+%3 = input float32[2, 2, 1, 16]
+%4 = input float32[2, 2, 12, 16]
+%5 = input float32[2, 2, 1, 16]
+%6 = prims.iota(1, start=0, step=1, dtype=int64, device=cpu, requires_grad=False)
+%7 = aten.add.Tensor(%6, %1)
+%8 = prims.iota(12, start=0, step=1, dtype=int64, device=cpu, requires_grad=False)
+%9 = aten.unsqueeze(%7, 1)
+%10 = aten.le.Tensor(%8, %9)
+%11 = aten.unsqueeze(%10, 0)
+%12 = aten.unsqueeze(%11, 0)
+%13 = aten.view(%1, [1])
+%14 = auto_functionalized_v2(fi.append_attention, mask=%12, causal=False, window_left=-1, logits_soft_cap=0, query=%0, key=%3, value=%5, positions=%13, _k_cache_base_index=0, _v_cache_base_index=1, _all_bases=[%2, %4])
+%15 = getitem(%14, 0)
+%16 = getitem(%14, 1)
+%17 = getitem(%14, 2)
+%18 = aten.add.Tensor(%1, 1)
+%19 = aten.copy_(%1, %18)
+%20 = aten.copy_(%2, %16)
+%21 = aten.copy_(%4, %17)
+return [%15]
+""",
+        )
+
     def test_append_to_a_cache_laid_out_by_length(self):
         self.assertExpectedInline(
             self.graph(cache.cache_laid_out_by_length, *cache.by_length()),

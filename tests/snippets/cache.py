@@ -42,6 +42,27 @@ def index_put(q, k, v, kc, vc, positions, mask):
     return attend(q, kc, vc, mask)
 
 
+def counted(length):
+    return (*step(length)[:5], torch.tensor(4))
+
+
+@snippet(lambda: counted(1), grade=APPEND)
+def counting_cache(q, k, v, kc, vc, count):
+    """Hugging Face's StaticCache counts its tokens itself, in a tensor; here one token a step."""
+    positions = torch.arange(q.shape[2], device=q.device) + count
+    kc.index_copy_(2, positions, k)
+    vc.index_copy_(2, positions, v)
+    mask = torch.arange(LMAX, device=q.device) <= positions[:, None]
+    out = attend(q, kc, vc, mask)
+    count.add_(q.shape[2])
+    return out
+
+
+@snippet(lambda: counted(3), grade=APPEND)
+def counting_cache_of_several_tokens(q, k, v, kc, vc, count):
+    return counting_cache(q, k, v, kc, vc, count)
+
+
 @snippet(lambda: step(1, batch=1), grade=APPEND)
 def index_put_one_row(q, k, v, kc, vc, positions, mask):
     """Index assignment drops the leading 1 of what it writes."""

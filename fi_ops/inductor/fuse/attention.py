@@ -20,7 +20,7 @@ import torch
 from torch.fx import Node
 
 from ..normalize.attention import Attention, check_attention, check_contiguous_last
-from ..normalize.cache_update import CacheWrite, check_in_place, match_cache_write, same_positions
+from ..normalize.cache_update import CacheWrite, check_in_place, match_cache_write, same_positions, start_of_one
 from ..normalize.masks import check_mask, original_mask
 from ..normalize.repeat_kv import unrepeat_kv
 from ..normalize.rope import Rope, match_rope
@@ -314,7 +314,8 @@ def _apply_append(plan: Plan, options: dict, emitter: Emitter) -> list[Node]:
 def _emit_positions(write: CacheWrite, emitter: Emitter) -> Node:
     """The slots written, one number each; a slice has only a start, the same for all layers."""
     if write.positions is not None:
-        return write.positions
+        start = start_of_one(write.positions)
+        return write.positions if start is None else emitter.call(aten.view.default, start, [1])
     length_dim = 2 if write.dims is None else 1
     length = shape(write.new)[length_dim]
     if not isinstance(length, int):

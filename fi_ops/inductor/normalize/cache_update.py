@@ -24,11 +24,13 @@ from ..walk import (
     argument,
     at_least,
     aten,
+    commuted,
     dim_of,
     is_call,
     is_full_scatter,
     is_tensor,
     permutation,
+    prims,
     same_shape,
     same_size,
     same_value,
@@ -179,6 +181,20 @@ def may_be_negative(positions: Node) -> bool:
     constant = getattr(source.graph.owning_module, str(source.target), None)
     with unset_fake_temporarily():
         return isinstance(constant, torch.Tensor) and bool((constant < 0).any())
+
+
+def start_of_one(positions: Node) -> Node | None:
+    """`start` where one position is spelt `arange(1) + start`: what a static cache counts is then the position itself."""
+    source = strip(positions)
+    if not is_call(source, aten.add.Tensor) or argument(source, 2, "alpha", 1) != 1:
+        return None
+    for iota, start in commuted(source):
+        if not is_call(iota, prims.iota.default) or not is_tensor(start):
+            continue
+        begins_at_0 = same_size(iota.kwargs.get("start"), 0)
+        if same_size(iota.args[0], 1) and begins_at_0 and value(start).dtype == value(positions).dtype:
+            return start if value(start).dim() == 0 else None
+    return None
 
 
 def _only_for(node: Node, write: Node) -> bool:
