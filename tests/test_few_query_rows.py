@@ -138,3 +138,24 @@ def test_shared_keys(kv_heads, mask, device):
     if mask == "finfo.min":
         values = torch.zeros(keep.shape, device=device).masked_fill(~keep, torch.finfo(torch.float32).min)
     assert_op_matches_reference(SPECS["attention_with_lse"], Sample((q, k, v, values), name=f"shared keys, {mask}"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mask", [None, "shared", "each entry's"])
+@pytest.mark.parametrize(("qo_len", "head_dim", "interleaved"), [(1, 128, False), (3, 64, True), (2, 256, None)])
+def test_decode_step(qo_len, head_dim, interleaved, mask, device):
+    """What a model's step calls, with nothing but a boolean mask: new rows into a static cache, then attention to it."""
+    batch, heads, kv_heads, slots = 3, 8, 2, 1500
+    at = torch.tensor([[1487], [64], [1300]])[: batch if mask == "each entry's" else 1] + torch.arange(qo_len)
+    seen = torch.arange(slots) <= at.amax(1)[:, None, None, None]
+    q = torch.randn(batch, heads, qo_len, head_dim, device=device).bfloat16()
+    k, v = (torch.randn(batch, kv_heads, qo_len, head_dim, device=device).bfloat16() for _ in range(2))
+    k_cache, v_cache = (torch.randn(batch, kv_heads, slots, head_dim, device=device).bfloat16() for _ in range(2))
+    cache = (k_cache, v_cache, (at if len(at) > 1 else at[0]).to(device), None if mask is None else seen.to(device))
+    if interleaved is None:
+        assert_op_matches_reference(SPECS["append_attention"], Sample((q, k, v, *cache), name="decode step"))
+        return
+    angles = torch.rand(1, qo_len, head_dim // 2, device=device) * 6.3
+    tables = angles.cos().bfloat16(), angles.sin().bfloat16()
+    sample = Sample((q, k, v, *tables, *cache), {"interleaved": interleaved}, "decode step")
+    assert_op_matches_reference(SPECS["rope_append_attention"], sample)

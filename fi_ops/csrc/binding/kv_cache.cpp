@@ -119,8 +119,7 @@ Tensor append_and_attend(const char* op, const Tensor& query, const Tensor& key,
   if (rope)
     append.rope = attention.rope =
         rope_table(rope->cos, rope->sin, query.size(3), rope->rotary_dim, rope->interleaved);
-  run(FI_KERNEL_OF(append_kv), query, append);
-  run(FI_KERNEL_OF(attention), query, attention);
+  run(FI_KERNEL_OF(append_attention), query, AppendAttentionParams{append, attention});
   return output;
 }
 

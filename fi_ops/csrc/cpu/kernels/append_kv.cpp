@@ -42,4 +42,9 @@ void append_kv(const AppendParams& params, const Parallel& parallel) {
   }
 }
 
+void append_attention(const AppendAttentionParams& params, const Parallel& parallel) {
+  append_kv(params.append, parallel);
+  attention(params.attention, parallel);
+}
+
 }  // namespace fi::FI_ISA

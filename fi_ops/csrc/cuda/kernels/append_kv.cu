@@ -9,8 +9,8 @@ namespace {
 
 template <class T, int N, bool interleaved>
 __global__ void __launch_bounds__(kMaxThreads, 4) append_kv_kernel(const __grid_constant__ AppendParams p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t num_tokens = p.batch * p.new_len;
   const RopeTable& rope = p.rope;
   for (int64_t token = int64_t{blockIdx.x} * blockDim.z + threadIdx.z; token < num_tokens;

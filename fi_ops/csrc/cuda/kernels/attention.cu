@@ -25,13 +25,19 @@ bool runs_on_hopper(const AttentionParams& p, const Gpu& gpu) {
 
 void attention(const AttentionParams& p, const Gpu& gpu) {
   if (p.batch == 0 || p.num_qo_heads == 0 || p.qo_len == 0) return;
-  if (decode_supports(p)) return attention_decode(p, gpu);
+  if (decode_supports(p)) return attention_decode(p, nullptr, gpu);
   if (p.rope.cos) return attention(rotate_first(p, gpu), gpu);
 #ifdef FI_CUDA_SM90A
   if (runs_on_hopper(p, gpu)) return attention_sm90(p, gpu);
 #endif
   if (prefill_supports(p)) return prefill(p, gpu);
   generic_attention(p, gpu);
+}
+
+void append_attention(const AppendAttentionParams& p, const Gpu& gpu) {
+  if (decode_supports(p.attention)) return attention_decode(p.attention, &p.append, gpu);
+  append_kv(p.append, gpu);
+  attention(p.attention, gpu);
 }
 
 }  // namespace fi::cuda

@@ -70,15 +70,19 @@ bool prepare(const AttentionParams& p, Plan& plan, const Gpu& gpu) {
 
 }  // namespace decode
 
-void attention_decode(const AttentionParams& p, const Gpu& gpu) {
-  if (p.batch == 0 || p.num_qo_heads == 0 || p.qo_len == 0 || p.head_dim_vo == 0) return;
-  if (!decode::tensor_cores_take(p)) return decode::on_cuda_cores(p, gpu);
+void attention_decode(const AttentionParams& p, const AppendParams* append, const Gpu& gpu) {
+  const bool is_empty = p.batch == 0 || p.num_qo_heads == 0 || p.qo_len == 0 || p.head_dim_vo == 0;
+  if (is_empty || !decode::tensor_cores_take(p)) {
+    if (append) append_kv(*append, gpu);
+    if (!is_empty) decode::on_cuda_cores(p, gpu);
+    return;
+  }
   const int64_t widest = p.head_dim_qk > p.head_dim_vo ? p.head_dim_qk : p.head_dim_vo;
   const bool is_bf16 = p.dtype == DType::bf16;
   const auto run = widest <= 64    ? (is_bf16 ? decode::bf16_64 : decode::f16_64)
                    : widest <= 128 ? (is_bf16 ? decode::bf16_128 : decode::f16_128)
                                    : (is_bf16 ? decode::bf16_256 : decode::f16_256);
-  run(p, gpu);
+  run(p, append, gpu);
 }
 
 }  // namespace fi::cuda

@@ -3,6 +3,8 @@
 
 namespace fi::cuda::decode {
 
-void bf16_128(const AttentionParams& p, const Gpu& gpu) { run_on_tensor_cores<bf16, 128>(p, gpu); }
+void bf16_128(const AttentionParams& p, const AppendParams* append, const Gpu& gpu) {
+  run_on_tensor_cores<bf16, 128>(p, append, gpu);
+}
 
 }  // namespace fi::cuda::decode

@@ -3,6 +3,8 @@
 
 namespace fi::cuda::decode {
 
-void f16_256(const AttentionParams& p, const Gpu& gpu) { run_on_tensor_cores<f16, 256>(p, gpu); }
+void f16_256(const AttentionParams& p, const AppendParams* append, const Gpu& gpu) {
+  run_on_tensor_cores<f16, 256>(p, append, gpu);
+}
 
 }  // namespace fi::cuda::decode

@@ -3,6 +3,8 @@
 
 namespace fi::cuda::decode {
 
-void f16_64(const AttentionParams& p, const Gpu& gpu) { run_on_tensor_cores<f16, 64>(p, gpu); }
+void f16_64(const AttentionParams& p, const AppendParams* append, const Gpu& gpu) {
+  run_on_tensor_cores<f16, 64>(p, append, gpu);
+}
 
 }  // namespace fi::cuda::decode

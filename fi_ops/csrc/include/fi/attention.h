@@ -93,7 +93,15 @@ struct AppendParams {
   RopeTable rope;       // key i takes row i; rotary_dim at most kMaxRotaryDim
 };
 
+// The append, then attention to the cache that it writes: the same positions, the same rope table (query i
+// takes row i), as many new rows as query rows.
+struct AppendAttentionParams {
+  AppendParams append;
+  AttentionParams attention;
+};
+
 }  // namespace fi
 
 FI_KERNEL(attention, fi::AttentionParams)
 FI_KERNEL(append_kv, fi::AppendParams)
+FI_KERNEL(append_attention, fi::AppendAttentionParams)

@@ -35,6 +35,12 @@ FI_DEVICE_INLINE void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release;\n" ::: "memory");
 #  endif
 }
+// The same without a word about memory, which then waits for none of the thread's stores.
+FI_DEVICE_INLINE void cluster_arrive_relaxed() {
+#  if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;\n" ::: "memory");
+#  endif
+}
 FI_DEVICE_INLINE void cluster_wait() {
 #  if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire;\n" ::: "memory");

@@ -13,7 +13,8 @@ inline bool decode_supports(const AttentionParams& p) {
   return p.num_kv_heads > 0 && p.num_qo_heads / p.num_kv_heads * p.qo_len <= kDecodeRows;
 }
 
-// Any dtype, head_dim and strides, every feature of AttentionParams.
-void attention_decode(const AttentionParams& p, const Gpu& gpu);
+// Any dtype, head_dim and strides, every feature of AttentionParams. `append`: what goes into the cache
+// first, as in AppendAttentionParams; null: nothing.
+void attention_decode(const AttentionParams& p, const AppendParams* append, const Gpu& gpu);
 
 }  // namespace fi::cuda

@@ -8,7 +8,8 @@
 
 namespace fi::cuda {
 
-// Clusters are emulated, whatever compute capability the device claims; FI_EMULATION_CLUSTERS=0: they are not there.
+// Clusters are emulated, whatever compute capability the device claims; FI_EMULATION_CLUSTERS=0: they are not
+// there.
 inline bool has_clusters(const Gpu&) {
   const char* text = std::getenv("FI_EMULATION_CLUSTERS");
   return text == nullptr || *text != '0';
@@ -17,6 +18,7 @@ inline bool has_clusters(const Gpu&) {
 inline uint32_t cluster_size() { return emulation::cluster_size(); }
 inline uint32_t cluster_rank() { return emulation::cluster_rank(); }
 inline void cluster_arrive() { emulation::cluster_arrive(); }
+inline void cluster_arrive_relaxed() { emulation::cluster_arrive(); }
 inline void cluster_wait() { emulation::cluster_wait(); }
 
 template <class T>

@@ -20,20 +20,28 @@ inline constexpr int kMaxCluster = 8;
 template <int kSliceKeys, int kRows>
 class RunCursor {
  public:
-  // Slices [at, end) of the segment, every warps-th of them. `list`: the live tiles, in shared memory; null:
-  // all keys from first_key on.
-  FI_DEVICE_INLINE RunCursor(const SegmentPlace& place, int at, int end, const int32_t* list, int first_key,
-                             int key_end)
-      : place_(place), at_(at), end_(end), first_key_(first_key), key_end_(key_end), list_(list) {}
+  static constexpr bool kOneMaskRow = true;
+
+  // Slices [at, end) of the segment, every warps-th of them: of the live tiles, where the call has a mask,
+  // else of all keys from first_key on.
+  FI_DEVICE_INLINE RunCursor(const SegmentPlace& place, int at, int end, bool masked, const LiveTiles& tiles,
+                             int first_key, int key_end)
+      : place_(place),
+        at_(at),
+        end_(end),
+        first_key_(first_key),
+        key_end_(key_end),
+        masked_(masked),
+        tiles_(tiles) {}
 
   FI_DEVICE_INLINE bool done() const { return at_ >= end_; }
   FI_DEVICE_INLINE const SegmentPlace& place() const { return place_; }
   FI_DEVICE_INLINE int key_end() const { return key_end_; }
   FI_DEVICE_INLINE bool entered() const { return entered_; }
   FI_DEVICE_INLINE Slice slice() const {
-    if (list_ == nullptr) return {first_key_ + at_ * kSliceKeys, true};
+    if (!masked_) return {first_key_ + at_ * kSliceKeys, true};
     constexpr int kSlicesATile = kTileKeys / kSliceKeys;
-    const int32_t entry = list_[at_ / kSlicesATile];
+    const int32_t entry = tiles_.entry(at_ / kSlicesATile);
     return {tile_index(entry) * kTileKeys + at_ % kSlicesATile * kSliceKeys, tile_open(entry)};
   }
   FI_DEVICE_INLINE void step() {
@@ -44,7 +52,8 @@ class RunCursor {
  private:
   SegmentPlace place_;
   int at_, end_, first_key_, key_end_;
-  const int32_t* list_;
+  bool masked_;
+  LiveTiles tiles_;
   bool entered_ = true;
 };
 
@@ -72,31 +81,33 @@ class ClusterBlock {
 
   FI_DEVICE_INLINE void run(unsigned char* warp_memory) {
     wait_for_previous_kernel();
-    if (parts > 1) cluster_arrive();  // waited for where others' shared memory is written to
+    if (parts > 1) cluster_arrive_relaxed();  // waited for where others' shared memory is written to
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int head = plan.row_blocks == 1 ? blockIdx.y : blockIdx.y / plan.row_blocks;
     const SegmentPlace at{static_cast<int>(blockIdx.z), head,
                           (static_cast<int>(blockIdx.y) - head * plan.row_blocks) * Engine::kRows};
     const int num_rows = min(Engine::kRows, plan.rows - at.row_begin);
-    const KeyRange keys = range_of(p, plan, at.b);
-    const int32_t* list = nullptr;
+    const KeyRange keys = Engine::kPlain ? plan.range : range_of(p, plan, at.b);
+    LiveTiles tiles;
     const int first_key = keys.begin / Engine::kSliceKeys * Engine::kSliceKeys;
     int slices = (keys.end - first_key + Engine::kSliceKeys - 1) / Engine::kSliceKeys;
     if (p.mask && slices > 0) {
-      scan_row(p, at.b, keys, shared.scan);
-      list = shared.scan.entries;
-      slices = shared.scan.count * (kTileKeys / Engine::kSliceKeys);
+      tiles.find<Engine::kPlain>(p, at.b, keys, shared.scan);
+      slices = tiles.count() * (kTileKeys / Engine::kSliceKeys);
     }
     // Not before the scan: its first load would wait for these (registers that its loop may have in flight).
     typename Engine::Query rows;
     rows.fetch(p, plan, at);
     const int share = slices >> log2_parts(), extra = slices & (parts - 1);
     const int begin = rank * share + min(rank, extra), end = begin + share + int(rank < extra);
-    Engine engine(p, plan, typename Engine::Cursor(at, begin + warp, end, list, first_key, keys.end), query,
-                  warp_memory);
+    // Large clusters of a next call that come to lie between this call's are slower: 59 us instead of 48 for
+    // 32768 keys. Not worth it for a long call.
+    if (parts <= 2 || share <= 2 * Engine::kRingSlices * warps) allow_next_kernel();
+    Engine engine(p, plan, typename Engine::Cursor(at, begin + warp, end, p.mask, tiles, first_key, keys.end),
+                  query, warp_memory);
     rows.finish(p, plan, at);
-    rows.store(p, plan, at, query);
-    if (warp == warps - 1) fill_row_table(p, plan, at, shared.rows);
+    rows.store(p, plan, at, query, &shared.rows, /*appends=*/rank == 0 && at.row_begin == 0);
+    if (!Engine::kPlain && warp == warps - 1) fill_row_table(p, plan, at, shared.rows);
     __syncthreads();
     engine.begin_segment();
 #pragma unroll 1
@@ -104,32 +115,26 @@ class ClusterBlock {
     engine.publish(shared.results.max[warp], shared.results.sum[warp], &shared.results.acc[warp], num_rows,
                    begin + warp < end);
     __syncthreads();
-    if (parts == 1) {
-      for_items(num_rows, [&](int row, int chunk) {
-        write_columns<T, Engine::kAligned>(p, plan, at, row, chunk,
-                                           join_warps(shared.results, engine, row, chunk));
-      });
-    } else {
-      cluster_wait();
-      for_items(num_rows, [&](int row, int chunk) {
-        send(num_rows, row, chunk, join_warps(shared.results, engine, row, chunk));
-      });
-      cluster_arrive();
-      cluster_wait();
-      join_parts(at, num_rows);
+    if (parts > 1) cluster_wait();
+#pragma unroll 1
+    for (int item = threadIdx.x; item < num_rows * kChunks; item += blockDim.x) {  // four columns each
+      const int row = item / kChunks, chunk = item % kChunks;
+      if (chunk * 4 >= p.head_dim_vo) continue;
+      const Part part = join_warps(shared.results, engine, row, chunk);
+      if (parts > 1) {
+        send(num_rows, row, chunk, part);
+      } else {
+        write_columns<T, Engine::kAligned, Engine::kPlain>(p, plan, at, row, chunk, part);
+      }
     }
+    if (parts == 1) return;
+    cluster_arrive();
+    cluster_wait();
+    join_parts(at, num_rows);
   }
 
  private:
   static constexpr int kChunks = Engine::kRowChunks;
-
-  // The block's results, four columns an item.
-  template <class F>
-  FI_DEVICE_INLINE void for_items(int num_rows, const F& f) const {
-    for (int item = threadIdx.x; item < num_rows * kChunks; item += blockDim.x) {
-      if (item % kChunks * 4 < p.head_dim_vo) f(item / kChunks, item % kChunks);
-    }
-  }
 
   // Block n of the cluster joins and writes the n-th part of each row; both numbers are powers of two.
   FI_DEVICE_INLINE int log2_parts() const { return 31 - __clz(parts); }
@@ -154,6 +159,7 @@ class ClusterBlock {
   FI_DEVICE_INLINE void join_parts(const SegmentPlace& at, int num_rows) const {
     const int own_chunks = 1 << log2_own_chunks(), items = num_rows * own_chunks;
     const int part = static_cast<int>(threadIdx.x) & (parts - 1);
+#pragma unroll 1
     for (int start = 0; start < items; start += static_cast<int>(blockDim.x) >> log2_parts()) {
       const int item = start + (static_cast<int>(threadIdx.x) >> log2_parts());
       const int row = item >> log2_own_chunks(), own_chunk = item & (own_chunks - 1);
@@ -182,7 +188,8 @@ class ClusterBlock {
 #pragma unroll
         for (int e = 0; e < 4; ++e) all.acc[e] += __shfl_xor_sync(~0u, all.acc[e], other);
       }
-      if (inside && part == 0) write_columns<T, Engine::kAligned>(p, plan, at, row, chunk, all);
+      if (inside && part == 0)
+        write_columns<T, Engine::kAligned, Engine::kPlain>(p, plan, at, row, chunk, all);
     }
   }
 
@@ -246,18 +253,62 @@ inline ClusterPlan plan_clusters(const AttentionParams& p, const Plan& plan, con
   return {blocks, segments * blocks <= room};
 }
 
-template <class T, int kDim>
-void run_on_tensor_cores(const AttentionParams& p, const Gpu& gpu) {
-  using Clusters = TensorCores<T, kDim, RunCursor<16, 16>>;
-  const Plan plan = plan_of<Clusters>(p);
-  const ClusterPlan clusters = plan_clusters(p, plan, gpu);
-  if (clusters.blocks == 0) return run_decode<T, TensorCores<T, kDim>>(p, gpu);
-  const size_t received = clusters.blocks > 1 ? ClusterBlock<T, Clusters>::kReceivedBytes : 0;
-  const BlockShape shape = shape_of_block<Clusters>(p, gpu, sizeof(ClusterShared) + received, clusters.wide);
-  const dim3 grid(clusters.blocks, unsigned(plan.num_segments / p.batch), unsigned(p.batch));
-  launch_clusters(gpu, cluster_kernel<T, Clusters>, grid, clusters.blocks, dim3(shape.warps * 32),
-                  shape.all_bytes, /*overlap=*/true, p, plan, static_cast<int>(shape.warp_bytes),
+// Whether a call's new rows can be read 16 bytes at a time, as its cache can. A stride that is never used may
+// be anything.
+inline bool appends_fit(const AppendParams& append) {
+  auto aligned = [&](const void* data, int64_t b, int64_t h, int64_t n) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (append.batch == 1 || b % 8 == 0) &&
+           (append.num_kv_heads == 1 || h % 8 == 0) && (append.new_len == 1 || n % 8 == 0);
+  };
+  return aligned(append.key, append.k_stride_b, append.k_stride_h, append.k_stride_n) &&
+         aligned(append.value, append.v_stride_b, append.v_stride_h, append.v_stride_n);
+}
+
+inline NewRows new_rows(const AppendParams& append) {
+  return {append.key,        append.value,      append.k_stride_b,
+          append.k_stride_h, append.k_stride_n, append.v_stride_b,
+          append.v_stride_h, append.v_stride_n, static_cast<int>(append.new_len)};
+}
+
+template <class T, class Engine>
+void launch_cluster_kernel(const AttentionParams& p, const Plan& plan, int blocks, const BlockShape& shape,
+                           const Gpu& gpu) {
+  const dim3 grid(blocks, unsigned(plan.num_segments / p.batch), unsigned(p.batch));
+  launch_clusters(gpu, cluster_kernel<T, Engine>, grid, blocks, dim3(shape.warps * 32), shape.all_bytes,
+                  /*overlap=*/true, p, plan, static_cast<int>(shape.warp_bytes),
                   static_cast<int>(shape.query_bytes));
+}
+
+// `append`: what goes into the cache first; null: nothing.
+template <class T, int kDim>
+void run_on_tensor_cores(const AttentionParams& p, const AppendParams* append, const Gpu& gpu) {
+  using Cursor = RunCursor<16, 16>;
+  using General = TensorCores<T, kDim, Cursor>;
+  using Plain = TensorCores<T, kDim, Cursor, true>;
+  Plan plan = plan_of<General>(p);
+  const ClusterPlan clusters = plan_clusters(p, plan, gpu);
+  const size_t received = clusters.blocks > 1 ? ClusterBlock<T, General>::kReceivedBytes : 0;
+  BlockShape shape{};
+  const auto shape_blocks = [&](NewRows added) {
+    plan.added = added;
+    const size_t bytes = General::added_bytes(plan);
+    shape = shape_of_block<General>(p, gpu, sizeof(ClusterShared) + received + bytes, clusters.wide);
+    shape.query_bytes += bytes;
+  };
+  const auto holds_all = [&] { return Plain::Query::holds_all(plan, shape.warps * 32); };
+  if (clusters.blocks > 0) {
+    const bool can_add = append && appends_fit(*append) && (p.rope.cos == nullptr || plan.rope_chunks);
+    shape_blocks(can_add ? new_rows(*append) : NewRows{});
+    if (!holds_all()) shape_blocks(NewRows{});
+  }
+  if (append && plan.added.count == 0) append_kv(*append, gpu);
+  if (clusters.blocks == 0) {
+    run_decode<T, TensorCores<T, kDim>>(p, gpu);
+  } else if (is_plain(p, plan) && holds_all()) {
+    launch_cluster_kernel<T, Plain>(p, plan, clusters.blocks, shape, gpu);
+  } else {
+    launch_cluster_kernel<T, General>(p, plan, clusters.blocks, shape, gpu);
+  }
 }
 
 }  // namespace fi::cuda::decode

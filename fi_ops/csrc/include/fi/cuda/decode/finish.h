@@ -29,24 +29,17 @@ FI_DEVICE_INLINE Part join_warps(const WarpResults& results, const Engine& engin
   constexpr int kMost = Engine::kSmWarps < kMaxWarps ? Engine::kSmWarps : kMaxWarps;
   const int warps = blockDim.x / 32;
   Part all;
-  float tops[kMost], sums[kMost];
-  float4 accs[kMost];
 #pragma unroll
   for (int w = 0; w < kMost; ++w) {
-    tops[w] = -kInf, sums[w] = 0.0f, accs[w] = float4{0.0f, 0.0f, 0.0f, 0.0f};
-    if (w >= warps) continue;
-    sums[w] = results.sum[w][row];
-    if (sums[w] == 0.0f) continue;  // nothing seen; the accumulators may not even be there
-    tops[w] = results.max[w][row];
-    accs[w] = *reinterpret_cast<const float4*>(results.acc[w] + engine.acc_offset(row, chunk));
+    if (w < warps) all.max = fmaxf(all.max, results.max[w][row]);
   }
-#pragma unroll
-  for (int w = 0; w < kMost; ++w) all.max = fmaxf(all.max, tops[w]);
-#pragma unroll
-  for (int w = 0; w < kMost; ++w) {
-    const float factor = exp2_approx(tops[w] - usable_max(all.max));
-    all.sum = fmaf(sums[w], factor, all.sum);
-    all.add_scaled(accs[w], factor);
+#pragma unroll 1
+  for (int w = 0; w < warps; ++w) {
+    const float sum = results.sum[w][row];
+    if (sum == 0.0f) continue;  // nothing seen; the accumulators may not even be there
+    const float factor = exp2_approx(results.max[w][row] - usable_max(all.max));
+    all.sum = fmaf(sum, factor, all.sum);
+    all.add_scaled(*reinterpret_cast<const float4*>(results.acc[w] + engine.acc_offset(row, chunk)), factor);
   }
   return all;
 }
@@ -63,17 +56,22 @@ FI_DEVICE_INLINE void store_columns(T* out, const float (&x)[4], int columns) {
   }
 }
 
-// Four columns of a result, and with the first of them the LSE.
-template <class T, bool kAligned>
+// Four columns of a result, and with the first of them the LSE. kPlain: of a call that is is_plain().
+template <class T, bool kAligned, bool kPlain = false>
 FI_DEVICE_INLINE void write_columns(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
                                     int row, int chunk, Part part) {
   const QueryRow q = query_row(plan, at, row);
-  const RowResult result = finish_row(p, q.head, part.max, part.sum);
+  RowResult result;
+  if constexpr (kPlain) {
+    result.factor = part.sum == 0.0f ? 0.0f : 1.0f / part.sum;
+  } else {
+    result = finish_row(p, q.head, part.max, part.sum);
+  }
 #pragma unroll
   for (int e = 0; e < 4; ++e) part.acc[e] *= result.factor;
   T* out = static_cast<T*>(p.out) + at.b * p.o_stride_b + q.head * p.o_stride_h + q.i * p.o_stride_n;
   store_columns<T, kAligned>(out + chunk * 4, part.acc, static_cast<int>(p.head_dim_vo) - chunk * 4);
-  if (p.lse && chunk == 0) p.lse[(at.b * p.num_qo_heads + q.head) * p.qo_len + q.i] = result.lse;
+  if (!kPlain && p.lse && chunk == 0) p.lse[(at.b * p.num_qo_heads + q.head) * p.qo_len + q.i] = result.lse;
 }
 
 }  // namespace fi::cuda::decode

@@ -12,6 +12,16 @@ namespace fi::cuda::decode {
 
 inline constexpr int kMaxWarps = 8;
 
+// Rows of a static cache that the call itself brings: key and value [batch, num_kv_heads, count, head_dim],
+// of which row i of batch entry b belongs into slot positions.at(b, i); the keys take row i of the rope
+// table.
+struct NewRows {
+  const void* key;
+  const void* value;
+  int64_t k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n;
+  int count;  // 0: the cache has all rows
+};
+
 struct Plan {
   int group;       // query heads a KV head
   int rows;        // group * qo_len
@@ -21,6 +31,7 @@ struct Plan {
   int uniform_tiles;               // live tiles of every segment; -1: the device must look
   KeyRange range;                  // allowed_keys of every batch entry, unless range_is_data
   bool rope_chunks;                // the query is rotated, eight elements at once
+  NewRows added;                   // cluster_kernel only
   int min_units;                   // for less than this many no block is started
   TileLists lists;
   int32_t* arrivals;  // [num_segments], zero at first: blocks that have left their partial result
@@ -33,6 +44,17 @@ struct Plan {
   // A multiple of 4: read and written as float4.
   FI_HD int partial_floats() const { return (part_rows * (acc_width + 2) + 3) / 4 * 4; }
 };
+
+// What most calls are, for which a kernel is compiled with less than half of the code: all rows of a batch
+// entry see the same keys, those of plan.range or what a boolean mask leaves of them; weights come from
+// scaled products alone, and only the result is wanted. In a model's step the code comes from DRAM, and
+// fetching that of the general kernel takes longer than running it.
+inline bool is_plain(const AttentionParams& p, const Plan& plan) {
+  const bool same_keys = (!p.causal && p.window_left < 0) || (p.qo_len == 1 && !range_is_data(p));
+  return same_keys && (p.mask == nullptr || p.mask_dtype == DType::boolean) && p.logits_soft_cap == 0.0f &&
+         !p.alibi_slopes && !p.sinks && p.lse == nullptr && !p.rope_keys &&
+         (p.rope.cos == nullptr || plan.rope_chunks);
+}
 
 struct SegmentPlace {
   int b, kv_head, row_begin;

@@ -13,6 +13,7 @@ struct RowTable {
   int position[kMaxRows];              // for ALiBi
   float slope[kMaxRows];               // of ALiBi, base 2
   int64_t mask[kMaxRows];              // mask_row
+  int slot[kMaxRows];                  // of NewRows; -1: outside of the cache
   int common_begin, common_end;        // keys that every row sees
 };
 
@@ -44,19 +45,29 @@ FI_DEVICE_INLINE void fill_row_table(const AttentionParams& p, const Plan& plan,
   if (lane == 0) table.common_begin = keys.begin, table.common_end = keys.end;
 }
 
-// Base 2. -inf, also where the product is NaN, for a key that the row doesn't see.
-FI_DEVICE_INLINE float logit(const AttentionParams& p, const RowTable& rows, int row, int key, bool masked,
-                             float product) {
-  if (key < rows.begin[row] || key >= rows.end[row]) return -kInf;
+FI_DEVICE_INLINE bool sees(const RowTable& rows, int row, int key) {
+  return key >= rows.begin[row] && key < rows.end[row];
+}
+
+// Base 2, without a mask.
+FI_DEVICE_INLINE float unmasked_logit(const AttentionParams& p, const RowTable& rows, int row, int key,
+                                      float product) {
   float x = product * (p.scale * kLog2e);
   if (p.logits_soft_cap > 0.0f)
     x = tanhf(product * (p.scale / p.logits_soft_cap)) * (p.logits_soft_cap * kLog2e);
   if (p.alibi_slopes) x += static_cast<float>(key - rows.position[row]) * rows.slope[row];
-  if (masked) {
-    const float addend = addend_at(p, rows.mask[row] + key * p.mask_stride_k);
-    x = addend == -kInf ? addend : x + addend;
-  }
   return x;
+}
+
+// -inf excludes, also where x is NaN.
+FI_DEVICE_INLINE float add_mask(float x, float addend) { return addend == -kInf ? addend : x + addend; }
+
+// Base 2. -inf, also where the product is NaN, for a key that the row doesn't see.
+FI_DEVICE_INLINE float logit(const AttentionParams& p, const RowTable& rows, int row, int key, bool masked,
+                             float product) {
+  if (!sees(rows, row, key)) return -kInf;
+  const float x = unmasked_logit(p, rows, row, key, product);
+  return masked ? add_mask(x, addend_at(p, rows.mask[row] + key * p.mask_stride_k)) : x;
 }
 
 }  // namespace fi::cuda::decode

@@ -20,6 +20,7 @@ template <int kSliceKeys, int kRows>
 class SliceCursor {
  public:
   static constexpr int kSlicesATile = kTileKeys / kSliceKeys;
+  static constexpr bool kOneMaskRow = false;  // for all rows of a segment
 
   FI_DEVICE_INLINE SliceCursor(const AttentionParams& p, const Plan& plan, const Work& work)
       : p_(p), plan_(plan), walk_(work.first), begin_(work.begin), end_(work.end) {

@@ -6,8 +6,7 @@
 // Q K^T have the layout that the weights need as the left side of P V.
 #pragma once
 
-#include "fi/cuda/decode/rope.h"
-#include "fi/cuda/decode/rows.h"
+#include "fi/cuda/decode/query_rows.h"
 #include "fi/cuda/decode/slices.h"
 
 namespace fi::cuda::decode {
@@ -26,7 +25,8 @@ struct Shape {
   static constexpr bool kQueryInRegisters = kDim <= 128;  // else read from shared memory for each slice
 };
 
-template <class T, int kDim, class TheCursor = SliceCursor<16, 16>>
+// kIsPlain: for calls that are is_plain(), whose query the threads hold.
+template <class T, int kDim, class TheCursor = SliceCursor<16, 16>, bool kIsPlain = false>
 class TensorCores {
   static constexpr int kStages = Shape<kDim>::kStages;
   static constexpr bool kQueryInRegisters = Shape<kDim>::kQueryInRegisters;
@@ -35,100 +35,29 @@ class TensorCores {
   static constexpr int kStageBytes = 2 * 16 * kRowBytes;  // K, then V
 
  public:
-  static constexpr int kRows = 16, kSliceKeys = 16;
+  static constexpr int kRows = 16, kSliceKeys = 16, kRingSlices = kStages;
   static constexpr int kSmWarps = Shape<kDim>::kSmWarps;
   static constexpr int kBlocksAnSm = Shape<kDim>::kBlocksAnSm;
   static constexpr int kMinUnits = Shape<kDim>::kMinUnits;
   static constexpr bool kAligned = true;
+  static constexpr bool kPlain = kIsPlain;
   using Cursor = TheCursor;
   static_assert(kStageBytes == kRows * kDim * sizeof(float), "publish() puts the accumulators into a stage");
 
   static size_t query_bytes(const AttentionParams&) { return kRows * kRowBytes; }
+  static size_t added_bytes(const Plan& plan) {
+    return size_t(2 * plan.added.count) * kRowBytes;
+  }  // behind it
   static size_t warp_bytes(const AttentionParams&) { return kStages * kStageBytes; }
   static int acc_width(const AttentionParams&) { return kDim; }
   static constexpr int kRowChunks = kDim / 4;  // four accumulators each
   FI_INLINE int row_chunks(const AttentionParams&) { return kRowChunks; }
 
-  // The query rows of a segment on their way into shared memory: fetch(), then finish() when other copies are
-  // on their way, then store(). Fetched early: behind the ring's copies they would wait for all of these.
-  class Query {
-   public:
-    // By all threads of the block. Waits for nothing, unless single elements are to be rotated.
-    FI_DEVICE_INLINE void fetch(const AttentionParams& p, const Plan& plan, const SegmentPlace& at) {
-#pragma unroll
-      for (int n = 0; n < kHeld; ++n) fetch(p, plan, at, threadIdx.x + n * blockDim.x, chunks_[n], rope_[n]);
-    }
-    FI_DEVICE_INLINE void finish(const AttentionParams& p, const Plan& plan, const SegmentPlace& at) {
-      if (!plan.rope_chunks) return;
-#pragma unroll
-      for (int n = 0; n < kHeld; ++n) finish(p, plan, at, threadIdx.x + n * blockDim.x, chunks_[n], rope_[n]);
-    }
-    FI_DEVICE_INLINE void store(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
-                                unsigned char* query) const {
-#pragma unroll
-      for (int n = 0; n < kHeld; ++n) put(query, threadIdx.x + n * blockDim.x, chunks_[n]);
-      // Where shared memory has room for fewer warps.
-#pragma unroll 1
-      for (int item = threadIdx.x + kHeld * blockDim.x; item < kItems; item += blockDim.x) {
-        uint4 chunk;
-        RopeChunk<T> rope;
-        fetch(p, plan, at, item, chunk, rope);
-        if (plan.rope_chunks) finish(p, plan, at, item, chunk, rope);
-        put(query, item, chunk);
-      }
-    }
+  using Query = QueryRows<T, kDim, kSmWarps / kBlocksAnSm * 32, kIsPlain>;
 
-   private:
-    static constexpr int kItems = kRows * kChunks;
-    static constexpr int kHeld = kItems / (kSmWarps / kBlocksAnSm * 32);  // in a block of that many warps
-
-    FI_DEVICE_INLINE static void put(unsigned char* query, int item, const uint4& v) {
-      if (item < kItems) *reinterpret_cast<uint4*>(query + offset_of(item / kChunks, item % kChunks)) = v;
-    }
-    FI_DEVICE_INLINE static bool is_inside(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
-                                           int item) {
-      const int row = item / kChunks;
-      return row < kRows && at.row_begin + row < plan.rows && item % kChunks * 8 < p.head_dim_qk;
-    }
-    FI_DEVICE_INLINE static void fetch(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
-                                       int item, uint4& chunk, RopeChunk<T>& rope) {
-      chunk = uint4{0, 0, 0, 0};
-      rope = {};  // nothing of the segment before is kept in registers
-      if (!is_inside(p, plan, at, item)) return;
-      const QueryRow q = query_row(plan, at, item / kChunks);
-      const int column = item % kChunks * 8;
-      const T* src =
-          static_cast<const T*>(p.query) + at.b * p.q_stride_b + q.head * p.q_stride_h + q.i * p.q_stride_n;
-      if (p.rope.cos && !plan.rope_chunks) {
-        chunk = load_rotated(p, at.b, q.i, src, column);
-        return;
-      }
-      chunk = load_16(src + column);
-      if (plan.rope_chunks && column < p.rope.rotary_dim)
-        rope.fetch(p.rope, at.b, q.i + p.rope_q_offset, src, column);
-    }
-    FI_DEVICE_INLINE static void finish(const AttentionParams& p, const Plan& plan, const SegmentPlace& at,
-                                        int item, uint4& chunk, const RopeChunk<T>& rope) {
-      const int column = item % kChunks * 8;
-      if (column < p.rope.rotary_dim && is_inside(p, plan, at, item))
-        chunk = rope.rotate(p.rope, chunk, column);
-    }
-    FI_DEVICE_NOINLINE static uint4 load_rotated(const AttentionParams& p, int b, int i, const T* src,
-                                                 int column) {
-      T x[8];
-#pragma unroll
-      for (int e = 0; e < 8; ++e) x[e] = rotated(p.rope, b, i + p.rope_q_offset, src, column + e);
-      auto two = [&](int e) { return uint32_t(x[e].bits) | uint32_t(x[e + 1].bits) << 16; };
-      return uint4{two(0), two(2), two(4), two(6)};
-    }
-
-    uint4 chunks_[kHeld];
-    RopeChunk<T> rope_[kHeld];  // from fetch() to finish()
-  };
-
-  FI_DEVICE_INLINE TensorCores(const AttentionParams& p, const Plan&, const Cursor& cursor,
+  FI_DEVICE_INLINE TensorCores(const AttentionParams& p, const Plan& plan, const Cursor& cursor,
                                unsigned char* query, unsigned char* warp_memory)
-      : p_(p), query_(query), ring_(warp_memory), lane_(threadIdx.x % 32), cursor_(cursor) {
+      : p_(p), plan_(plan), query_(query), ring_(warp_memory), lane_(threadIdx.x % 32), cursor_(cursor) {
 #pragma unroll 1
     for (int s = 0; s < kStages; ++s) issue(s);
   }
@@ -153,28 +82,29 @@ class TensorCores {
   FI_DEVICE_INLINE void attend(const RowTable& rows, const SegmentPlace& at, int num_rows) {
     __syncwarp();
     if (used_ >= 0) issue(used_);
+    const int key = keys_[0] >> 1, own_key = key + lane_ % kSliceKeys;
+    const bool masked = p_.mask != nullptr && !(keys_[0] & 1);
+    float addend = 0.0f;  // of own_key, where one row of mask is for all
+    if (Cursor::kOneMaskRow && masked && own_key < p_.kv_len) addend = own_addend(at.b, own_key);
     cp_async_wait<kStages - 1>();
     __syncwarp();
     unsigned char* stage = ring_ + out_ * kStageBytes;
-    const int key = keys_[0] >> 1;
-    const bool masked = p_.mask != nullptr && !(keys_[0] & 1);
     used_ = out_;
     if (++out_ == kStages) out_ = 0;
-    if (p_.rope_keys) rotate_keys(stage, at.b, key);
+    if (!kPlain && p_.rope_keys) rotate_keys(stage, at.b, key);
+    if (plan_.added.count) put_new_rows(stage, key, rows);
 
     float s[2][4] = {}, odd[2][4] = {};
     multiply_keys(stage, s, odd);
-    const bool special = masked || p_.logits_soft_cap > 0.0f || p_.alibi_slopes || key < rows.common_begin ||
-                         key + kSliceKeys > rows.common_end;
-    if (special) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          s[n][e] = logit(p_, rows, row_of(e), key + column_of(n, e), masked, s[n][e] + odd[n][e]);
-      }
-      clear_dead_values(stage + kSliceKeys * kRowBytes, s, num_rows);
+    unsigned char* values = stage + kSliceKeys * kRowBytes;
+    bool special;
+    if constexpr (kPlain) {
+      special = masked || key < plan_.range.begin || key + kSliceKeys > plan_.range.end;
     } else {
+      special = masked || p_.logits_soft_cap > 0.0f || p_.alibi_slopes || key < rows.common_begin ||
+                key + kSliceKeys > rows.common_end;
+    }
+    if (kPlain || !special) {
       const float scale = p_.scale * kLog2e;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -182,10 +112,25 @@ class TensorCores {
         for (int e = 0; e < 4; ++e) s[n][e] = (s[n][e] + odd[n][e]) * scale;
       }
     }
+    if (special) {
+      if constexpr (kPlain) {
+        const unsigned live =
+            __ballot_sync(~0u, own_key >= plan_.range.begin && own_key < plan_.range.end && addend == 0.0f);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[n][e] = live >> column_of(n, e) & 1 ? s[n][e] : -kInf;
+        }
+        clear_dead_values(values, live);
+      } else {
+        general_logits(rows, key, masked, addend, s, odd);
+        clear_dead_values(values, live_keys(s, num_rows));
+      }
+    }
     weigh(s);
     const uint32_t weights[4] = {pack2<T>(s[0][0], s[0][1]), pack2<T>(s[0][2], s[0][3]),
                                  pack2<T>(s[1][0], s[1][1]), pack2<T>(s[1][2], s[1][3])};
-    multiply_values(stage + kSliceKeys * kRowBytes, weights);
+    multiply_values(values, weights);
   }
 
   // The warp's result of a segment, for all warps to read: maxima and sums of the rows, the accumulators over
@@ -209,8 +154,9 @@ class TensorCores {
       if (row >= num_rows) continue;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
-        const int column = 8 * n + 2 * (lane_ % 4);
-        *reinterpret_cast<float2*>(stage + acc_offset(row, column / 4) + column % 4) =
+        // acc_offset(row, 2 * n + lane_ % 4 / 2): four addresses serve all.
+        const int offset = acc_offset(lane_ / 4, n % 4 * 2 + lane_ % 4 / 2) + n / 4 * 32 + half * 8 * kDim;
+        *reinterpret_cast<float2*>(stage + offset + lane_ % 2 * 2) =
             float2{acc_[n][2 * half], acc_[n][2 * half + 1]};
       }
     }
@@ -220,10 +166,7 @@ class TensorCores {
   FI_DEVICE_INLINE static int acc_offset(int row, int chunk) { return row * kDim + (chunk ^ (row & 7)) * 4; }
 
  private:
-  // Rows of 16-byte chunks; the exclusive or spreads a column of chunks over all banks.
-  FI_DEVICE_INLINE static int offset_of(int row, int chunk) {
-    return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
-  }
+  FI_DEVICE_INLINE static int offset_of(int row, int chunk) { return row_chunk_offset<kDim>(row, chunk); }
   // offset_of(row, 2 * pair + chunk), chunk 0 or 1, for a constant pair: four addresses serve all pairs.
   FI_DEVICE_INLINE static int offset_of_pair(int row, int pair, int chunk) {
     return offset_of(row, pair % 4 * 2 + chunk) + pair / 4 * 128;
@@ -303,6 +246,33 @@ class TensorCores {
     }
   }
 
+  // One copy of the code for all eight, which take turns in s[0][0]: where it runs, it mostly runs once a
+  // call, and fetching it takes longer than running it.
+  FI_DEVICE_INLINE void general_logits(const RowTable& rows, int key, bool masked, float addend,
+                                       float (&s)[2][4], const float (&odd)[2][4]) const {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[n][e] += odd[n][e];
+    }
+#pragma unroll 1
+    for (int item = 0; item < 8; ++item) {
+      const int n = item / 4, e = item % 4;
+      const int row = row_of(e), column = column_of(n, e);
+      float x = -kInf;
+      if constexpr (Cursor::kOneMaskRow) {
+        const float added = __shfl_sync(~0u, addend, column);
+        if (sees(rows, row, key + column))
+          x = add_mask(unmasked_logit(p_, rows, row, key + column, s[0][0]), added);
+      } else {
+        x = logit(p_, rows, row, key + column, masked, s[0][0]);
+      }
+#pragma unroll
+      for (int next = 1; next < 8; ++next) s[(next - 1) / 4][(next - 1) % 4] = s[next / 4][next % 4];
+      s[1][3] = x;
+    }
+  }
+
   // Logits to weights; moves the maxima, sums and accumulators.
   FI_DEVICE_INLINE void weigh(float (&s)[2][4]) {
     float rescale[2];
@@ -332,8 +302,8 @@ class TensorCores {
     }
   }
 
-  // Values of keys that no row sees become 0: a weight of 0 times what lies there must not be NaN.
-  FI_DEVICE_INLINE void clear_dead_values(unsigned char* values, const float (&s)[2][4], int num_rows) {
+  // Of the slice's keys, a bit each, those that a row sees.
+  FI_DEVICE_INLINE unsigned live_keys(const float (&s)[2][4], int num_rows) const {
     unsigned live = 0;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -342,8 +312,14 @@ class TensorCores {
         if (row_of(e) < num_rows && s[n][e] != -kInf) live |= 1u << column_of(n, e);
       }
     }
-    live = __reduce_or_sync(~0u, live);
-    if (live == (1u << kSliceKeys) - 1u) return;
+    return __reduce_or_sync(~0u, live);
+  }
+
+  // Values of keys that no row sees become 0: a weight of 0 times what lies there must not be NaN.
+  FI_DEVICE_INLINE void clear_dead_values(unsigned char* values, unsigned live) const {
+    constexpr unsigned kAll = (1u << kSliceKeys) - 1u;
+    if ((live & kAll) == kAll) return;
+#pragma unroll 1
     for (int item = lane_; item < kSliceKeys * kChunks; item += 32) {
       const int row = item / kChunks;
       if (!(live >> row & 1))
@@ -352,9 +328,35 @@ class TensorCores {
     __syncwarp();
   }
 
+  // Of the one row of mask that is there, at a key.
+  FI_DEVICE_INLINE float own_addend(int b, int key) const {
+    const int64_t at = b * p_.mask_stride_b + key;
+    if constexpr (kPlain) return mask_addend(static_cast<const uint8_t*>(p_.mask)[at]);
+    return addend_at(p_, at);
+  }
+
+  // New rows take the place of what came from their slots: that may be what was there before.
+  FI_DEVICE_INLINE void put_new_rows(unsigned char* stage, int key, const RowTable& rows) {
+#pragma unroll 1
+    for (int i = 0; i < plan_.added.count; ++i) {
+      const int row = rows.slot[i] - key;
+      if (row < 0 || row >= kSliceKeys) continue;
+#pragma unroll
+      for (int item = lane_; item < 2 * kChunks; item += 32) {
+        const bool is_value = item >= kChunks;
+        const int chunk = item % kChunks;
+        *reinterpret_cast<uint4*>(stage + (is_value ? kSliceKeys * kRowBytes : 0) + offset_of(row, chunk)) =
+            *reinterpret_cast<const uint4*>(query_ + offset_of(added_row(plan_, i, is_value), chunk));
+      }
+    }
+    __syncwarp();
+  }
+
   FI_DEVICE_INLINE void rotate_keys(unsigned char* keys, int b, int key) {
     const int half = static_cast<int>(p_.rope.rotary_dim / 2);
+#pragma unroll 1
     for (int row = 0; row < kSliceKeys && key + row < p_.kv_len; ++row) {
+#pragma unroll 1
       for (int i = lane_; i < half; i += 32) {
         const RopePair pair = rope_pair(p_.rope, b, key + row, i);
         T* low = element(keys, row, pair.first);
@@ -371,6 +373,7 @@ class TensorCores {
   }
 
   const AttentionParams& p_;
+  const Plan& plan_;
   unsigned char* query_;
   unsigned char* ring_;
   int lane_;
