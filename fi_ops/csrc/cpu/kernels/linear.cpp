@@ -9,79 +9,94 @@
 namespace fi::FI_ISA {
 namespace {
 
-// Rows of input that share one reading of the weights: their accumulators stay in L1.
+// Rows of input that share one reading of the weights.
 constexpr int64_t kGroupRows = 16;
 
-// Outputs of a block: as many sums as one reduction makes.
+// A tile of sums in registers, kTileRows of the input by kTileColumns of the weight. It is wide because what
+// is read again and again for the next rows are the weights, which stay in L1; the input comes from L2.
+constexpr int kTileRows = 2;
+#if FI_ISA_LEVEL >= 2
+constexpr int kTileColumns = 8;
+#else
+constexpr int kTileColumns = 4;
+#endif
+
+// Bytes of a row of weights that go through at a time: a tile's and the next one's stay in L1.
+constexpr int64_t kSliceBytes = 2048;
+
+// Outputs whose sums are kept until they are written.
 constexpr int64_t kBlockColumns = 16;
 
 // Weights of a task, at the most: they stay in L2 for further groups of rows.
 constexpr int64_t kTaskBytes = 64 * 1024;
 
-// Bytes of a row of weights that go through at a time: four of them stay in L1 for all rows of a group.
-constexpr int64_t kSliceBytes = 8192;
+// Walks the weights of a tile line by line, each row from start to end: memory is fastest in that order. All
+// passes over the tile before take their share of it, or memory would stand still during some of them.
+struct Prefetch {
+  const char* at;
+  int64_t left;             // bytes of the row
+  int64_t row_bytes, skip;  // between the end of a row and the next one
 
-// acc[r][c] += x[r] * w[c], lane by lane, over `size` elements: c counts the four rows of the weight, of
-// which those that are none repeat another. Prefetches `next`, what the same rows are multiplied with next.
-template <class T, int kRows, bool kPrefetch>
-FI_INLINE void multiply_block(Vec* acc, const typename StreamDot<T>::Query* x, int64_t x_stride,
-                              const T* const (&w)[4], const T* const (&next)[4], int64_t size, bool first) {
+  template <int kLines>
+  [[gnu::always_inline]] void step() {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(at + 64 * i, 0, 3);
+    at += 64 * kLines;
+    left -= 64 * kLines;
+    if (left <= 0) {
+      at += skip;
+      left = row_bytes;
+    }
+  }
+};
+
+// sums[r][c] = x[r] . w[c] over `size` elements, for kRows rows of the input and kTileColumns of the weight.
+// The order of additions depends neither on the place of a row nor on its neighbours. (Not inlined: what the
+// loops around it keep in registers would push the sums out of theirs.)
+template <class T, int kRows, int kLines>
+[[gnu::noinline]] void multiply_tile(float (&sums)[kTileRows][kTileColumns],
+                                     const typename StreamDot<T>::Query* x, int64_t x_stride, const T* w,
+                                     int64_t w_stride, int64_t size, Prefetch& prefetch) {
   using Dot = StreamDot<T>;
-  Vec sum[kRows][4];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) sum[r][c] = first ? zero() : acc[r * kBlockColumns + c];
-  }
-  auto step = [&](const typename Dot::Operand(&wv)[4], int64_t k) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const typename Dot::Operand xv = Dot::load_query(x + r * x_stride + k);
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) sum[r][c] = Dot::multiply_add(xv, wv[c], sum[r][c]);
+  Vec acc[kRows][kTileColumns] = {};
+  auto step = [&](auto load_weight) {
+    typename Dot::Operand xv[kRows];
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) xv[r] = Dot::load_query(x + r * x_stride);
+#pragma GCC unroll 8
+    for (int c = 0; c < kTileColumns; ++c) {
+      const typename Dot::Operand wv = load_weight(w + c * w_stride);
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) acc[r][c] = Dot::multiply_add(xv[r], wv, acc[r][c]);
     }
+    x += Dot::kStep;
+    w += Dot::kStep;
   };
-  int64_t k = 0;
-  for (; k + Dot::kStep <= size; k += Dot::kStep) {
-    typename Dot::Operand wv[4];
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      wv[c] = Dot::load_key(w[c] + k);
-      if constexpr (kPrefetch) __builtin_prefetch(next[c] + k, 0, 3);
-    }
-    step(wv, k);
+  Prefetch next = prefetch;
+  int64_t left = size;
+  for (; left >= Dot::kStep; left -= Dot::kStep) {
+    next.step<kLines>();
+    step([](const T* p) { return Dot::load_key(p); });
   }
-  if (k < size) {
-    typename Dot::Operand wv[4];
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) wv[c] = Dot::load_key_partial(w[c] + k, size - k);
-    step(wv, k);
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) acc[r * kBlockColumns + c] = sum[r][c];
-  }
-}
-
-// sums[c] = the lanes of acc[c] added up, in an order that depends neither on c nor on other rows.
-FI_INLINE void reduce_columns(float (&sums)[kBlockColumns], const Vec* acc) {
+  prefetch = next;
+  if (left > 0) step([&](const T* p) { return Dot::load_key_partial(p, left); });
 #if FI_ISA_LEVEL >= 2
-  Vec v[kBlockColumns];
+  Vec flat[16] = {};
 #  pragma GCC unroll 16
-  for (int c = 0; c < kBlockColumns; ++c) v[c] = acc[c];
-  store(sums, reduce_add16(v));
+  for (int i = 0; i < kRows * kTileColumns; ++i) flat[i] = acc[i / kTileColumns][i % kTileColumns];
+  store(sums[0], reduce_add16(flat));
 #else
-  for (int c = 0; c < kBlockColumns; c += 4)
-    reduce_add4(sums + c, acc[c], acc[c + 1], acc[c + 2], acc[c + 3]);
+#  pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) reduce_add4(sums[r], acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
 #endif
 }
+
+FI_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // The input as the products take it: rows of Query, padded with 0 to whole steps.
 template <class T>
 struct PackedInput {
-  using Query = typename StreamDot<T>::Query;
-  Query* rows;
+  typename StreamDot<T>::Query* rows;
   int64_t stride;
 };
 
@@ -90,58 +105,56 @@ void pack_row(typename StreamDot<T>::Query* dst, int64_t stride, const T* src, i
   if constexpr (__is_same(typename StreamDot<T>::Query, T)) {
     __builtin_memcpy(dst, src, size * sizeof(T));
   } else {
-    for_each_vec(size, [&](int64_t i, int64_t count) { store(dst + i, load_n(src + i, count)); });
+    for_each_vec(size, [&](int64_t i, int64_t count) { store_n(dst + i, load_n(src + i, count), count); });
   }
-  if (size < stride) __builtin_memset(static_cast<void*>(dst + size), 0, (stride - size) * sizeof(*dst));
+  __builtin_memset(static_cast<void*>(dst + size), 0, (stride - size) * sizeof(*dst));
 }
 
-// Outputs [begin, end) of rows [row, row + rows), rows <= kGroupRows.
-template <class T>
+// Outputs [begin, end) of `rows` rows from `row` on, in up to kPasses passes over the weights, of which all
+// but the first find them in L1.
+template <class T, int kPasses>
 void linear_block(const LinearParams& p, const PackedInput<T>& x, int64_t row, int64_t rows, int64_t begin,
                   int64_t end) {
-  constexpr int64_t slice = kSliceBytes / sizeof(T);
-  Vec acc[kGroupRows * kBlockColumns] = {};
+  // Slices of one size, all but the last, so that the way through memory is even.
+  const int64_t num_slices = (p.in_features * int64_t(sizeof(T)) + kSliceBytes - 1) / kSliceBytes;
+  const int64_t slice =
+      num_slices > 1 ? round_up((p.in_features + num_slices - 1) / num_slices, 64) : p.in_features;
+  constexpr int64_t step_lines = kTileColumns * StreamDot<T>::kStep * int64_t(sizeof(T)) / 64;
+  constexpr int lines = step_lines > kPasses ? step_lines / kPasses : 1;
   const T* weight = static_cast<const T*>(p.weight);
-  auto weight_row = [&](int64_t c) {
-    return weight + (c < p.out_features ? c : p.out_features - 1) * p.weight_stride;
-  };
   for (int64_t block = begin; block < end; block += kBlockColumns) {
     const int64_t columns = end - block < kBlockColumns ? end - block : kBlockColumns;
-    for (int64_t k = 0; k < p.in_features || k == 0; k += slice) {
-      const int64_t size = p.in_features - k < slice ? p.in_features - k : slice;
-      for (int64_t c = 0; c < columns; c += 4) {
-        const T *w[4], *next[4];
-        for (int i = 0; i < 4; ++i) {
-          w[i] = weight_row(block + c + i) + k;
-          next[i] = weight_row(block + c + i + 4) + k;
-        }
-        auto run = [&](auto block_rows, auto prefetch, int64_t r) {
-          multiply_block<T, block_rows(), prefetch()>(acc + r * kBlockColumns + c,
-                                                      x.rows + (row + r) * x.stride + k, x.stride, w, next,
-                                                      size, k == 0);
-        };
-        auto with_rows = [&](auto prefetch, int64_t r) {
-          switch (rows - r) {
-            case 1:
-              return run([] { return 1; }, prefetch, r);
-            case 2:
-              return run([] { return 2; }, prefetch, r);
-            case 3:
-              return run([] { return 3; }, prefetch, r);
-            default:
-              return run([] { return 4; }, prefetch, r);
+    float sums[kGroupRows][kBlockColumns] = {};
+    for (int64_t c = 0, width; c < columns; c += width) {
+      // The last few columns go one by one, each as a tile of its copies.
+      width = columns - c < kTileColumns ? 1 : kTileColumns;
+      const int64_t w_stride = width == 1 ? 0 : p.weight_stride;
+      for (int64_t k = 0; k < p.in_features; k += slice) {
+        const int64_t left = p.in_features - k, size = left < slice ? left : slice;
+        const T* w = weight + (block + c) * p.weight_stride + k;
+        const T* w_next = left > slice ? w + slice : w - k + width * p.weight_stride;
+        const int64_t row_bytes = size * sizeof(T);
+        Prefetch next{reinterpret_cast<const char*>(w_next), row_bytes, row_bytes,
+                      p.weight_stride * int64_t(sizeof(T)) - row_bytes};
+        const typename StreamDot<T>::Query* xs = x.rows + row * x.stride + k;
+        for (int64_t r = 0; r < rows; r += kTileRows) {
+          float tile[kTileRows][kTileColumns];
+          const int64_t tile_rows = rows - r < kTileRows ? rows - r : kTileRows;
+          if (tile_rows == 2) {
+            multiply_tile<T, 2, lines>(tile, xs + r * x.stride, x.stride, w, w_stride, size, next);
+          } else {
+            multiply_tile<T, 1, lines>(tile, xs + r * x.stride, x.stride, w, w_stride, size, next);
           }
-        };
-        with_rows([] { return true; }, 0);
-        for (int64_t r = 4; r < rows; r += 4) with_rows([] { return false; }, r);
+          for (int64_t i = 0; i < tile_rows; ++i) {
+            for (int64_t j = 0; j < width; ++j) sums[r + i][c + j] += tile[i][j];
+          }
+        }
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      alignas(64) float sums[kBlockColumns];
-      reduce_columns(sums, acc + r * kBlockColumns);
       T* y = static_cast<T*>(p.output) + p.output_rows.offset(row + r) + block;
       for_each_vec(columns, [&](int64_t i, int64_t count) {
-        Vec v = load(sums + i);
+        Vec v = load(sums[r] + i);
         if (p.bias != nullptr) v += load_n(static_cast<const T*>(p.bias) + block + i, count);
         store_n(y + i, v, count);
       });
@@ -154,7 +167,7 @@ void linear_with(const LinearParams& p, const Parallel& parallel) {
   using Dot = StreamDot<T>;
   const int64_t rows = p.input_rows.num_rows;
   if (rows == 0 || p.out_features == 0) return;
-  const int64_t stride = (p.in_features + Dot::kStep - 1) / Dot::kStep * Dot::kStep;
+  const int64_t stride = round_up(p.in_features, Dot::kStep);
   using Query = typename Dot::Query;
   PackedInput<T> x{static_cast<Query*>(__builtin_malloc(sizeof(Query) * (rows * stride + 1))), stride};
   for_each_row_block(parallel, rows, p.in_features, [&](int64_t begin, int64_t end) {
@@ -170,7 +183,15 @@ void linear_with(const LinearParams& p, const Parallel& parallel) {
                  [&](int64_t begin, int64_t end) {
                    for (int64_t row = 0; row < rows; row += kGroupRows) {
                      const int64_t group = rows - row < kGroupRows ? rows - row : kGroupRows;
-                     linear_block<T>(p, x, row, group, begin, end);
+                     if (group > 8) {
+                       linear_block<T, 8>(p, x, row, group, begin, end);
+                     } else if (group > 4) {
+                       linear_block<T, 4>(p, x, row, group, begin, end);
+                     } else if (group > 2) {
+                       linear_block<T, 2>(p, x, row, group, begin, end);
+                     } else {
+                       linear_block<T, 1>(p, x, row, group, begin, end);
+                     }
                    }
                  });
   __builtin_free(x.rows);
