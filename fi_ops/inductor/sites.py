@@ -1,4 +1,4 @@
-"""What was found and what became of it: one `Site` per attention, RoPE, sampler or linear layer, counted and, on request, recorded."""
+"""What was found and what became of it: one `Site` per attention, RoPE, sampler or linear layer, counted and recorded."""
 
 from __future__ import annotations
 

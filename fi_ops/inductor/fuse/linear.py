@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch._inductor.config as inductor_config
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from ..normalize.linear import Linear, is_input, is_written, match_linear
 from ..sites import Declined, GraphReport, Site, StockIsFaster, attempt
