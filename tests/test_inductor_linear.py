@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from inductor_capture import DEVICES, capture, graph_text
 
 import fi_ops
+from fi_ops.inductor.fuse import linear as linear_fusion
 from fi_ops.inductor.fuse.linear import LEAST_BYTES, MAX_ROWS
 from fi_ops.testing import assert_within_budget
 
@@ -19,7 +20,20 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 from gpt_fast_model import ModelArgs, Transformer
 
 IN = 1024
-OUT = LEAST_BYTES // 2 // IN
+
+
+def least_rows(dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> int:
+    """Rows of the smallest weight that is worth it."""
+    return LEAST_BYTES[device, dtype] // dtype.itemsize // IN
+
+
+OUT = max(least_rows(device=device) for device in ("cpu", "cuda"))
+
+
+@pytest.fixture(autouse=True)
+def _any_cpu(monkeypatch):
+    """What is rewritten where it was measured to be faster is right on every CPU."""
+    monkeypatch.setattr(linear_fusion, "is_measured_cpu", lambda: True)
 
 
 def tensors(*shapes, dtype=torch.bfloat16, device="cpu"):
@@ -57,11 +71,13 @@ def check_left_alone(fn, *inputs, reason: str = "", **options):
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("device", DEVICES)
-def test_rows(device, dtype, bias):
+@pytest.mark.parametrize(("where", "dtype"), LEAST_BYTES, ids=str)
+def test_rows(where, dtype, bias):
+    if where == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     for rows in (1, 2, MAX_ROWS):
-        check(F.linear, linear_of(rows, bias=bias, dtype=dtype, device=device), 1)
+        inputs = linear_of(rows, out=least_rows(dtype, where), bias=bias, dtype=dtype, device=where)
+        check(F.linear, inputs, 1)
 
 
 @pytest.mark.parametrize("shape", [(IN,), (1, 1, IN), (2, 3, IN)], ids=str)
@@ -132,12 +148,25 @@ def test_symbolic_rows(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_small_weight(device):
-    check_left_alone(F.linear, *linear_of(1, out=OUT - 1, device=device))
+    check_left_alone(F.linear, *linear_of(1, out=least_rows(device=device) - 1, device=device))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_float32(device):
-    check_left_alone(F.linear, *linear_of(1, dtype=torch.float32, device=device), reason="measured no slower in stock")
+def test_other_dtypes():
+    check_left_alone(F.linear, *linear_of(1, dtype=torch.float64))
+
+
+@pytest.mark.gpu
+def test_float32_on_cuda():
+    check_left_alone(F.linear, *linear_of(1, dtype=torch.float32, device="cuda"))
+
+
+def test_small_float32():
+    check_left_alone(F.linear, *linear_of(1, out=least_rows(torch.float32) - 1, dtype=torch.float32))
+
+
+def test_cpu_that_was_not_measured(monkeypatch):
+    monkeypatch.setattr(linear_fusion, "is_measured_cpu", lambda: False)
+    check_left_alone(F.linear, *linear_of(1), reason="measured to be faster than stock torch only on")
 
 
 @pytest.mark.parametrize("device", DEVICES)

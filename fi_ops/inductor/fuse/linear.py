@@ -3,8 +3,8 @@
     %t = permute(%weight, [1, 0]); %y = mm(%x, %t)
 ->  %y = fi.linear(%x, %weight)
 
-Only where that was measured to be faster than stock, in whole compiled models (`docs/kernels/linear_cpu.md`, `linear_cuda.md`).
-Layers of many rows, or of a number of rows that is not known, and small ones are no sites: they are not even counted.
+Only where that was measured to be faster than stock, in whole compiled models (`docs/kernels/linear_cpu.md`). Layers of many
+rows, or of a number of rows that is not known, small ones and those of other dtypes are no sites: they are not even counted.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch._inductor.config as inductor_config
 from torch.fx import Graph
 
 from ..normalize.linear import Linear, is_input, is_written, match_linear
-from ..sites import Declined, GraphReport, Site, StockIsFaster, attempt
-from ..support import DTYPES, has_kernels
+from ..sites import Declined, GraphReport, Site, attempt
+from ..support import has_kernels
 from ..walk import at_least, aten, erase_dead, is_call, same_size, shape, source_line, value
 from .decline import capability_of
 from .emit import Emitter, replace
@@ -23,11 +23,14 @@ from .emit import Emitter, replace
 MAX_ROWS = 16
 """Rows that share one reading of the weights."""
 
-LEAST_BYTES = 2 * 2**20
-"""Of a weight: smaller ones were measured to take as long either way (`docs/kernels/linear_cpu.md`)."""
-
-FASTER = {"cpu": (torch.bfloat16, torch.float16), "cuda": (torch.bfloat16, torch.float16)}
-"""By device, the dtypes in which a whole step was measured to be faster with our kernel."""
+LEAST_BYTES = {
+    ("cpu", torch.bfloat16): 2**19,
+    ("cpu", torch.float16): 2**19,
+    ("cpu", torch.float32): 2**21,
+    ("cuda", torch.bfloat16): 2**21,
+    ("cuda", torch.float16): 2**21,
+}
+"""Of a weight, by device and dtype: from there on our kernel was measured to be faster (`docs/kernels/linear_cpu.md`)."""
 
 
 def rewrite_linears(graph: Graph, emitter: Emitter, report: GraphReport) -> None:
@@ -51,8 +54,9 @@ def rewrite_linears(graph: Graph, emitter: Emitter, report: GraphReport) -> None
 def reads_weights(linear: Linear) -> bool:
     """Few rows, known when the graph is compiled, and many weights."""
     rows, weight = shape(linear.input)[0], value(linear.weight)
+    least = LEAST_BYTES.get((weight.device.type, weight.dtype))
     few = at_least(rows, 1) and at_least(MAX_ROWS, rows)
-    return few and weight.dtype in DTYPES and at_least(weight.numel() * weight.element_size(), LEAST_BYTES)
+    return few and least is not None and at_least(weight.numel() * weight.element_size(), least)
 
 
 def check_linear(linear: Linear) -> None:
@@ -66,17 +70,23 @@ def check_linear(linear: Linear) -> None:
     for what, node in tensors.items():
         if node is not None and not same_size(value(node).stride(-1), 1):
             raise Declined(f"{node.name}: {what} has no contiguous last dimension")
-    device, dtype = value(weight).device, value(weight).dtype
+    device = value(weight).device
     if not has_kernels(device):
         raise Declined(f"{linear.node.name}: no kernels for device {device.type}")
     if device.type == "cuda" and (capability_of(device) or (0, 0)) < (8, 0):
         raise Declined(f"{linear.node.name}: no kernels for compute capability below 8.0")
-    if dtype not in FASTER.get(device.type, ()):
-        text = f"{str(dtype).removeprefix('torch.')} on {device.type}"
-        raise StockIsFaster(f"{linear.node.name}: measured no slower in stock torch: {text}")
+    if device.type == "cpu" and not is_measured_cpu():
+        raise Declined(
+            f"{linear.node.name}: measured to be faster than stock torch only on CPUs with AVX-512 and no AMX"
+        )
     for option in ("max_autotune", "max_autotune_gemm", "freezing"):
         if getattr(inductor_config, option):
             raise Declined(f"{linear.node.name}: config.{option} has stock torch choose or repack products")
+
+
+def is_measured_cpu() -> bool:
+    """Stock torch has other products on CPUs with AMX, without AVX-512 or of other makes, and it is not known whose are faster."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
 
 
 def _size_text(linear: Linear) -> str:
