@@ -19,6 +19,7 @@ from ._load import cpu_isa as cpu_isa
 from .activation import *  # noqa: F403
 from .cascade import *  # noqa: F403
 from .decode import *  # noqa: F403
+from .gemm import *  # noqa: F403
 from .norm import *  # noqa: F403
 from .prefill import *  # noqa: F403
 from .quantization import *  # noqa: F403

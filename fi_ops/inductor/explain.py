@@ -1,8 +1,10 @@
-"""fi_ops.explain(fn, *args, **kwargs): which attention, RoPE and sampling sites a function has, and what became of each.
+"""fi_ops.explain(fn, *args, **kwargs): which attention, RoPE, sampling and linear sites a function has, and what
+became of each.
 
     site       line                      rewritten to                      found                        why not (more)
     attention  model.py:131              rope + append + attention         sdpa, grouped heads, bool mask
     sampling   model.py:201              left as it is                                                  argmax: ...
+    linear     linear.py:134             linear                            1 x 1024 to 1536 (4 times)
 
 The truth is taken from a compile of its own, with all caches off and without code generation: what a warm cache would
 hand out was made by the same rewrite from the same graph. The function then runs once in eager mode on copies of its
@@ -15,6 +17,7 @@ import contextlib
 import copy
 import itertools
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +48,10 @@ class Explanation:
 
     def __str__(self) -> str:
         header = ("site", "line", "rewritten to", "found", "why not (more)")
-        rows = [(s.kind, s.line, s.grade or "left as it is", ", ".join(s.pieces), s.reason) for s in self.sites]
+        rows = [
+            (s.kind, s.line, s.grade or "left as it is", ", ".join(s.pieces) + times, s.reason)
+            for s, times in _merged(self.sites)
+        ]
         lines = []
         if rows:
             widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -57,11 +63,28 @@ class Explanation:
                 stock = f", {left} left to stock, which is faster there" if left else ""
                 lines.append(f"{kind}: {self.count(kind, fused=True)} of {self.count(kind)} rewritten{stock}")
         if not rows:
-            lines.append("no attention, RoPE or sampling site found")
+            lines.append("no attention, RoPE, sampling or linear site found")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def _merged(sites: list[Site]) -> Iterator[tuple[Site, str]]:
+    """The sites, each with nothing to add; linear layers that differ in nothing but their node are one, with their number."""
+    alike = Counter(_linear_key(site) for site in sites)
+    seen = set()
+    for site in sites:
+        key = _linear_key(site)
+        if site.kind != "linear":
+            yield site, ""
+        elif key not in seen:
+            seen.add(key)
+            yield site, f" ({alike[key]} times)" if alike[key] > 1 else ""
+
+
+def _linear_key(site: Site) -> tuple:
+    return site.kind, site.line, site.grade, site.pieces, site.reason.partition(": ")[2]
 
 
 class _Analysed(Exception):

@@ -119,7 +119,7 @@ def is_enabled() -> bool:
 
 
 def enable() -> None:
-    """Rewrite attention, RoPE and samplers in everything that `torch.compile` compiles from now on.
+    """Rewrite attention, RoPE, samplers and linear layers of few rows in everything that `torch.compile` compiles from now on.
 
     Works with the default backend ("inductor"), in every mode. Functions compiled before stay as they are until they
     are compiled again.

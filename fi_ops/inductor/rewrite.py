@@ -1,4 +1,5 @@
-"""Hook B, on the functional ATen graph: find attention and samplers, put fi ops in their place, lower what is left.
+"""Hook B, on the functional ATen graph: find attention, samplers and linear layers of few rows, put fi ops in their place,
+lower what is left.
 
     %p = rope(%q); %k2 = index_put(%cache, [None, None, %pos], rope(%k)); ...; %out = fi_anchor.sdpa(%p, repeat(%k2), ...)
 ->  %r = auto_functionalized_v2(fi.rope_append_attention, query=%q, key=%k, ..., _all_bases=[%cache, ...])
@@ -15,6 +16,7 @@ from . import anchors
 from .fuse.attention import apply_attention, plan_attention
 from .fuse.decline import check_worth
 from .fuse.emit import Emitter
+from .fuse.linear import rewrite_linears
 from .fuse.sampling import rewrite_samplers
 from .normalize.attention import from_anchor, match_eager
 from .sites import GraphReport, Site, attempt, publish, take_set_aside
@@ -34,6 +36,7 @@ def rewrite(graph: Graph) -> None:
     if emitter is not None:
         _rewrite_attention(graph, emitter, report)
         rewrite_samplers(graph, emitter, report)
+        rewrite_linears(graph, emitter, report)
     publish(report)
 
 

@@ -1,4 +1,4 @@
-"""What was found and what became of it: one `Site` per attention, RoPE or sampler, counted and, on request, recorded."""
+"""What was found and what became of it: one `Site` per attention, RoPE, sampler or linear layer, counted and recorded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 log = logging.getLogger("fi_ops.inductor")
 
-KINDS = ("attention", "rope", "sampling")
+KINDS = ("attention", "rope", "sampling", "linear")
 
 
 @dataclass
