@@ -48,6 +48,14 @@ FI_DEVICE_INLINE uint4 load_streaming_16(const void* p) {
   return v;
 }
 
+// Brings `bytes` (a multiple of 16, from a 16-byte boundary) into L2, later (sm_90; nothing before). L2 is what
+// all SMs see, so that this is safe even where the memory is yet to be written.
+FI_DEVICE_INLINE void prefetch_l2(const void* p, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(p), "r"(bytes) : "memory");
+#endif
+}
+
 // ---- barriers ----
 
 // Barrier `id` (1 to 15; 0 is __syncthreads) for `threads` threads, a multiple of 32.

@@ -63,6 +63,12 @@ inline void store_16(void* p, uint4 v) {
   *static_cast<uint4*>(p) = v;
 }
 
+inline void prefetch_l2(const void* p, uint32_t bytes) {
+  require_aligned(p, 16, "prefetch_l2");
+  if (bytes % 16 != 0) emulation::fail("prefetch_l2: not a multiple of 16 bytes");
+  for (uint32_t i = 0; i < bytes; i += 16) (void)*(static_cast<const volatile unsigned char*>(p) + i);
+}
+
 // ---- barriers ----
 
 inline void named_barrier_sync(int id, int threads) {
