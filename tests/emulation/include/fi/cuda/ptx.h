@@ -28,6 +28,9 @@ inline void cp_async_16(void* smem, const void* source, bool valid = true) {
   std::memset(smem, 0xff, 16);
   emulation::current().issued.push_back({smem, valid ? source : nullptr, 16});
 }
+inline uint64_t l2_evict_first() { return 0; }
+inline uint64_t l2_evict_normal() { return 0; }
+inline void cp_async_16(void* smem, const void* source, bool valid, uint64_t) { cp_async_16(smem, source, valid); }
 inline void cp_async_commit() {
   auto& thread = emulation::current();
   thread.committed.push_back(std::move(thread.issued));

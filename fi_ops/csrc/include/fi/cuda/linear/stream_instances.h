@@ -8,12 +8,11 @@ namespace fi::cuda {
 
 template <class T, int Rows>
 void linear_stream_of_rows(const LinearParams& p, const Gpu& gpu) {
-  // Room for two blocks on an SM where it has 227 KB: this kernel's and the next one's. Else what fits.
-  using Wide = LinearStream<T, Rows, 6>;
-  using Narrow = LinearStream<T, Rows, 4>;
-  if (gpu.max_block_smem >= static_cast<int>(sizeof(typename Wide::Smem)))
-    return launch_linear_stream<Wide>(p, gpu);
-  launch_linear_stream<Narrow>(p, gpu);
+  using Deep = LinearStream<T, Rows, 8>;     // 144 KB: sm_80, sm_90
+  using Shallow = LinearStream<T, Rows, 4>;  // 80 KB: sm_86, sm_89, sm_120
+  if (gpu.max_block_smem >= static_cast<int>(sizeof(typename Deep::Smem)))
+    return launch_linear_stream<Deep>(p, gpu);
+  launch_linear_stream<Shallow>(p, gpu);
 }
 
 template <class T>
