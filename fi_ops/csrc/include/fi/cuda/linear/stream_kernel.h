@@ -146,7 +146,8 @@ struct LinearRing {
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1) linear_stream_kernel(const LinearParams p) {
+__global__ void __launch_bounds__(C::kThreads, 1)
+    linear_stream_kernel(const __grid_constant__ LinearParams p) {
   using T = typename C::T;
   auto& smem = *reinterpret_cast<typename C::Smem*>(dynamic_smem());
   const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
