@@ -28,6 +28,23 @@ FI_DEVICE_INLINE void cp_async_16(void* smem, const void* src, bool valid = true
                "r"(valid ? 16 : 0)
                : "memory");
 }
+// The same with a policy for L2: what it drops first, or as usual.
+FI_DEVICE_INLINE uint64_t l2_evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  return policy;
+}
+FI_DEVICE_INLINE uint64_t l2_evict_normal() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;\n" : "=l"(policy));
+  return policy;
+}
+FI_DEVICE_INLINE void cp_async_16(void* smem, const void* src, bool valid, uint64_t policy) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;\n" ::"r"(smem_address(smem)),
+      "l"(src), "r"(valid ? 16 : 0), "l"(policy)
+      : "memory");
+}
 FI_DEVICE_INLINE void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 // Waits until at most `Pending` of this thread's committed groups are in flight. Other threads' copies need a
 // barrier after it.
@@ -46,6 +63,14 @@ FI_DEVICE_INLINE uint4 load_streaming_16(const void* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
   return v;
+}
+
+// Brings `bytes` (a multiple of 16, from a 16-byte boundary) into L2, later (sm_90; nothing before). L2 is
+// what all SMs see, so that this is safe even where the memory is yet to be written.
+FI_DEVICE_INLINE void prefetch_l2(const void* p, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(p), "r"(bytes) : "memory");
+#endif
 }
 
 // ---- barriers ----

@@ -28,6 +28,9 @@ inline void cp_async_16(void* smem, const void* source, bool valid = true) {
   std::memset(smem, 0xff, 16);
   emulation::current().issued.push_back({smem, valid ? source : nullptr, 16});
 }
+inline uint64_t l2_evict_first() { return 0; }
+inline uint64_t l2_evict_normal() { return 0; }
+inline void cp_async_16(void* smem, const void* source, bool valid, uint64_t) { cp_async_16(smem, source, valid); }
 inline void cp_async_commit() {
   auto& thread = emulation::current();
   thread.committed.push_back(std::move(thread.issued));
@@ -61,6 +64,12 @@ inline uint4 load_16(const void* p) {
 inline void store_16(void* p, uint4 v) {
   require_aligned(p, 16, "store_16");
   *static_cast<uint4*>(p) = v;
+}
+
+inline void prefetch_l2(const void* p, uint32_t bytes) {
+  require_aligned(p, 16, "prefetch_l2");
+  if (bytes % 16 != 0) emulation::fail("prefetch_l2: not a multiple of 16 bytes");
+  for (uint32_t i = 0; i < bytes; i += 16) (void)*(static_cast<const volatile unsigned char*>(p) + i);
 }
 
 // ---- barriers ----

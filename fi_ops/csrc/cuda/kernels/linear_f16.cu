@@ -1,0 +1,7 @@
+#include "fi/cuda/linear/stream_instances.h"
+
+namespace fi::cuda {
+
+template void linear_stream<f16>(const LinearParams&, const Gpu&);
+
+}  // namespace fi::cuda
