@@ -208,6 +208,11 @@ inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fadd_rz(float a, float b) {
+  const double sum = double(a) + double(b);
+  const float rounded = float(sum);
+  return fabs(double(rounded)) > fabs(sum) ? nextafterf(rounded, 0.0f) : rounded;
+}
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }

@@ -17,15 +17,14 @@
 namespace fi::cuda {
 namespace {
 
-constexpr int kThreads = 512;
 constexpr int64_t kKeptBytes = 64 * 1024;  // of a row in a block: two blocks fit on a multiprocessor
 constexpr int64_t kWorthABlock = 4096;     // tokens
 
 // In dynamic shared memory, in front of what is kept of the row.
 struct alignas(16) SampleScratch {
-  Team<kThreads>::Scratch team;
+  Team<kSampleThreads>::Scratch team;
   SelectScratch select;
-  uint32_t warp_keys[2][kMaxTeam * kThreads / 32];  // of each warp of the team: first and last order key
+  uint32_t warp_keys[2][kMaxTeam * kSampleThreads / 32];  // of each warp of the team: first and last order key
   SamplingDraw draw;
   int64_t index;                        // of the draw
   alignas(16) unsigned char slice[64];  // a RowSlice
@@ -35,22 +34,73 @@ struct alignas(16) SampleScratch {
 };
 
 template <class T, bool kKept>
-using RowSlice = Slice<T, kThreads, kKept, uint32_t(sizeof(SampleScratch))>;
+using RowSlice = Slice<T, kSampleThreads, kKept, uint32_t(sizeof(SampleScratch))>;
+
+// This block's part of a row.
+template <class Row>
+__device__ Row slice_of(const SamplingParams& p, int64_t row, const Team<kSampleThreads>& team) {
+  return {static_cast<const typename Row::Logit*>(p.logits) + row * p.row_stride, p.vocab_size, team.rank, team.size};
+}
+
+// Where the filters end, from the row's histogram, whatever the logits.
+struct Ends {
+  uint64_t cut;
+  uint32_t listed;  // as in the Selector
+  bool has_sums;
+};
+template <class Row>
+FI_DEVICE_NOINLINE Ends search_ends(float scale, bool top_k_first, bool exact_ties) {
+  auto& s = *reinterpret_cast<SampleScratch*>(dynamic_smem());
+  const Row& slice = *reinterpret_cast<const Row*>(s.slice);
+  Team<kSampleThreads> team(cluster_rank(), cluster_size());
+  Selector<Row> selector{slice, s.weights, team, s.select};
+  Bins<Row>& bins = selector.bins;
+  bins.scale = scale;
+  uint64_t cut = kAllPlaces;
+#pragma unroll 1
+  for (int filter = 0; filter < 2; ++filter) {
+    const bool by_count = filter == 0;
+    if (!(by_count ? s.use_top_k : s.use_top_p)) continue;
+    team.sync();  // lists and sums are no more in use
+    uint64_t target = uint64_t(s.draw.top_k);
+    if (!by_count) {
+      uint64_t kept = s.select.mass;
+      if (cut != kAllPlaces) {
+        selector.sum_row(cut, s.select.of_row);
+        kept = s.select.of_row.total(team);
+      }
+      target = uint64_t(mass_target(s.draw.top_p, int64_t(top_k_first ? kept : s.select.mass)));
+      if (target > kept) break;
+    }
+    const Bracket bracket = by_count ? bins.bracket_of_count(target) : bins.bracket_of_mass(target);
+    if (by_count && bracket.last == kBins - 1) continue;  // it keeps all that weighs something
+    selector.find_end(by_count, bracket, target, cut);
+    if (by_count && !exact_ties) cut |= 0xffffffffu;
+  }
+  team.sync();  // as what the other Team shares comes next
+  return {cut, selector.listed, selector.has_sums};
+}
 
 template <class Row>
 struct Sampler {
   const SamplingParams& p;
   SampleScratch& s;
   Row& slice;  // in s
-  Team<kThreads>& team;
+  Team<kSampleThreads>& team;
 
   __device__ void write(int64_t id, bool valid) const {
     if (team.rank == 0 && threadIdx.x == 0) p.write(s.index, id, valid);
   }
 
+  // A draw's row comes to the second-level cache while others are worked on.
+  __device__ void prefetch_row(int64_t index) const {
+    if (index >= p.batch) return;
+    const int64_t row = p.indices.data == nullptr ? index : p.indices.at(index);
+    if (row >= 0 && row < p.rows) slice_of<Row>(p, row, team).prefetch();
+  }
+
   // What all threads need and one can find out.
   __device__ void prepare_draw(SamplingDraw d, int fraction_bits) const {
-    if (threadIdx.x != 0) return;
     // Values that no check has seen, NaN among them: what follows relies on these ranges.
     d.temperature = d.temperature > 0.0f ? d.temperature : 0.0f;
     d.uniform = d.uniform > 0.0f ? fminf(d.uniform, 1.0f - 0x1p-24f) : 0.0f;
@@ -61,23 +111,32 @@ struct Sampler {
     s.weights.set_fraction_bits(fraction_bits);
     // p >= min_p * max(p), as a distance from the largest logit: a prefix, as the other filters are
     s.min_p_distance = d.min_p > 0.0 ? float(-double(d.temperature) * log(d.min_p)) : kInfinity;
+    s.select.num_found = 0;
   }
 
-  // `asked`: the draw, in thread 0.
-  __device__ void run(const SamplingDraw& asked, int fraction_bits) {
-    prepare_draw(asked, fraction_bits);
-    slice.wait();
-    __syncthreads();
-    if (team.size > 1) cluster_wait();  // the others have started
-
+  // `row`: what will be in `slice`.
+  __device__ void run(const Row& row, int64_t index, int64_t rows_at_once, int fraction_bits) {
     float high = -kInfinity, low = kInfinity;  // of this thread, finite for the lower one
     bool nan = false;
-    slice.for_each([&](float x, int32_t) {
-      nan |= x != x;
-      high = fmaxf(high, x);
-      if (x > -kInfinity) low = fminf(low, x);
-    });
-    ShortDraw<Row, kThreads> short_draw{slice, s.weights, team, s.select};
+    row.fetch(
+        [&] {
+          if (threadIdx.x != 0) return;
+          slice = row;
+          s.index = index;
+          prepare_draw(p.draw(index), fraction_bits);
+        },
+        [&](const auto& x, int32_t) {
+#pragma unroll
+          for (const float logit : x) {
+            nan |= logit != logit;
+            high = fmaxf(high, logit);
+            if (logit > -kInfinity) low = fminf(low, logit);
+          }
+        });
+    if (threadIdx.x == kSampleThreads - 1) prefetch_row(index + rows_at_once);
+    __syncthreads();
+    if (team.size > 1) cluster_wait();  // the others have started
+    ShortDraw<Row> short_draw{slice, s.weights, team, s.select};
     const bool try_short = s.use_top_k && short_draw.fits(s.draw.top_k, team.size) &&
                            (p.top_k_first || !s.use_top_p) && s.draw.temperature > 0.0f;
     if (try_short) short_draw.publish(high);
@@ -110,20 +169,19 @@ struct Sampler {
                           [&](int64_t id, bool valid) { p.write(s.index, id, valid); }))
         return;
     }
-    uint64_t cut = kAllPlaces;
-    bool has_sums = false;
-    if (s.use_top_k || s.use_top_p) {
+    __syncthreads();
+    Selector<Row> selector{slice, s.weights, team, s.select};
+    const bool filters = s.use_top_k || s.use_top_p;
+    const uint64_t cut = filters ? end_of_filters(selector, max - min) : kAllPlaces;
+    // What weighs something in the filters' last pass does so in the draw, but for min-p behind top-p.
+    if (selector.has_sums && s.weights.eligible == s.min_p_distance) {
+      selector.add_listed(cut);
       __syncthreads();
-      cut = end_of_filters(max - min, has_sums);
-    }
-    if (!has_sums) {
-      __syncthreads();
+    } else {
+      if (filters) team.sync();  // sums are no more in use
       if (threadIdx.x == 0) s.weights.eligible = s.min_p_distance;
       __syncthreads();
-      const uint64_t sum =
-          Team<kThreads>::sum_of_warp(Selector<Row, kThreads>::sum_thread(slice, s.weights, cut));
-      if (threadIdx.x % 32 == 0) s.select.warp_sums[threadIdx.x / 32] = sum;
-      __syncthreads();
+      selector.sum_row(cut, s.select.kept);
     }
     draw(cut);
   }
@@ -133,14 +191,12 @@ struct Sampler {
     float max, min;
   };
   __device__ Range range_of_row(float high, float low) const {
-    constexpr uint32_t kWarps = kThreads / 32;
+    constexpr uint32_t kWarps = kSampleThreads / 32;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t first = __reduce_min_sync(kAllLanes, order_key(high + 0.0f)),
              last = __reduce_max_sync(kAllLanes, order_key(low + 0.0f));
-    if (lane < team.size) {
-      *team.at(&s.warp_keys[0][team.rank * kWarps + warp], lane) = first;
-      *team.at(&s.warp_keys[1][team.rank * kWarps + warp], lane) = last;
-    }
+    team.tell_all(&s.warp_keys[0][team.rank * kWarps + warp], first);
+    team.tell_all(&s.warp_keys[1][team.rank * kWarps + warp], last);
     team.sync();
     for (uint32_t i = lane; i < team.size * kWarps; i += 32) {
       first = ::min(first, s.warp_keys[0][i]);
@@ -150,118 +206,102 @@ struct Sampler {
   }
 
   // The place up to which top-k and top-p keep the row's tokens; `spread` is the distance between the row's
-  // largest and smallest finite logits. `has_sums`: warp_sums are there as well.
-  __device__ uint64_t end_of_filters(float spread, bool& has_sums) const {
+  // largest and smallest finite logits.
+  __device__ uint64_t end_of_filters(Selector<Row>& selector, float spread) const {
     const SamplingDraw& d = s.draw;
     // Bins are for what weighs something and is there.
     const float there = fmaxf(spread * s.weights.exponent_scale * (kBins / (kBins - 2.0f)), 0x1p-20f);
     float octaves = fminf(float(s.weights.fraction_bits + 1), there);
     // Tokens so light that all of the row's together are less than 1 - top_p of the largest one are not where
-    // top-p ends.
-    if (!s.use_top_k) octaves = fminf(octaves, log2f(float(slice.n) / float(1.0 - d.top_p)) + 1.0f);
-    Selector<Row, kThreads> selector{slice, s.weights, team, s.select};
-    selector.set_bins(octaves);
-    selector.count_row(s.use_top_p);
+    // top-p ends; a 16th of that is little to the guess of its place.
+    if (!s.use_top_k) octaves = fminf(octaves, log2f(float(slice.n) / float(1.0 - d.top_p)) + 4.0f);
+    Bins<Row>& bins = selector.bins;
+    bins.set(octaves);
+    bins.count_row(s.use_top_p);
 
-    uint64_t cut = kAllPlaces;
-#pragma unroll 1
-    for (int filter = 0; filter < 2; ++filter) {
-      const bool by_count = filter == 0;
-      if (!(by_count ? s.use_top_k : s.use_top_p)) continue;
-      uint64_t target = uint64_t(d.top_k), in_front = 0;
-      if (!by_count) {
-        const uint64_t kept = cut == kAllPlaces ? s.select.mass : selector.sum_row(cut);
-        target = uint64_t(mass_target(d.top_p, int64_t(p.top_k_first ? kept : s.select.mass)));
-        if (target > kept) break;
-      }
-      // By weight: first where it is likely to end, then where it is sure to.
-      bool sure = by_count, found = false;
-      Bracket bracket = by_count ? selector.bracket_of_count(target)
-                                 : selector.likely_bracket_of_mass(target, !s.use_top_k);
-      if (by_count && bracket.last == kBins - 1) continue;  // it keeps all that weighs something
-#pragma unroll 1
-      while (!found) {
-        if (sure || bracket.inside <= kListed) {
-          in_front = selector.list_end(by_count, bracket, target);
-          found = sure || selector.is_in_list(in_front, target);
-        }
-        if (!found) bracket = selector.bracket_of_mass(target);
-        sure = true;
-      }
-      cut = selector.end_in_list(by_count, target - in_front, cut);
-      if (by_count && !p.exact_ties) cut |= 0xffffffffu;
+    if (!s.use_top_k) {
+      const uint64_t target = uint64_t(mass_target(d.top_p, int64_t(s.select.mass)));
+      const Bracket likely = bins.likely_bracket_of_mass(target);
+      uint64_t cut;
+      if (likely.inside <= kShort && selector.list_bins(likely) && selector.end_of_few(target, cut)) return cut;
     }
-    // What weighs something in top-p's pass does so in the draw, but for min-p behind top-p.
-    has_sums =
-        selector.has_sums && s.use_top_p && !s.use_top_k && (p.top_k_first || s.min_p_distance == kInfinity);
-    if (has_sums) {
-      __syncthreads();
-      selector.add_listed(cut);
-      __syncthreads();
-    }
-    return cut;
+    const auto ends = search_ends<Row>(bins.scale, p.top_k_first, p.exact_ties);
+    selector.listed = ends.listed;
+    selector.has_sums = ends.has_sums;
+    return ends.cut;
   }
 
-  // Writes the first kept id at which the cumulative weight exceeds uniform * total.
-  __device__ void draw(uint64_t cut) const {
-    const Weights weights = s.weights;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Kept kept(cut);
-    auto weigh = [&](float x, int32_t id) { return kept(x, id) ? weights.weigh(x) : 0; };
-    const uint64_t sum = s.select.warp_sums[warp];
-    uint64_t of_block = 0, before = 0;
-#pragma unroll 4
-    for (uint32_t w = 0; w < kThreads / 32; ++w) {
-      if (w == warp) before = of_block;
-      of_block += s.select.warp_sums[w];
+  // Writes the first kept id at which the cumulative weight exceeds uniform * total; s.select.kept has the sums.
+  __device__ void draw(uint64_t cut) {
+    // Which warp's: all warps find out by themselves.
+    constexpr uint32_t kSums = kMaxTeam * kSampleWarps / 32;
+    const uint32_t lane = threadIdx.x % 32;
+    uint64_t sums[kSums], up_to = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < kSums; ++i) {
+      sums[i] = lane * kSums + i < team.size * kSampleWarps ? s.select.kept.values[lane * kSums + i] : 0;
+      up_to += sums[i];
     }
-    team.share(of_block, 0);
-    uint64_t total = 0;
-#pragma unroll 1
-    for (uint32_t block = 0; block < team.size; ++block) {
-      if (block == team.rank) before += total;
-      total += team.shared(block).a;
+    const uint64_t of_lane = up_to;
+#pragma unroll
+    for (uint32_t step = 1; step < 32; step *= 2) {
+      const uint64_t other = __shfl_up_sync(kAllLanes, up_to, step);
+      if (lane >= step) up_to += other;
     }
+    const uint64_t total = __shfl_sync(kAllLanes, up_to, 31);
     if (total == 0) return write(0, false);  // of values that no check has seen
-    uint64_t left = uint64_t(draw_target(int64_t(total), s.draw.uniform)) - before;
-    if (left >= sum) return;  // another warp's (or negative, as a large number)
+    uint64_t left = uint64_t(draw_target(int64_t(total), s.draw.uniform));
+    const int owner = __ffs(int(__ballot_sync(kAllLanes, up_to > left))) - 1;
+    left -= up_to - of_lane;
+    uint32_t warp = lane * kSums;
+#pragma unroll
+    for (uint32_t i = 0; i + 1 < kSums; ++i) {
+      if (warp != lane * kSums + i || left < sums[i]) continue;
+      left -= sums[i];
+      ++warp;
+    }
+    left = __shfl_sync(kAllLanes, left, owner);
+    warp = __shfl_sync(kAllLanes, warp, owner);
+    if (warp / kSampleWarps != team.rank) return;
 
+    // Its range, by the whole block.
+    const Weights weights = s.weights;
+    const Kept kept(cut);
     constexpr int kLogits = Row::kLogits;
-    const int32_t end = slice.warp_end();
-    for (int32_t base = slice.warp_begin(); base < end; base += 32) {
-      const int32_t vector = base + int32_t(lane), id = vector * kLogits - slice.lead();
-      float x[kLogits];
-      uint64_t mine = 0;
+    const int32_t end = slice.end_of(warp % kSampleWarps);
+    for (int32_t base = slice.begin_of(warp % kSampleWarps); base < end; base += kSampleThreads) {
+      const int32_t vector = base + int32_t(threadIdx.x), id = vector * kLogits - slice.lead();
+      uint64_t weight[kLogits] = {}, mine = 0;
       if (vector < end) {
+        float x[kLogits];
         slice.read(vector, x);
-        for (int j = 0; j < kLogits; ++j) mine += weigh(x[j], id + j);
+#pragma unroll
+        for (int j = 0; j < kLogits; ++j) mine += weight[j] = kept(x[j], id + j) ? weights.weigh(x[j]) : 0;
       }
-      uint64_t up_to = mine;
-      for (int step = 1; step < 32; step *= 2) {
-        const uint64_t other = __shfl_up_sync(kAllLanes, up_to, step);
-        if (lane >= uint32_t(step)) up_to += other;
-      }
-      const uint32_t reached = __ballot_sync(kAllLanes, up_to > left);
-      if (reached != 0) {
-        if (int(lane) != __ffs(int(reached)) - 1) return;
-        left -= up_to - mine;
-        for (int j = 0; j < kLogits; ++j) {
-          const uint64_t weight = weigh(x[j], id + j);
-          if (left < weight) return p.write(s.index, id + j, true);
-          left -= weight;
+      const uint64_t before = team.scan(mine);
+      if (before <= left && left - before < mine) {
+        uint64_t rest = left - before;
+        int32_t j = 0;
+#pragma unroll
+        for (int i = 0; i + 1 < kLogits; ++i) {
+          if (j != i || rest < weight[i]) continue;
+          rest -= weight[i];
+          ++j;
         }
-        return;
+        p.write(s.index, id + j, true);
       }
-      left -= __shfl_sync(kAllLanes, up_to, 31);
+      if (base + kSampleThreads < end) left -= team.sum(mine, Among::kBlock);  // a large number behind its place
     }
   }
 };
 
 template <class T, bool kKept>
-__global__ void __launch_bounds__(kThreads, kKept ? 2 : 1) sample(SamplingParams p, int fraction_bits) {
+__global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1) sample(SamplingParams p, int64_t rows_at_once, int fraction_bits) {
   auto& s = *reinterpret_cast<SampleScratch*>(dynamic_smem());
-  Team<kThreads> team(cluster_rank(), cluster_size());
+  Team<kSampleThreads> team(cluster_rank(), cluster_size());
   if (team.size > 1) cluster_arrive();
+  wait_for_previous_kernel();
+  allow_next_kernel();
   const int64_t index = blockIdx.x / team.size;
   const int64_t row = p.indices.data == nullptr ? index : p.indices.at(index);
   if (row < 0 || row >= p.rows) {  // of indices that no check has seen
@@ -271,16 +311,7 @@ __global__ void __launch_bounds__(kThreads, kKept ? 2 : 1) sample(SamplingParams
   }
   using Row = RowSlice<T, kKept>;
   static_assert(sizeof(Row) <= sizeof(s.slice));
-  const Row slice(static_cast<const T*>(p.logits) + row * p.row_stride, p.vocab_size, team.rank, team.size);
-  SamplingDraw draw{};
-  if (threadIdx.x == 0) draw = p.draw(index);  // its loads are under way with the row's
-  slice.fetch();
-  Row& shared = *reinterpret_cast<Row*>(s.slice);
-  if (threadIdx.x == 0) {
-    shared = slice;
-    s.index = index;
-  }
-  Sampler<Row>{p, s, shared, team}.run(draw, fraction_bits);
+  Sampler<Row>{p, s, *reinterpret_cast<Row*>(s.slice), team}.run(slice_of<Row>(p, row, team), index, rows_at_once, fraction_bits);
 }
 
 template <class T>
@@ -290,7 +321,8 @@ void sample_all(const SamplingParams& p, const Gpu& gpu) {
   unsigned blocks = 1;
   auto kept_bytes = [&] {
     const int64_t vectors = (p.vocab_size * int64_t(sizeof(T)) + 15) / 16 + 1;
-    return (vectors + blocks - 1) / blocks * 16;
+    const int64_t warps = int64_t(blocks) * kSampleWarps;
+    return (vectors + warps - 1) / warps * kSampleWarps * 16;
   };
   if (has_clusters(gpu)) {
     while (blocks < kMaxTeam && kept_bytes() > kKeptBytes) blocks *= 2;
@@ -298,9 +330,10 @@ void sample_all(const SamplingParams& p, const Gpu& gpu) {
       blocks *= 2;
   }
   const bool keep = int64_t(sizeof(SampleScratch)) + kept_bytes() <= gpu.max_block_smem;
+  const int64_t rows_at_once = std::max<int64_t>(1, 2 * gpu.num_sms / blocks);
   launch_clusters(gpu, keep ? &sample<T, true> : &sample<T, false>, dim3(unsigned(p.batch) * blocks), blocks,
-                  dim3(kThreads), sizeof(SampleScratch) + (keep ? size_t(kept_bytes()) : 0),
-                  /*overlap=*/false, p, std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
+                  dim3(kSampleThreads), sizeof(SampleScratch) + (keep ? size_t(kept_bytes()) : 0),
+                  /*overlap=*/true, p, rows_at_once, std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
 }
 
 }  // namespace

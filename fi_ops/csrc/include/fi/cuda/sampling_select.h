@@ -1,61 +1,14 @@
 // Where a prefix of a row ends, by count (top-k) or by weight (top-p), without sorting the row.
 //
-// Bins are even steps of the logit. A histogram of the row's tokens over them tells the bin in which a count
-// is reached, and bounds from both sides the bins in which a weight can be: only counts are collected for
-// each token, weights are summed in registers. The tokens of those few bins become a list, in which the end
-// is found exactly. Where there are too many for it (ties, a tight cluster) a second histogram, with weights,
-// cuts the range of places that is in question into kFineBins; that may repeat, at most 8 times: a place has
-// 64 bits.
+// The tokens of the few bins in question (fi/cuda/sampling_bins.h) become a list, in which the end is found
+// exactly; what weighs in front of them is summed in the same pass. Where there are too many for it (ties, a
+// tight cluster) a second histogram, with weights, cuts the range of places that is in question into kFineBins;
+// that may repeat, at most 8 times: a place has 64 bits.
 #pragma once
 
-#include "fi/cuda/sampling_slice.h"
-#include "fi/cuda/team.h"
+#include "fi/cuda/sampling_bins.h"
 
 namespace fi::cuda {
-
-inline constexpr int kBins = 2048, kFineBits = 9, kFineBins = 1 << kFineBits;
-inline constexpr uint32_t kListed = 2048;  // tokens that the list can hold
-inline constexpr uint32_t kShort = 512;    // so few are sorted, each compared with each
-inline constexpr uint64_t kAllPlaces = ~uint64_t{0};
-
-struct FineHistogram {
-  uint64_t values[kFineBins];  // counts or weights
-  uint32_t counts[kFineBins];
-};
-
-// A few tokens, sorted.
-struct ShortList {
-  uint64_t tokens[kShort];  // places, in no order
-  uint64_t sorted[kShort];
-  uint32_t id_rank[kShort];  // of sorted[i]: how many of the list have a lower id
-  uint32_t ranks[kShort];    // of tokens[i]: lower half by place, upper half by id
-};
-
-// In dynamic shared memory. What is in a union is never needed at the same time.
-struct SelectScratch {
-  uint32_t totals[kBins];  // the row's tokens by bin (without the last one)
-  union {
-    uint32_t counts[kBins];  // this block's share of that
-    FineHistogram fine;
-    uint64_t found[kListed];                            // this block's share of the list
-    uint32_t maxima[kMaxTeam][kListed * 2 / kMaxTeam];  // order keys of all threads' largest logits
-    ShortList brief;
-  } own;
-  union {
-    FineHistogram fine;
-    uint64_t list[kListed];  // places, in no order
-  } all;
-  uint64_t warp_sums[kShort / 32];  // the weight of the tokens of each warp that are kept
-  uint64_t mass;
-  uint64_t answer[4];
-  uint32_t num_found;
-};
-
-// Bins [first, last]: where a prefix ends.
-struct Bracket {
-  int32_t first, last;
-  uint64_t before, inside;  // tokens in front of them (`before`) and in them (`inside`, at most that many)
-};
 
 // Places [low, high]: where a prefix ends.
 struct Span {
@@ -64,259 +17,105 @@ struct Span {
   uint64_t inside;  // tokens in it
 };
 
-template <class Row, int Threads>
+template <class Row>
 struct Selector {
-  static_assert(Threads == kFineBins && Threads == kShort && kBins % Threads == 0);
+  static constexpr int Threads = kSampleThreads;
+  static_assert(Threads == kFineBins && Threads == kShort);
 
   const Row& slice;
-  const Weights& shared_weights;  // in shared memory: not to take registers between passes
+  const Weights& shared_weights;
   Team<Threads>& team;
   SelectScratch& s;
-  float bin_scale = 0;
+  Bins<Row> bins{slice, shared_weights, team, s};
   uint32_t listed = 0;
-  bool has_sums = false;  // in s.warp_sums: of all tokens in front of the list
+  bool has_sums = false;  // in s.kept: of all tokens in front of the list
 
-  // ---- bins ----
-
-  // The last bin is for all that is `octaves` or more below the maximum.
-  __device__ void set_bins(float octaves) { bin_scale = float(kBins - 1) / octaves; }
-
-  __device__ int32_t bin_at(float octaves) const {
-    return int32_t(fminf(__fmul_rn(octaves, bin_scale), float(kBins - 1)));
-  }
-  __device__ int32_t bin(const Weights& weights, float logit) const { return bin_at(weights.octaves(logit)); }
-
-  __device__ void clear_counts() {
-    for (int i = threadIdx.x; i < kBins; i += Threads) s.own.counts[i] = 0;
-    __syncthreads();
-  }
-  __device__ void count(const Weights& weights, float logit) {
-    const int32_t b = bin(weights, logit);
-    if (b < kBins - 1) atomicAdd(&s.own.counts[b], 1u);
-  }
-
-  // Makes `totals` the numbers of tokens by bin and `mass` their weight (0 unless `weigh`).
-  __device__ void count_row(bool weigh) {
-    const Weights weights = shared_weights;
-    clear_counts();
-    WeightSum sum;
-    slice.for_each([&](float x, int32_t) {
-      count(weights, x);
-      if (weigh) sum.add(weights, weights.fraction(x));
-    });
-    const uint64_t mass = team.sum(sum.total(weights));
-    if (threadIdx.x == 0) s.mass = mass;
-    team.sum_arrays(s.own.counts, s.totals, kBins);
-  }
-
-  // The weight of this thread's tokens up to `cut`.
-  static __device__ uint64_t sum_thread(const Row& slice, const Weights& shared_weights, uint64_t cut) {
+  // Makes `sums` the weight of the row's tokens up to `cut`.
+  __device__ void sum_row(uint64_t cut, WarpSums& sums) {
     const Weights weights = shared_weights;
     const Kept kept(cut);
     WeightSum sum;
-    slice.for_each([&](float x, int32_t id) { sum.add(weights, kept(x, id) ? weights.fraction(x) : 0.0f); });
-    return sum.total(weights);
-  }
-  // The weight of the row's tokens up to `cut`.
-  __device__ uint64_t sum_row(uint64_t cut) { return team.sum(sum_thread(slice, shared_weights, cut)); }
-
-  // The bin in which the number of tokens reaches `target`; the last one if none does.
-  __device__ Bracket bracket_of_count(uint64_t target) {
-    constexpr int kEach = kBins / Threads;
-    uint32_t counts[kEach];
-    uint64_t before = 0;
-    for (int j = 0; j < kEach; ++j) before += counts[j] = s.totals[threadIdx.x * kEach + j];
-    if (threadIdx.x == 0) s.answer[0] = kBins - 1, s.answer[1] = s.answer[2] = 0;
-    before = team.scan(before);
-    for (int j = 0; j < kEach; ++j) {
-      if (before < target && before + counts[j] >= target) {
-        s.answer[0] = threadIdx.x * kEach + j;
-        s.answer[1] = before;
-        s.answer[2] = counts[j];
-      }
-      before += counts[j];
-    }
-    __syncthreads();
-    const Bracket b{int32_t(s.answer[0]), int32_t(s.answer[0]), s.answer[1], s.answer[2]};
-    __syncthreads();
-    return b;
-  }
-
-  // The bins in which the weight of tokens is likely to reach `target`, as if all tokens of a bin weighed
-  // what its middle does. At worst a bracket without that place. The heaviest tokens are what is the least
-  // like that, so where all of the row is known to weigh s.mass it counts from the light end.
-  __device__ Bracket likely_bracket_of_mass(uint64_t target, bool of_row) {
-    const Weights weights = shared_weights;
-    constexpr int kEach = kBins / Threads;
-    const float one = __uint_as_float(uint32_t(127 + weights.fraction_bits) << 23), width = 1.0f / bin_scale;
-    const int32_t eligible = bin_at(__fmul_rn(weights.eligible, weights.exponent_scale));
-    const int32_t first = int32_t(threadIdx.x) * kEach;
-    auto guess = [&](int32_t b) {
-      const float weight = b <= eligible ? exp2_approx(-(float(b) + 0.5f) * width) : 0.0f;
-      return uint64_t(float(s.totals[b]) * weight * one);
-    };
-    uint64_t mine = 0;
-#pragma unroll 1
-    for (int32_t b = first; b < first + kEach; ++b) mine += guess(b);
-    if (threadIdx.x == 0) s.answer[0] = kBins - 2;
-    const int64_t in_front = of_row ? int64_t(s.mass - team.sum(mine, Among::kBlock)) : 0;
-    int64_t before = in_front + int64_t(team.scan(mine));
-#pragma unroll 1
-    for (int32_t b = first; b < first + kEach && before < int64_t(target); ++b) {
-      before += int64_t(guess(b));
-      if (before >= int64_t(target)) s.answer[0] = b;
-    }
-    __syncthreads();
-    const int32_t b = int32_t(s.answer[0]), from = max(b - 1, 0), to = min(b + 1, kBins - 2);
-    uint64_t inside = 0;
-    for (int32_t i = from; i <= to; ++i) inside += s.totals[i];
-    __syncthreads();
-    return {from, to, 0, inside};
-  }
-
-  // The bins in which the weight of tokens can reach `target`, which is positive and at most that of the row.
-  // All weights of a bin lie between those of its ends; the sums of both bounds bound the weight of what lies
-  // before a token. The margin is for what rounding does to octaves and exponentials.
-  __device__ Bracket bracket_of_mass(uint64_t target) {
-    const Weights weights = shared_weights;
-    constexpr int kEach = kBins / Threads;
-    constexpr float kMargin = 0x1p-15f;
-    const float one = __uint_as_float(uint32_t(127 + weights.fraction_bits) << 23), width = 1.0f / bin_scale;
-    const int32_t eligible = bin_at(__fmul_rn(weights.eligible, weights.exponent_scale));
-    const int32_t first = int32_t(threadIdx.x) * kEach;
-    uint64_t before[3] = {0, 0, 0};
-    // f(bin, its tokens, the least and the most that they can weigh together)
-    auto for_each_bin = [&](const auto& f) {
-#pragma unroll 1
-      for (int32_t b = first; b < first + kEach; ++b) {
-        const float above = exp2_approx(-float(b) * width) * one,
-                    below = exp2_approx(-float(b + 1) * width) * one;
-        const uint64_t count = s.totals[b];
-        f(b, count, b < eligible ? count * uint64_t(below * (1.0f - kMargin)) : 0,
-          b <= eligible ? count * (uint64_t(above * (1.0f + kMargin)) + 1) : 0);
-      }
-    };
-    for_each_bin([&](int32_t, uint64_t count, uint64_t low, uint64_t high) {
-      before[0] += count;
-      before[1] += low;
-      before[2] += high;
+    slice.for_each_vector([&](const auto& x, int32_t id) {
+      float fractions[Row::kLogits];
+#pragma unroll
+      for (int j = 0; j < Row::kLogits; ++j) fractions[j] = kept(x[j], id + j) ? weights.fraction(x[j]) : 0.0f;
+      sum.add(weights, fractions);
     });
-    if (threadIdx.x == 0) {
-      s.answer[0] = s.answer[1] = kBins - 1;
-      s.answer[2] = 0;
-      s.answer[3] = uint64_t(slice.n);
-    }
-    for (uint64_t& b : before) b = team.scan(b);
-    for_each_bin([&](int32_t b, uint64_t count, uint64_t low, uint64_t high) {
-      if (before[2] < target && before[2] + high >= target) {
-        s.answer[0] = b;
-        s.answer[2] = before[0];
-      }
-      if (before[1] < target && before[1] + low >= target) {
-        s.answer[1] = b;
-        s.answer[3] = before[0] + count;
-      }
-      before[0] += count;
-      before[1] += low;
-      before[2] += high;
-    });
-    __syncthreads();
-    const Bracket b{int32_t(s.answer[0]), int32_t(s.answer[1]), s.answer[2], s.answer[3] - s.answer[2]};
-    __syncthreads();
-    return b;
+    sums.tell(team, sum.total(weights));
+    team.sync();
   }
 
   // ---- the list ----
 
-  // Collecting this block's share of the list, between begin_list and end_list.
-  __device__ void begin_list() {
-    if (threadIdx.x == 0) s.num_found = 0;
-    __syncthreads();
-  }
+  __device__ uint32_t room() const { return kListed / team.size; }  // of a block's part
+
+  // Called for this block's tokens of the list, then end_list() by all threads.
   __device__ void collect(float logit, int32_t id) {
     if (!(logit > -kInfinity)) return;
     const uint32_t slot = atomicAdd(&s.num_found, 1u);
-    if (slot < kListed) s.own.found[slot] = place_of(logit, id);
-  }
-  // Makes the list of the shares; returns the sum of `mass` over the threads of the team. False if it has no
-  // room.
-  __device__ bool end_list(uint64_t& mass) {
-    mass = team.sum(mass, Among::kBlock);
-    team.share(mass, s.num_found);
-    mass = 0;
-    uint64_t all = 0;
+    if (slot >= room()) return;
+    const uint64_t place = place_of(logit, id);
 #pragma unroll 1
-    for (uint32_t block = 0; block < team.size; ++block) {
-      mass += team.shared(block).a;
-      all += team.shared(block).b;
-    }
-    listed = 0;
-    if (all > kListed) return false;
-    listed = uint32_t(all);
-    for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
-      uint32_t block = 0, at = i;
-      for (; at >= team.shared(block).b; ++block) at -= uint32_t(team.shared(block).b);
-      s.all.list[i] = *team.at(s.own.found + at, block);
-    }
+    for (uint32_t block = 0; block < team.size; ++block)
+      *team.at(s.all.list + team.rank * room() + slot, block) = place;
+  }
+  // False if a part had no room.
+  __device__ bool end_list() {
+    __syncthreads();
+    if (threadIdx.x < team.size) *team.at(&s.list_sizes[team.rank], threadIdx.x) = s.num_found;
     team.sync();
-    return true;
+    if (threadIdx.x == 0) s.num_found = 0;
+    listed = 0;
+    bool fits = true;
+    for (uint32_t block = 0; block < team.size; ++block) {
+      fits &= s.list_sizes[block] <= room();
+      listed += s.list_sizes[block];
+    }
+    return fits;
+  }
+  __device__ uint64_t in_list(uint32_t i) const {
+    uint32_t block = 0;
+    for (; i >= s.list_sizes[block]; ++block) i -= s.list_sizes[block];
+    return s.all.list[block * room() + i];
   }
 
-  // Makes the tokens of a bracket (without -inf) the list, and `before` the weight in front of them.
-  __device__ bool list_bins(const Bracket& bracket, uint64_t& before) {
+  // Makes the tokens of a bracket (without -inf) the list and s.kept the weight in front of them. False
+  // if the list has no room.
+  __device__ bool list_bins(const Bracket& bracket) {
     const Weights weights = shared_weights;
     const float first = float(bracket.first),
                 end = bracket.last == kBins - 1 ? kInfinity : float(bracket.last + 1);
-    begin_list();
     WeightSum sum;
     slice.for_each_vector([&](const auto& x, int32_t id) {
       uint32_t found = 0;
+      float fractions[Row::kLogits];
 #pragma unroll
       for (int j = 0; j < Row::kLogits; ++j) {
-        const float at = __fmul_rn(weights.octaves(x[j]), bin_scale);
-        sum.add(weights, at < first ? weights.fraction(x[j]) : 0.0f);
+        const float at = bins.at(weights, x[j]);
+        fractions[j] = at < first ? weights.fraction(x[j]) : 0.0f;
         found |= at >= first && at < end ? 1u << j : 0;
       }
+      sum.add(weights, fractions);
       Row::for_each_of(found, x, id, [&](float logit, int32_t token) { collect(logit, token); });
     });
-    before = sum.total(weights);
-    const uint64_t of_warp = team.sum_of_warp(before);
-    if (threadIdx.x % 32 == 0) s.warp_sums[threadIdx.x / 32] = of_warp;
-    return end_list(before);
+    s.kept.tell(team, sum.total(weights));
+    has_sums = end_list();
+    return has_sums;
   }
 
-  // Whether the weight of tokens reaches `target` in the list; `before`: the weight in front of the list.
-  __device__ bool is_in_list(uint64_t before, uint64_t target) {
-    return before < target && before + mass_listed(kAllPlaces) >= target;
-  }
-
-  // Adds to the sums by warp (of this block) the weights of the list's tokens up to `cut`.
+  // Adds to s.kept the weights of the list's tokens up to `cut`.
   __device__ void add_listed(uint64_t cut) const {
     const Weights weights = shared_weights;
-    const int32_t first_id = slice.id_of(0), per_warp = slice.per_warp() * Row::kLogits;
     for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
-      const uint64_t place = s.all.list[i];
-      const int32_t at = int32_t(uint32_t(place)) - first_id;
-      if (place <= cut && at >= 0 && at < slice.num_tokens())
-        atomicAdd(reinterpret_cast<unsigned long long*>(&s.warp_sums[at / per_warp]),
+      const uint64_t place = in_list(i);
+      if (place <= cut)
+        atomicAdd(reinterpret_cast<unsigned long long*>(&s.kept.values[slice.warp_of(int32_t(uint32_t(place)))]),
                   weights.weigh(logit_at(place)));
     }
   }
 
-  // The weight of the list's tokens up to `cut`.
-  __device__ uint64_t mass_listed(uint64_t cut) {
-    const Weights weights = shared_weights;
-    WeightSum sum;
-    for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
-      const uint64_t place = s.all.list[i];
-      sum.add(weights, place <= cut ? weights.fraction(logit_at(place)) : 0.0f);
-    }
-    return team.sum(sum.total(weights), Among::kBlock);
-  }
-
   // Sorts the n tokens of the short list: each is compared with each, by as many threads a token as there
   // are.
-  template <bool kIds>
   __device__ void sort(uint32_t n) {
     ShortList& brief = s.own.brief;
     brief.ranks[threadIdx.x] = 0;
@@ -332,7 +131,7 @@ struct Selector {
       for (uint32_t j = part * each; j < end; ++j) {
         const uint64_t other = brief.tokens[j];
         in_front += other < place;
-        if (kIds) lower += uint32_t(other) < uint32_t(place);
+        lower += uint32_t(other) < uint32_t(place);
       }
       atomicAdd(&brief.ranks[i], lower << 16 | in_front);
     }
@@ -340,7 +139,7 @@ struct Selector {
     if (threadIdx.x < n) {
       const uint32_t ranks = brief.ranks[threadIdx.x];
       brief.sorted[ranks & 0xffffu] = brief.tokens[threadIdx.x];
-      if (kIds) brief.id_rank[ranks & 0xffffu] = ranks >> 16;
+      brief.id_rank[ranks & 0xffffu] = ranks >> 16;
     }
     __syncthreads();
   }
@@ -368,8 +167,8 @@ struct Selector {
     if (live) add_one_fine(b, 1, value);
   }
   __device__ void add_one_fine(uint32_t b, uint32_t count, uint64_t value) {
-    atomicAdd(&s.own.fine.counts[b], count);
-    atomicAdd(reinterpret_cast<unsigned long long*>(&s.own.fine.values[b]), value);
+    atomicAdd(&s.own.narrow.fine.counts[b], count);
+    atomicAdd(reinterpret_cast<unsigned long long*>(&s.own.narrow.fine.values[b]), value);
   }
 
   // Narrows the span in which the value of the tokens (their count or weight) reaches `target` to one of
@@ -380,7 +179,7 @@ struct Selector {
     const int32_t tokens = of_row ? slice.num_tokens() : int32_t(listed);
     auto place_at = [&](int32_t i) {
       if (i >= tokens) return kAllPlaces;
-      return of_row ? place_of(slice.logit(i), slice.id_of(i)) : s.all.list[i];
+      return of_row ? place_of(slice.logit(i), slice.id_of(i)) : in_list(uint32_t(i));
     };
     uint64_t low = kAllPlaces, high = 0;
     for (int32_t i = threadIdx.x; i < tokens; i += Threads) {
@@ -399,8 +198,8 @@ struct Selector {
     const int shift = bits > kFineBits ? bits - kFineBits : 0;
     const uint64_t base = low >> shift;
 
-    s.own.fine.values[threadIdx.x] = 0;
-    s.own.fine.counts[threadIdx.x] = 0;
+    s.own.narrow.fine.values[threadIdx.x] = 0;
+    s.own.narrow.fine.counts[threadIdx.x] = 0;
     __syncthreads();
     for (int32_t first = 0; first < tokens; first += Threads) {
       const uint64_t place = place_at(first + int32_t(threadIdx.x));
@@ -408,12 +207,12 @@ struct Selector {
       const uint64_t value = !live ? 0 : by_count ? 1 : weights.weigh(logit_at(place));
       add_fine(live ? uint32_t((place >> shift) - base) : 0, value, live);
     }
-    FineHistogram* total = &s.own.fine;
+    FineHistogram* total = &s.own.narrow.fine;
     if (of_row) {
       total = &s.all.fine;
-      team.sync();
-      team.sum_arrays(s.own.fine.counts, total->counts, kFineBins);
-      team.sum_arrays(s.own.fine.values, total->values, kFineBins);
+      auto& own = s.own.narrow;
+      team.template sum_arrays<kFineBins>(own.fine.counts, reinterpret_cast<uint32_t*>(own.inbox), total->counts);
+      team.template sum_arrays<kFineBins>(own.fine.values, own.inbox, total->values);
     } else {
       __syncthreads();
     }
@@ -433,22 +232,22 @@ struct Selector {
     __syncthreads();
   }
 
-  // Lists the tokens among which a prefix of the row ends, of those in `bracket`, however many these are.
-  // Returns the value (count or weight) in front of the list.
-  __device__ uint64_t list_end(bool by_count, const Bracket& bracket, uint64_t target) {
-    const Weights weights = shared_weights;
-    has_sums = bracket.inside <= kListed;
-    if (has_sums) {
-      uint64_t before;
-      list_bins(bracket, before);
-      return by_count ? bracket.before : before;
+  // Finds the place at which the number (or weight) of the row's tokens reaches `target`, which is in
+  // `bracket`, however many are there.
+  __device__ void find_end(bool by_count, const Bracket& bracket, uint64_t target, uint64_t& end) {
+    if (bracket.inside <= kListed && list_bins(bracket)) {
+      end_in_list(by_count, by_count ? bracket.before : s.kept.total(team), target, end);
+      return;
     }
+    team.sync();  // the list is no more in use
+    const Weights weights = shared_weights;
+    has_sums = false;
     Span span{kAllPlaces, 0, 0, bracket.inside};
     WeightSum sum;
     for (int32_t i = threadIdx.x; i < slice.num_tokens(); i += Threads) {
-      const float x = slice.logit(i);
-      const int32_t b = bin(weights, x);
-      sum.add(weights, b < bracket.first ? weights.fraction(x) : 0.0f);
+      const float x = slice.logit(i), at = bins.at(weights, x);
+      const int32_t b = bins.bin_at(at);
+      sum.add(weights, {b < bracket.first ? weights.fraction(x) : 0.0f});
       if (b < bracket.first || b > bracket.last || !(x > -kInfinity)) continue;
       const uint64_t place = place_of(x, slice.id_of(i));
       span.low = place < span.low ? place : span.low;
@@ -456,52 +255,69 @@ struct Selector {
     }
     span.low = team.min(span.low);
     span.high = team.max(span.high);
-    uint64_t mass = team.sum(sum.total(weights));
+    const uint64_t mass = team.sum(sum.total(weights));
     span.before = by_count ? bracket.before : mass;
-    while (span.inside > kListed) narrow(Among::kTeam, by_count, span, target);
-    begin_list();
+    while (span.inside > room()) narrow(Among::kTeam, by_count, span, target);
+    team.sync();  // the histogram is no more in use
     for (int32_t i = threadIdx.x; i < slice.num_tokens(); i += Threads) {
       const float x = slice.logit(i);
       const uint64_t place = place_of(x, slice.id_of(i));
       if (place >= span.low && place <= span.high) collect(x, slice.id_of(i));
     }
-    mass = 0;
-    end_list(mass);
-    return span.before;
+    end_list();
+    end_in_list(by_count, span.before, target, end);
   }
 
-  // The place of the list's token, up to `limit`, at which their count (or weight) reaches `target`; `limit`
-  // if none does.
-  __device__ uint64_t end_in_list(bool by_count, uint64_t target, uint64_t limit) {
-    const Weights weights = shared_weights;
-    Span span{0, limit, 0, listed};
+  // The same in the list; `before` is what lies in front of it.
+  __device__ void end_in_list(bool by_count, uint64_t before, uint64_t target, uint64_t& end) {
+    Span span{0, kAllPlaces, before, listed};
     while (span.inside > kShort) narrow(Among::kBlock, by_count, span, target);
-    uint32_t n = listed;
-    if (threadIdx.x == 0) s.answer[0] = limit;
-    if (n <= kShort) {  // no token behind `limit` is where the target is reached
-      if (threadIdx.x < n) s.own.brief.tokens[threadIdx.x] = s.all.list[threadIdx.x];
-      __syncthreads();
-    } else {
-      begin_list();
-      for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
-        const uint64_t place = s.all.list[i];
-        if (place < span.low || place > span.high) continue;
-        const uint32_t slot = atomicAdd(&s.num_found, 1u);
-        if (slot < kShort) s.own.brief.tokens[slot] = place;
-      }
-      __syncthreads();
-      n = min(s.num_found, kShort);
+    for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
+      const uint64_t place = in_list(i);
+      if (place < span.low || place > span.high) continue;
+      const uint32_t slot = atomicAdd(&s.num_found, 1u);
+      if (slot < kShort) set_few(slot, place, by_count);
     }
-    sort<false>(n);
-    const uint64_t place = threadIdx.x < n ? s.own.brief.sorted[threadIdx.x] : kAllPlaces;
-    const uint64_t value = threadIdx.x >= n ? 0 : by_count ? 1 : weights.weigh(logit_at(place));
-    uint64_t before = team.scan(value);
-    before += span.before;
-    if (before < target && before + value >= target) s.answer[0] = place;
     __syncthreads();
-    const uint64_t end = s.answer[0];
+    const uint32_t n = min(s.num_found, kShort);
     __syncthreads();
-    return end;
+    if (threadIdx.x == 0) s.num_found = 0;
+    end_among(n, span.before, target, end);
+  }
+
+  // The same, by weight and for a short list that list_bins() made. False, for all blocks, if it is not there.
+  __device__ bool end_of_few(uint64_t target, uint64_t& end) {
+    const uint64_t before = s.kept.total(team);
+    if (before >= target || listed > kShort) return false;
+    if (threadIdx.x < listed) set_few(threadIdx.x, in_list(threadIdx.x), /*by_count=*/false);
+    return end_among(listed, before, target, end);
+  }
+
+  __device__ void set_few(uint32_t i, uint64_t place, bool by_count) const {
+    s.own.end.places[i] = place;
+    s.own.end.values[i] = by_count ? 1 : shared_weights.weigh(logit_at(place));
+  }
+
+  // The same among the few: each is compared with each, by as many lanes a token as there are.
+  __device__ bool end_among(uint32_t n, uint64_t in_front, uint64_t target, uint64_t& end) const {
+    const auto& few = s.own.end;
+    if (threadIdx.x == 0) s.answer[0] = kAllPlaces;
+    __syncthreads();
+    const uint32_t log_parts = n <= 16 ? 5 : uint32_t(__clz(int(n - 1))) - 23, parts = 1u << log_parts;
+    const uint32_t i = threadIdx.x >> log_parts, part = threadIdx.x & (parts - 1);
+    const uint64_t place = i < n ? few.places[i] : 0, value = i < n ? few.values[i] : 0;
+    uint64_t before = 0;
+    if (i < n) {
+#pragma unroll 4
+      for (uint32_t j = part; j < n; j += parts) before += few.places[j] < place ? few.values[j] : 0;
+    }
+    for (uint32_t step = parts / 2; step > 0; step /= 2) before += __shfl_xor_sync(kAllLanes, before, step);
+    before += in_front;
+    if (part == 0 && before < target && before + value >= target) s.answer[0] = place;
+    __syncthreads();
+    const uint64_t found = s.answer[0];
+    if (found != kAllPlaces) end = found;
+    return found != kAllPlaces;
   }
 };
 

@@ -9,8 +9,9 @@
 
 namespace fi::cuda {
 
-template <class Row, int Threads>
+template <class Row>
 struct ShortDraw {
+  static constexpr int Threads = kSampleThreads;
   static constexpr int kSteps = Threads;  // of the logit; the last one is for all that is below the others
 
   const Row& slice;
@@ -28,10 +29,7 @@ struct ShortDraw {
     for (uint32_t block = 0; block < team.size; ++block)
       *team.at(&s.own.maxima[team.rank][threadIdx.x], block) = order_key(high + 0.0f);
     s.totals[threadIdx.x] = 0;
-    if (threadIdx.x == 0) {
-      s.num_found = 0;
-      s.answer[0] = kSteps - 1;
-    }
+    if (threadIdx.x == 0) s.answer[0] = kSteps - 1;
   }
 
   // Calls write(id, valid) in one thread of the team, or returns false: too many tokens are as large as what
@@ -66,19 +64,12 @@ struct ShortDraw {
         if (slot < room) part[slot] = place_of(logit, token);
       });
     });
-    __syncthreads();
-    team.share(0, s.num_found);
-    uint32_t n = 0;
-    uint64_t mine = 0;
-    bool fits = true;
-    for (uint32_t block = 0; block < team.size; ++block) {
-      const uint32_t size = uint32_t(team.shared(block).b);
-      fits &= size <= room;
-      if (fits && threadIdx.x - n < size) mine = s.all.list[block * room + threadIdx.x - n];
-      n += size;
+    Selector<Row> list{slice, shared_weights, team, s};
+    if (!list.end_list() || list.listed > kShort) return false;
+    if (team.rank == 0) {
+      const uint64_t mine = threadIdx.x < list.listed ? list.in_list(threadIdx.x) : 0;
+      draw_sorted(d, use_top_p, exact_ties, list.listed, mine, write);
     }
-    if (!fits || n > kShort) return false;
-    if (team.rank == 0) draw_sorted(d, use_top_p, exact_ties, n, mine, write);
     return true;
   }
 
@@ -91,7 +82,7 @@ struct ShortDraw {
     const uint32_t i = threadIdx.x, top_k = uint32_t(d.top_k);
     if (i < n) brief.tokens[i] = mine;
     __syncthreads();
-    Selector<Row, Threads>{slice, shared_weights, team, s}.template sort<true>(n);
+    Selector<Row>{slice, shared_weights, team, s}.sort(n);
 
     const uint64_t place = i < n ? brief.sorted[i] : kAllPlaces;
     bool kept = i < n && (i < top_k || (!exact_ties && place >> 32 == brief.sorted[top_k - 1] >> 32));

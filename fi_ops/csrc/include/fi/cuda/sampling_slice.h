@@ -64,12 +64,19 @@ struct WeightSum {
   uint64_t high = 0;  // of 2^-22
   uint32_t low = 0;   // of 2^-fraction_bits, signed
 
-  __device__ void add(const Weights& weights, float fraction) {
+  // N at once: 64-bit additions are two.
+  template <int N>
+  __device__ void add(const Weights& weights, const float (&fractions)[N]) {
     constexpr uint32_t kTwo = 0x40000000u;  // 2.0f, the last place of which is 2^-22
-    const float a = __fadd_rn(fraction, 2.0f);
-    const float rest = __fadd_rn(fraction, -__fadd_rn(a, -2.0f));
-    high += __float_as_uint(a) - kTwo;
-    low += __float_as_uint(__fadd_rn(rest, weights.low_base)) - __float_as_uint(weights.low_base);
+    uint32_t highs = 0;
+#pragma unroll
+    for (const float fraction : fractions) {
+      const float a = __fadd_rn(fraction, 2.0f);
+      const float rest = __fadd_rn(fraction, -__fadd_rn(a, -2.0f));
+      highs += __float_as_uint(a) - kTwo;
+      low += __float_as_uint(__fadd_rn(rest, weights.low_base)) - __float_as_uint(weights.low_base);
+    }
+    high += highs;
   }
   __device__ uint64_t total(const Weights& weights) const {
     return (high << (weights.fraction_bits - 22)) + uint64_t(int64_t(int32_t(low)));
@@ -78,19 +85,21 @@ struct WeightSum {
 
 __device__ inline uint64_t Weights::weigh(float logit) const {
   WeightSum sum;
-  sum.add(*this, fraction(logit));
+  sum.add(*this, {fraction(logit)});
   return sum.total(*this);
 }
 
-// In shared memory, once fetch() has begun: not to take registers between passes. With kKept the logits are
-// kept in shared memory too, behind `kOffset` bytes; else they are read from memory each time.
+// Itself in shared memory behind the first pass: not to take registers between passes. With kKept the logits
+// are kept in shared memory too, behind `kOffset` bytes; else they are read from memory each time.
 template <class T, int Threads, bool kKept, uint32_t kOffset>
 struct Slice {
+  using Logit = T;
   static constexpr int kLogits = 16 / sizeof(T);  // in a vector
   static constexpr int kWarps = Threads / 32;
 
   const T* row;
   int32_t n;                       // tokens in the row
+  int32_t per_warp;                // vectors
   int32_t block_begin, block_end;  // vectors of this block
   bool infinite;                   // some logit is +inf: those count as 0, all others as -inf (not kKept)
 
@@ -98,9 +107,10 @@ struct Slice {
   __device__ Slice(const T* row, int64_t vocab_size, uint32_t rank, uint32_t blocks)
       : row(row), n(int32_t(vocab_size)), infinite(false) {
     const int32_t all = int32_t((int64_t(lead()) + n + kLogits - 1) / kLogits);
-    const int32_t per_block = (all + int32_t(blocks) - 1) / int32_t(blocks);
-    block_begin = min(all, int32_t(rank) * per_block);
-    block_end = min(all, block_begin + per_block);
+    const int32_t warps = int32_t(blocks) * kWarps;
+    per_warp = (all + warps - 1) / warps;
+    block_begin = int32_t(min(int64_t(all), int64_t(rank) * kWarps * per_warp));
+    block_end = int32_t(min(int64_t(all), int64_t(block_begin) + kWarps * per_warp));
   }
 
   __device__ uint4* kept() const { return reinterpret_cast<uint4*>(dynamic_smem() + kOffset); }
@@ -109,12 +119,20 @@ struct Slice {
   __device__ int32_t lead() const {
     return int32_t(reinterpret_cast<uintptr_t>(row) & 15) / int32_t(sizeof(T));
   }
-  // The vectors of this warp.
-  __device__ int32_t warp_begin() const {
-    return min(block_end, block_begin + int32_t(threadIdx.x / 32) * per_warp());
+  // The vectors of warp `warp` of the block.
+  __device__ int32_t begin_of(uint32_t warp) const {
+    return min(block_end, block_begin + int32_t(warp) * per_warp);
   }
-  __device__ int32_t warp_end() const { return min(block_end, warp_begin() + per_warp()); }
-  __device__ int32_t per_warp() const { return (block_end - block_begin + kWarps - 1) / kWarps; }
+  __device__ int32_t end_of(uint32_t warp) const { return min(block_end, begin_of(warp) + per_warp); }
+  __device__ int32_t warp_begin() const { return begin_of(threadIdx.x / 32); }
+  __device__ int32_t warp_end() const { return end_of(threadIdx.x / 32); }
+  // The warp, of all blocks' in turn, whose token that is.
+  __device__ uint32_t warp_of(int32_t id) const {
+    return uint32_t((id + lead()) / kLogits) / uint32_t(per_warp);
+  }
+  // The vectors that lie in the row as a whole.
+  __device__ int32_t whole_begin() const { return lead() == 0 ? 0 : 1; }
+  __device__ int32_t whole_end() const { return int32_t((int64_t(lead()) + n) / kLogits); }
 
   // A vector that sticks out of the row, with -inf there.
   static FI_DEVICE_NOINLINE uint4 load_partial(const T* row, int32_t n, int64_t id) {
@@ -127,25 +145,54 @@ struct Slice {
     return v.all;
   }
 
-  // Begins to bring the slice to shared memory, if it is to be kept there; wait() ends it. Each thread copies
-  // what it will read: no barrier.
-  __device__ void fetch() const {
-    if (!kKept) return;
-    const T* const vectors = row - lead();
-    const int32_t whole_begin = lead() == 0 ? 0 : 1, whole_end = int32_t((int64_t(lead()) + n) / kLogits);
-    const int32_t end = warp_end();
-    uint4* const to = kept() - block_begin;
-#pragma unroll 1
-    for (int32_t v = warp_begin() + int32_t(threadIdx.x % 32); v < end; v += 32) {
-      if (v >= whole_begin && v < whole_end) {
-        cp_async_16(to + v, vectors + int64_t(v) * kLogits);
-      } else {
-        to[v] = load_partial(row, n, int64_t(v) * kLogits - lead());
-      }
+  // The first pass: f(logits, id of the first) for the vectors of this warp, -inf where a lane has none; the
+  // slice comes to shared memory on the way, if it is to be kept there. `meanwhile()` runs while loads are
+  // under way.
+  template <class Meanwhile, class F>
+  __device__ __forceinline__ void fetch(const Meanwhile& meanwhile, const F& f) const {
+    if constexpr (!kKept) {
+      meanwhile();
+      for_each_vector(f);
+    } else {
+      constexpr int kAtOnce = 8;
+      const int32_t lane = int32_t(threadIdx.x % 32), first_id = -lead(), begin = max(warp_begin(), whole_begin()),
+                    end = min(warp_end(), whole_end());
+      uint4* const to = kept() - block_begin;
+      int32_t base = begin + lane;
+      do {
+        uint4 v[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+          if (base + 32 * i < end) v[i] = load_streaming_16(row + (int64_t(base + 32 * i) * kLogits + first_id));
+        if (base == begin + lane) meanwhile();
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (base + 32 * i >= end) continue;
+          to[base + 32 * i] = v[i];
+          float x[kLogits];
+          unpack_16<T>(x, v[i]);
+          f(x, (base + 32 * i) * kLogits + first_id);
+        }
+        base += 32 * kAtOnce;
+      } while (base < end);
+      // What sticks out of the row.
+      auto partial = [&](int32_t vector) {
+        if (lane != 0 || vector < warp_begin() || vector >= warp_end()) return;
+        to[vector] = load_partial(row, n, int64_t(vector) * kLogits + first_id);
+        float x[kLogits];
+        read(vector, x);
+        f(x, vector * kLogits + first_id);
+      };
+      if (whole_begin() > 0) partial(0);
+      if (whole_end() >= whole_begin()) partial(whole_end());
     }
-    cp_async_commit();
   }
-  static __device__ void wait() { cp_async_wait<0>(); }
+
+  // Asks for the slice to come to the second-level cache.
+  __device__ void prefetch() const {
+    const int32_t begin = max(block_begin, whole_begin()), end = min(block_end, whole_end());
+    if (begin < end) prefetch_l2(row + (int64_t(begin) * kLogits - lead()), uint32_t(end - begin) * 16);
+  }
 
   __device__ void read(int32_t vector, float (&x)[kLogits]) const {
     if constexpr (kKept) {

@@ -77,19 +77,28 @@ class Team {
   // Of a value (below 2^63) of every lane, for all lanes.
   static __device__ uint64_t sum_of_warp(uint64_t value) { return fold_warp<Fold::kSum>(value); }
 
-  // Makes totals[i] of every block the sum of all blocks' parts[i], for i < n (a multiple of kMaxTeam). A
-  // sync of the team must lie between the writing of parts and this.
-  template <class N>
-  __device__ void sum_arrays(N* parts, N* totals, uint32_t n) const {
-    const uint32_t share = n / size;
-    for (uint32_t i = rank * share + threadIdx.x; i < (rank + 1) * share; i += Threads) {
+  // Writes a value, the same in all lanes of the warp, to *p of every block.
+  template <class V>
+  __device__ void tell_all(V* p, V value) const {
+    if (threadIdx.x % 32 < size) *at(p, threadIdx.x % 32) = value;
+  }
+
+  // Makes totals[i] of every block the sum of all blocks' parts[i], for i < n. `inbox` has room for n; no
+  // block may still use its own.
+  template <uint32_t n, class N>
+  __device__ void sum_arrays(const N* parts, N* inbox, N* totals) {
+    static_assert(n % kMaxTeam == 0);
+    const uint32_t share = n / size;  // that a block adds up
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < n; i += Threads) {
+      const uint32_t owner = i / share;
+      *at(inbox + rank * share + (i - owner * share), owner) = parts[i];
+    }
+    sync();
+    for (uint32_t i = threadIdx.x; i < share; i += Threads) {
       N total = 0;
-#pragma unroll
-      for (uint32_t block = 0; block < kMaxTeam; ++block)
-        if (block < size) total += *at(parts + i, block);
-#pragma unroll
-      for (uint32_t block = 0; block < kMaxTeam; ++block)
-        if (block < size) *at(totals + i, block) = total;
+      for (uint32_t block = 0; block < size; ++block) total += inbox[block * share + i];
+      for (uint32_t block = 0; block < size; ++block) *at(totals + rank * share + i, block) = total;
     }
     sync();
   }

@@ -1,0 +1,174 @@
+// The bins of a row: even steps of the logit. A histogram of the tokens over them tells the bin in which a
+// count is reached, and bounds from both sides the bins in which a weight can be: only counts are collected for
+// each token, the row's weight is summed in registers.
+#pragma once
+
+#include "fi/cuda/sampling_scratch.h"
+
+namespace fi::cuda {
+
+// Bins [first, last]: where a prefix ends.
+struct Bracket {
+  int32_t first, last;
+  uint64_t before, inside;  // tokens in front of them (`before`) and in them (`inside`, at most that many)
+};
+
+template <class Row>
+struct Bins {
+  static constexpr int kEach = kBins / kSampleThreads;
+
+  const Row& slice;
+  const Weights& shared_weights;  // in shared memory: not to take registers between passes
+  Team<kSampleThreads>& team;
+  SelectScratch& s;
+  float scale = 0;
+
+  // The last bin is for all that is `octaves` or more below the maximum.
+  __device__ void set(float octaves) { scale = float(kBins - 1) / octaves; }
+
+  // Where a logit is, as a fraction of steps: bin b has [b, b + 1), the last one all from kBins - 1 on.
+  __device__ float at(const Weights& weights, float logit) const {
+    return __fmul_rn(weights.octaves(logit), scale);
+  }
+  __device__ int32_t bin_at(float at) const {  // a conversion runs at an eighth of an addition's rate
+    return int32_t(__float_as_uint(__fadd_rz(fminf(at, float(kBins - 1)), 0x1p23f)) & 0x7fffffu);
+  }
+
+  // Makes `totals` the numbers of tokens by bin and s.mass the row's weight (0 unless `weigh`).
+  __device__ void count_row(bool weigh) {
+    const Weights weights = shared_weights;
+    for (int i = threadIdx.x; i < kBins; i += kSampleThreads) s.own.bins.counts[i] = 0;
+    __syncthreads();
+    WeightSum sum;
+    slice.for_each_vector([&](const auto& x, int32_t) {
+      float fractions[Row::kLogits];
+#pragma unroll
+      for (int j = 0; j < Row::kLogits; ++j) {
+        const float where = at(weights, x[j]);
+        if (where < float(kBins - 1)) atomicAdd(&s.own.bins.counts[bin_at(where)], 1u);
+        fractions[j] = weights.fraction(x[j]);
+      }
+      if (weigh) sum.add(weights, fractions);
+    });
+    s.of_row.tell(team, sum.total(weights));
+    team.template sum_arrays<kBins>(s.own.bins.counts, s.own.bins.inbox, s.totals);
+    const uint64_t mass = s.of_row.total(team);
+    if (threadIdx.x % 32 == 0) s.mass = mass;  // all warps write the same
+    __syncwarp();
+  }
+
+  // The bin in which the number of tokens reaches `target`; the last one if none does.
+  __device__ Bracket bracket_of_count(uint64_t target) {
+    uint32_t counts[kEach];
+    uint64_t before = 0;
+    for (int j = 0; j < kEach; ++j) before += counts[j] = s.totals[threadIdx.x * kEach + j];
+    if (threadIdx.x == 0) s.answer[0] = kBins - 1, s.answer[1] = s.answer[2] = 0;
+    before = team.scan(before);
+    for (int j = 0; j < kEach; ++j) {
+      if (before < target && before + counts[j] >= target) {
+        s.answer[0] = threadIdx.x * kEach + j;
+        s.answer[1] = before;
+        s.answer[2] = counts[j];
+      }
+      before += counts[j];
+    }
+    __syncthreads();
+    const Bracket b{int32_t(s.answer[0]), int32_t(s.answer[0]), s.answer[1], s.answer[2]};
+    __syncthreads();
+    return b;
+  }
+
+  // The bins in which the weight of tokens is likely to reach `target`, as if all tokens of a bin weighed
+  // what its middle does; with a margin for what that leaves out. The heaviest tokens are the least like that,
+  // so it counts from the light end. At worst bins without that place.
+  __device__ Bracket likely_bracket_of_mass(uint64_t target) {
+    const Weights weights = shared_weights;
+    const float one = __uint_as_float(uint32_t(127 + weights.fraction_bits) << 23), width = 1.0f / scale;
+    const int32_t eligible = bin_of_eligible(weights);
+    const uint64_t behind = s.mass - target, margin = behind >> 10;
+    uint64_t guesses[kEach], mine = 0;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int32_t b = kBins - 1 - (int32_t(threadIdx.x) * kEach + j);
+      const float weight = b <= eligible ? exp2_approx(-(float(b) + 0.5f) * width) : 0.0f;
+      guesses[j] = b < kBins - 1 ? uint64_t(float(s.totals[b]) * weight * one) : 0;
+      mine += guesses[j];
+    }
+    if (threadIdx.x == 0) {
+      s.answer[0] = 0;
+      s.answer[1] = kBins - 2;
+    }
+    uint64_t lighter = team.scan(mine);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int32_t b = kBins - 1 - (int32_t(threadIdx.x) * kEach + j);
+      const uint64_t with = lighter + guesses[j];
+      if (lighter <= behind + margin && behind + margin < with) s.answer[0] = b;
+      if (lighter <= behind - margin && behind - margin < with) s.answer[1] = b;
+      lighter = with;
+    }
+    __syncthreads();
+    const int32_t first = int32_t(s.answer[0]), last = int32_t(s.answer[1]);
+    uint64_t inside = 0;
+    for (int32_t b = first; b <= last; ++b) inside += s.totals[b];
+    __syncthreads();
+    return {first, last, 0, inside};
+  }
+
+  // The bins in which the weight of tokens can reach `target`, which is positive and at most that of the row.
+  // All weights of a bin lie between those of its ends; the sums of both bounds bound the weight of what lies
+  // before a token. The margin is for what rounding does to octaves and exponentials.
+  __device__ Bracket bracket_of_mass(uint64_t target) {
+    const Weights weights = shared_weights;
+    constexpr float kMargin = 0x1p-15f;
+    const float one = __uint_as_float(uint32_t(127 + weights.fraction_bits) << 23), width = 1.0f / scale;
+    const int32_t eligible = bin_of_eligible(weights);
+    const int32_t first = int32_t(threadIdx.x) * kEach;
+    uint64_t before[3] = {0, 0, 0};
+    // f(bin, its tokens, the least and the most that they can weigh together)
+    auto for_each_bin = [&](const auto& f) {
+#pragma unroll 1
+      for (int32_t b = first; b < first + kEach; ++b) {
+        const float above = exp2_approx(-float(b) * width) * one,
+                    below = exp2_approx(-float(b + 1) * width) * one;
+        const uint64_t count = s.totals[b];
+        f(b, count, b < eligible ? count * uint64_t(below * (1.0f - kMargin)) : 0,
+          b <= eligible ? count * (uint64_t(above * (1.0f + kMargin)) + 1) : 0);
+      }
+    };
+    for_each_bin([&](int32_t, uint64_t count, uint64_t low, uint64_t high) {
+      before[0] += count;
+      before[1] += low;
+      before[2] += high;
+    });
+    if (threadIdx.x == 0) {
+      s.answer[0] = s.answer[1] = kBins - 1;
+      s.answer[2] = 0;
+      s.answer[3] = uint64_t(slice.n);
+    }
+    for (uint64_t& b : before) b = team.scan(b);
+    for_each_bin([&](int32_t b, uint64_t count, uint64_t low, uint64_t high) {
+      if (before[2] < target && before[2] + high >= target) {
+        s.answer[0] = b;
+        s.answer[2] = before[0];
+      }
+      if (before[1] < target && before[1] + low >= target) {
+        s.answer[1] = b;
+        s.answer[3] = before[0] + count;
+      }
+      before[0] += count;
+      before[1] += low;
+      before[2] += high;
+    });
+    __syncthreads();
+    const Bracket b{int32_t(s.answer[0]), int32_t(s.answer[1]), s.answer[2], s.answer[3] - s.answer[2]};
+    __syncthreads();
+    return b;
+  }
+
+  __device__ int32_t bin_of_eligible(const Weights& weights) const {
+    return bin_at(__fmul_rn(__fmul_rn(weights.eligible, weights.exponent_scale), scale));
+  }
+};
+
+}  // namespace fi::cuda
