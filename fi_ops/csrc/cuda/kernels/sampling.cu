@@ -213,8 +213,8 @@ struct Sampler {
     const float there = fmaxf(spread * s.weights.exponent_scale * (kBins / (kBins - 2.0f)), 0x1p-20f);
     float octaves = fminf(float(s.weights.fraction_bits + 1), there);
     // Tokens so light that all of the row's together are less than 1 - top_p of the largest one are not where
-    // top-p ends; a 16th of that is little to the guess of its place.
-    if (!s.use_top_k) octaves = fminf(octaves, log2f(float(slice.n) / float(1.0 - d.top_p)) + 4.0f);
+    // top-p ends; a hundredth of that is little to the guess of its place.
+    if (!s.use_top_k) octaves = fminf(octaves, log2f(float(slice.n) / float(1.0 - d.top_p)) + 7.0f);
     Bins<Row>& bins = selector.bins;
     bins.set(octaves);
     bins.count_row(s.use_top_p);
@@ -222,8 +222,9 @@ struct Sampler {
     if (!s.use_top_k) {
       const uint64_t target = uint64_t(mass_target(d.top_p, int64_t(s.select.mass)));
       const Bracket likely = bins.likely_bracket_of_mass(target);
-      uint64_t cut;
-      if (likely.inside <= kShort && selector.list_bins(likely) && selector.end_of_few(target, cut)) return cut;
+      uint64_t cut = kAllPlaces;
+      if (likely.inside <= kShort && selector.list_bins(likely) && selector.end_of_short_list(likely, target, cut))
+        return cut;
     }
     const auto ends = search_ends<Row>(bins.scale, p.top_k_first, p.exact_ties);
     selector.listed = ends.listed;

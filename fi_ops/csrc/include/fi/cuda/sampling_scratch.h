@@ -11,7 +11,7 @@ namespace fi::cuda {
 
 inline constexpr int kSampleThreads = 512, kSampleWarps = kSampleThreads / 32;
 inline constexpr int kBins = 2048, kFineBits = 9, kFineBins = 1 << kFineBits;
-inline constexpr uint32_t kListed = 1536;  // tokens that the list can hold, an equal part for each block
+inline constexpr uint32_t kListed = 2048;  // tokens that the list can hold, an equal part for each block
 inline constexpr uint32_t kShort = 512;    // so few are compared each with each
 inline constexpr uint64_t kAllPlaces = ~uint64_t{0};
 
@@ -56,7 +56,9 @@ struct SelectScratch {
       FineHistogram fine;  // of this block
       uint64_t inbox[kFineBins];
     } narrow;
+    uint64_t found[kListed];  // this block's tokens of the list
     struct {
+      uint64_t parts[kFineBins];
       uint64_t places[kShort], values[kShort];
     } end;
     uint32_t maxima[kMaxTeam][kSampleThreads];  // order keys of all threads' largest logits

@@ -53,16 +53,17 @@ struct Selector {
   __device__ void collect(float logit, int32_t id) {
     if (!(logit > -kInfinity)) return;
     const uint32_t slot = atomicAdd(&s.num_found, 1u);
-    if (slot >= room()) return;
-    const uint64_t place = place_of(logit, id);
-#pragma unroll 1
-    for (uint32_t block = 0; block < team.size; ++block)
-      *team.at(s.all.list + team.rank * room() + slot, block) = place;
+    if (slot < room()) s.own.found[slot] = place_of(logit, id);
   }
-  // False if a part had no room.
+  // Makes the list of all blocks' shares. False if one had no room.
   __device__ bool end_list() {
     __syncthreads();
-    if (threadIdx.x < team.size) *team.at(&s.list_sizes[team.rank], threadIdx.x) = s.num_found;
+    const uint32_t size = s.num_found, copies = min(size, room()) * team.size;
+    for (uint32_t i = threadIdx.x; i < copies; i += Threads) {
+      const uint32_t slot = i / team.size;
+      *team.at(s.all.list + team.rank * room() + slot, i - slot * team.size) = s.own.found[slot];
+    }
+    if (threadIdx.x < team.size) *team.at(&s.list_sizes[team.rank], threadIdx.x) = size;
     team.sync();
     if (threadIdx.x == 0) s.num_found = 0;
     listed = 0;
@@ -272,37 +273,64 @@ struct Selector {
   __device__ void end_in_list(bool by_count, uint64_t before, uint64_t target, uint64_t& end) {
     Span span{0, kAllPlaces, before, listed};
     while (span.inside > kShort) narrow(Among::kBlock, by_count, span, target);
+    __syncthreads();  // num_found is 0
     for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
       const uint64_t place = in_list(i);
       if (place < span.low || place > span.high) continue;
       const uint32_t slot = atomicAdd(&s.num_found, 1u);
-      if (slot < kShort) set_few(slot, place, by_count);
+      if (slot < kShort) set_few(slot, place, by_count ? 1 : shared_weights.weigh(logit_at(place)));
+    }
+    end_among_few(span.before, target, end);
+  }
+
+  // The same, by weight, for the list that list_bins() made, which must be short; s.kept becomes what is kept.
+  // False, for all blocks, if the end is not there.
+  __device__ bool end_of_short_list(const Bracket& bracket, uint64_t target, uint64_t& end) {
+    const uint64_t in_front = s.kept.total(team);
+    if (in_front >= target || listed > kShort) return false;
+    // A histogram of the list over even parts of the bracket leaves a few of its tokens.
+    const uint32_t i = threadIdx.x;
+    uint64_t place = kAllPlaces, weight = 0;
+    uint32_t part = 0;
+    s.own.end.parts[i] = 0;
+    if (i == 0) s.answer[0] = kFineBins;
+    __syncthreads();
+    if (i < listed) {
+      place = in_list(i);
+      const float logit = logit_at(place), at = bins.at(shared_weights, logit) - float(bracket.first);
+      part = min(uint32_t(at * (float(kFineBins) / float(bracket.last + 1 - bracket.first))), kFineBins - 1u);
+      weight = shared_weights.weigh(logit);
+      atomicAdd(reinterpret_cast<unsigned long long*>(&s.own.end.parts[part]), weight);
     }
     __syncthreads();
-    const uint32_t n = min(s.num_found, kShort);
+    const uint64_t mine = s.own.end.parts[i], before = in_front + team.scan(mine);
+    if (before < target && before + mine >= target) {
+      s.answer[0] = i;
+      s.answer[1] = before;
+    }
     __syncthreads();
-    if (threadIdx.x == 0) s.num_found = 0;
-    end_among(n, span.before, target, end);
+    if (s.answer[0] == kFineBins) return false;
+    if (i < listed && part == s.answer[0]) set_few(atomicAdd(&s.num_found, 1u), place, weight);
+    end_among_few(s.answer[1], target, end);
+    if (place <= end && i < listed)
+      atomicAdd(reinterpret_cast<unsigned long long*>(&s.kept.values[slice.warp_of(int32_t(uint32_t(place)))]),
+                weight);
+    listed = 0;
+    return true;
   }
 
-  // The same, by weight and for a short list that list_bins() made. False, for all blocks, if it is not there.
-  __device__ bool end_of_few(uint64_t target, uint64_t& end) {
-    const uint64_t before = s.kept.total(team);
-    if (before >= target || listed > kShort) return false;
-    if (threadIdx.x < listed) set_few(threadIdx.x, in_list(threadIdx.x), /*by_count=*/false);
-    return end_among(listed, before, target, end);
-  }
-
-  __device__ void set_few(uint32_t i, uint64_t place, bool by_count) const {
+  __device__ void set_few(uint32_t i, uint64_t place, uint64_t value) const {
     s.own.end.places[i] = place;
-    s.own.end.values[i] = by_count ? 1 : shared_weights.weigh(logit_at(place));
+    s.own.end.values[i] = value;
   }
 
-  // The same among the few: each is compared with each, by as many lanes a token as there are.
-  __device__ bool end_among(uint32_t n, uint64_t in_front, uint64_t target, uint64_t& end) const {
+  // The same among the few, of which there are num_found: each is compared with each, by as many lanes a token
+  // as there are.
+  __device__ void end_among_few(uint64_t in_front, uint64_t target, uint64_t& end) const {
     const auto& few = s.own.end;
-    if (threadIdx.x == 0) s.answer[0] = kAllPlaces;
+    if (threadIdx.x == 0) s.answer[2] = end;
     __syncthreads();
+    const uint32_t n = min(s.num_found, kShort);
     const uint32_t log_parts = n <= 16 ? 5 : uint32_t(__clz(int(n - 1))) - 23, parts = 1u << log_parts;
     const uint32_t i = threadIdx.x >> log_parts, part = threadIdx.x & (parts - 1);
     const uint64_t place = i < n ? few.places[i] : 0, value = i < n ? few.values[i] : 0;
@@ -313,11 +341,10 @@ struct Selector {
     }
     for (uint32_t step = parts / 2; step > 0; step /= 2) before += __shfl_xor_sync(kAllLanes, before, step);
     before += in_front;
-    if (part == 0 && before < target && before + value >= target) s.answer[0] = place;
+    if (part == 0 && before < target && before + value >= target) s.answer[2] = place;
     __syncthreads();
-    const uint64_t found = s.answer[0];
-    if (found != kAllPlaces) end = found;
-    return found != kAllPlaces;
+    end = s.answer[2];
+    if (threadIdx.x == 0) s.num_found = 0;
   }
 };
 

@@ -1,8 +1,8 @@
 // Draws from a row under a small top-k: what can be kept is known to be a short list, which one block sorts.
 //
 // The k-th largest of the threads' maxima bounds the k-th logit from below: as many tokens as that lie above
-// it. All blocks know all maxima, so that each finds the bound by itself; what a block has above it goes to
-// the first block, which does the rest alone. So two barriers of the team are all.
+// it. All blocks know all maxima, so that each finds the bound by itself; what a block has above it becomes
+// its share of a list, from which the first block draws alone. So two barriers of the team are all.
 #pragma once
 
 #include "fi/cuda/sampling_select.h"
@@ -51,20 +51,15 @@ struct ShortDraw {
     __syncthreads();
     if (s.answer[0] == kSteps - 1) return false;
 
-    // What this block has goes to its part of the first block's list.
+    // What this block has becomes its share of the list.
     const float end = float(s.answer[0] + 1);
-    const uint32_t room = kListed / team.size;
-    uint64_t* const part = team.at(s.all.list + team.rank * room, 0);
+    Selector<Row> list{slice, shared_weights, team, s};
     slice.for_each_vector([&](const auto& x, int32_t id) {
       uint32_t found = 0;
 #pragma unroll
       for (int j = 0; j < Row::kLogits; ++j) found |= step(x[j]) < end ? 1u << j : 0;
-      Row::for_each_of(found, x, id, [&](float logit, int32_t token) {
-        const uint32_t slot = atomicAdd(&s.num_found, 1u);
-        if (slot < room) part[slot] = place_of(logit, token);
-      });
+      Row::for_each_of(found, x, id, [&](float logit, int32_t token) { list.collect(logit, token); });
     });
-    Selector<Row> list{slice, shared_weights, team, s};
     if (!list.end_list() || list.listed > kShort) return false;
     if (team.rank == 0) {
       const uint64_t mine = threadIdx.x < list.listed ? list.in_list(threadIdx.x) : 0;
