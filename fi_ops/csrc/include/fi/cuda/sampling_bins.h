@@ -34,6 +34,29 @@ struct Bins {
     return int32_t(__float_as_uint(__fadd_rz(fminf(at, float(kBins - 1)), 0x1p23f)) & 0x7fffffu);
   }
 
+  // Makes `totals` the sums of all blocks' counts, which fit into 16 bits: every block tells all its own.
+  __device__ void sum_counts() {
+    static_assert(kEach == 2);
+    __syncthreads();
+    auto& own = s.own.bins;
+    const uint32_t mine = own.counts[2 * threadIdx.x] | own.counts[2 * threadIdx.x + 1] << 16;
+#pragma unroll
+    for (uint32_t block = 0; block < kMaxTeam; ++block)
+      if (block < team.size) *team.at(reinterpret_cast<uint32_t*>(own.of_blocks[team.rank]) + threadIdx.x, block) = mine;
+    team.sync();
+    uint32_t first = 0, second = 0;
+#pragma unroll
+    for (uint32_t block = 0; block < kMaxTeam; ++block) {
+      if (block >= team.size) continue;
+      const uint32_t two = reinterpret_cast<const uint32_t*>(own.of_blocks[block])[threadIdx.x];
+      first += two & 0xffffu;
+      second += two >> 16;
+    }
+    s.totals[2 * threadIdx.x] = first;
+    s.totals[2 * threadIdx.x + 1] = second;
+    __syncthreads();
+  }
+
   // Makes `totals` the numbers of tokens by bin and s.mass the row's weight (0 unless `weigh`).
   __device__ void count_row(bool weigh) {
     const Weights weights = shared_weights;
@@ -51,7 +74,12 @@ struct Bins {
       if (weigh) sum.add(weights, fractions);
     });
     s.of_row.tell(team, sum.total(weights));
-    team.template sum_arrays<kBins>(s.own.bins.counts, s.own.bins.inbox, s.totals);
+    if (slice.per_block() * Row::kLogits <= 0xffff) {
+      sum_counts();
+    } else {
+      auto& wide = s.own.wide_bins;
+      team.template sum_arrays<kBins>(wide.counts, wide.inbox, s.totals);
+    }
     const uint64_t mass = s.of_row.total(team);
     if (threadIdx.x % 32 == 0) s.mass = mass;  // all warps write the same
     __syncwarp();

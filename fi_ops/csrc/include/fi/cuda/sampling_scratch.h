@@ -10,7 +10,7 @@
 namespace fi::cuda {
 
 inline constexpr int kSampleThreads = 512, kSampleWarps = kSampleThreads / 32;
-inline constexpr int kBins = 2048, kFineBits = 9, kFineBins = 1 << kFineBits;
+inline constexpr int kBins = 1024, kFineBits = 9, kFineBins = 1 << kFineBits;
 inline constexpr uint32_t kListed = 2048;  // tokens that the list can hold, an equal part for each block
 inline constexpr uint32_t kShort = 512;    // so few are compared each with each
 inline constexpr uint64_t kAllPlaces = ~uint64_t{0};
@@ -51,6 +51,10 @@ struct SelectScratch {
     struct {
       uint32_t counts[kBins];  // this block's tokens by bin
       uint32_t inbox[kBins];
+    } wide_bins;
+    struct {
+      uint32_t counts[kBins];
+      uint16_t of_blocks[kMaxTeam][kBins];
     } bins;
     struct {
       FineHistogram fine;  // of this block

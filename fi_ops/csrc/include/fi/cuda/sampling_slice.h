@@ -126,6 +126,7 @@ struct Slice {
   __device__ int32_t end_of(uint32_t warp) const { return min(block_end, begin_of(warp) + per_warp); }
   __device__ int32_t warp_begin() const { return begin_of(threadIdx.x / 32); }
   __device__ int32_t warp_end() const { return end_of(threadIdx.x / 32); }
+  __device__ int32_t per_block() const { return per_warp * kWarps; }  // at most
   // The warp, of all blocks' in turn, whose token that is.
   __device__ uint32_t warp_of(int32_t id) const {
     return uint32_t((id + lead()) / kLogits) / uint32_t(per_warp);
@@ -145,47 +146,27 @@ struct Slice {
     return v.all;
   }
 
-  // The first pass: f(logits, id of the first) for the vectors of this warp, -inf where a lane has none; the
-  // slice comes to shared memory on the way, if it is to be kept there. `meanwhile()` runs while loads are
-  // under way.
+  // The first pass, as for_each_vector: the slice comes to shared memory before, if it is to be kept there.
+  // Each thread copies what it will read: no barrier. `meanwhile()` runs while the copies are under way.
   template <class Meanwhile, class F>
   __device__ __forceinline__ void fetch(const Meanwhile& meanwhile, const F& f) const {
-    if constexpr (!kKept) {
-      meanwhile();
-      for_each_vector(f);
-    } else {
-      constexpr int kAtOnce = 8;
-      const int32_t lane = int32_t(threadIdx.x % 32), first_id = -lead(), begin = max(warp_begin(), whole_begin()),
-                    end = min(warp_end(), whole_end());
+    if constexpr (kKept) {
+      const int32_t end = warp_end();
       uint4* const to = kept() - block_begin;
-      int32_t base = begin + lane;
-      do {
-        uint4 v[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-          if (base + 32 * i < end) v[i] = load_streaming_16(row + (int64_t(base + 32 * i) * kLogits + first_id));
-        if (base == begin + lane) meanwhile();
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (base + 32 * i >= end) continue;
-          to[base + 32 * i] = v[i];
-          float x[kLogits];
-          unpack_16<T>(x, v[i]);
-          f(x, (base + 32 * i) * kLogits + first_id);
+#pragma unroll 1
+      for (int32_t v = warp_begin() + int32_t(threadIdx.x % 32); v < end; v += 32) {
+        const int64_t id = int64_t(v) * kLogits - lead();
+        if (v >= whole_begin() && v < whole_end()) {
+          cp_async_16(to + v, row + id);
+        } else {
+          to[v] = load_partial(row, n, id);
         }
-        base += 32 * kAtOnce;
-      } while (base < end);
-      // What sticks out of the row.
-      auto partial = [&](int32_t vector) {
-        if (lane != 0 || vector < warp_begin() || vector >= warp_end()) return;
-        to[vector] = load_partial(row, n, int64_t(vector) * kLogits + first_id);
-        float x[kLogits];
-        read(vector, x);
-        f(x, vector * kLogits + first_id);
-      };
-      if (whole_begin() > 0) partial(0);
-      if (whole_end() >= whole_begin()) partial(whole_end());
+      }
+      cp_async_commit();
     }
+    meanwhile();
+    if constexpr (kKept) cp_async_wait<0>();
+    for_each_vector(f);
   }
 
   // Asks for the slice to come to the second-level cache.
