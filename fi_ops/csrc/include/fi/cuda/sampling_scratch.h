@@ -65,7 +65,7 @@ struct SelectScratch {
       uint64_t parts[kFineBins];
       uint64_t places[kShort], values[kShort];
     } end;
-    uint32_t maxima[kMaxTeam][kSampleThreads];  // order keys of all threads' largest logits
+    uint32_t maxima[kMaxTeam][kSampleThreads / 2];  // order keys of the largest logits of pairs of threads
     ShortList brief;
   } own;
   uint32_t totals[kBins];  // the row's tokens by bin (without the last one)

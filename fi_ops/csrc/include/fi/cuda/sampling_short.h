@@ -1,6 +1,6 @@
 // Draws from a row under a small top-k: what can be kept is known to be a short list, which one block sorts.
 //
-// The k-th largest of the threads' maxima bounds the k-th logit from below: as many tokens as that lie above
+// The k-th largest of the maxima of pairs of threads bounds the k-th logit from below: as many tokens as that lie above
 // it. All blocks know all maxima, so that each finds the bound by itself; what a block has above it becomes
 // its share of a list, from which the first block draws alone. So two barriers of the team are all.
 #pragma once
@@ -21,13 +21,14 @@ struct ShortDraw {
 
   // Whether a top-k is small enough.
   static __device__ bool fits(int64_t top_k, uint32_t team_size) {
-    return top_k <= kShort / 2 && top_k <= team_size * Threads / 4;
+    return top_k <= kShort / 2 && top_k <= team_size * Threads / 8;
   }
 
-  // Before the barrier after which `draw` is called: shares the largest logit of this thread.
+  // Before the barrier after which `draw` is called: shares the largest logit of this thread and its neighbour.
   __device__ void publish(float high) {
-    for (uint32_t block = 0; block < team.size; ++block)
-      *team.at(&s.own.maxima[team.rank][threadIdx.x], block) = order_key(high + 0.0f);
+    const uint32_t mine = order_key(high + 0.0f), key = min(mine, __shfl_xor_sync(kAllLanes, mine, 1));
+    for (uint32_t block = threadIdx.x % 2; block < team.size; block += 2)
+      *team.at(&s.own.maxima[team.rank][threadIdx.x / 2], block) = key;
     s.totals[threadIdx.x] = 0;
     if (threadIdx.x == 0) s.answer[0] = kSteps - 1;
   }
@@ -40,8 +41,8 @@ struct ShortDraw {
     const float scale = float(kSteps - 1) / fmaxf(range, 0x1p-100f);
     auto step = [&](float logit) { return __fmul_rn(max - logit, scale); };
     __syncthreads();
-    for (uint32_t block = 0; block < team.size; ++block) {
-      const float at = step(key_logit(s.own.maxima[block][threadIdx.x]));
+    for (uint32_t i = threadIdx.x; i < team.size * Threads / 2; i += Threads) {
+      const float at = step(key_logit(s.own.maxima[0][i]));
       if (at < float(kSteps - 1)) atomicAdd(&s.totals[int32_t(at)], 1u);
     }
     __syncthreads();
