@@ -53,11 +53,11 @@ struct Bins {
       second += two >> 16;
     }
     s.totals[2 * threadIdx.x] = first;
-    s.totals[2 * threadIdx.x + 1] = second;
+    s.totals[2 * threadIdx.x + 1] = threadIdx.x == kSampleThreads - 1 ? 0 : second;
     __syncthreads();
   }
 
-  // Makes `totals` the numbers of tokens by bin and s.mass the row's weight (0 unless `weigh`).
+  // Makes `totals` the numbers of tokens by bin (0 for the last one) and s.mass the row's weight (0 unless `weigh`).
   __device__ void count_row(bool weigh) {
     const Weights weights = shared_weights;
     for (int i = threadIdx.x; i < kBins; i += kSampleThreads) s.own.bins.counts[i] = 0;
@@ -67,8 +67,7 @@ struct Bins {
       float fractions[Row::kLogits];
 #pragma unroll
       for (int j = 0; j < Row::kLogits; ++j) {
-        const float where = at(weights, x[j]);
-        if (where < float(kBins - 1)) atomicAdd(&s.own.bins.counts[bin_at(where)], 1u);
+        atomicAdd(&s.own.bins.counts[bin_at(at(weights, x[j]))], 1u);
         fractions[j] = weights.fraction(x[j]);
       }
       if (weigh) sum.add(weights, fractions);
@@ -79,6 +78,8 @@ struct Bins {
     } else {
       auto& wide = s.own.wide_bins;
       team.template sum_arrays<kBins>(wide.counts, wide.inbox, s.totals);
+      if (threadIdx.x == 0) s.totals[kBins - 1] = 0;
+      __syncthreads();
     }
     const uint64_t mass = s.of_row.total(team);
     if (threadIdx.x % 32 == 0) s.mass = mass;  // all warps write the same

@@ -85,16 +85,17 @@ struct Selector {
   __device__ bool list_bins(const Bracket& bracket) {
     const Weights weights = shared_weights;
     const float first = float(bracket.first),
-                end = bracket.last == kBins - 1 ? kInfinity : float(bracket.last + 1);
+                width = bracket.last == kBins - 1 ? kInfinity : float(bracket.last + 1 - bracket.first);
     WeightSum sum;
     slice.for_each_vector([&](const auto& x, int32_t id) {
       uint32_t found = 0;
       float fractions[Row::kLogits];
 #pragma unroll
       for (int j = 0; j < Row::kLogits; ++j) {
-        const float at = bins.at(weights, x[j]);
-        fractions[j] = at < first ? weights.fraction(x[j]) : 0.0f;
-        found |= at >= first && at < end ? 1u << j : 0;
+        // Behind the first bin's begin; exact where that is in the bracket. Negative ones are large as bits.
+        const float behind = bins.at(weights, x[j]) - first;
+        fractions[j] = weights.fraction(behind < 0.0f ? x[j] : -kInfinity);
+        found |= __float_as_uint(behind) < __float_as_uint(width) ? 1u << j : 0;
       }
       sum.add(weights, fractions);
       Row::for_each_of(found, x, id, [&](float logit, int32_t token) { collect(logit, token); });

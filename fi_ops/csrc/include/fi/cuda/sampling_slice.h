@@ -28,7 +28,7 @@ struct Kept {
   __device__ explicit Kept(uint64_t place)
       : logit(place == ~uint64_t{0} ? -kInfinity : logit_at(place)), last_id(uint32_t(place)) {}
   __device__ bool operator()(float x, int32_t id) const {
-    return x > logit || (x == logit && uint32_t(id) <= last_id);
+    return (x > logit) | ((x == logit) & (uint32_t(id) <= last_id));  // no branches
   }
 };
 
@@ -53,7 +53,7 @@ struct Weights {
 
   // The weight as a fraction of the maximum's.
   __device__ float fraction(float logit) const {
-    return max - logit <= eligible ? exp2_approx(-octaves(logit)) : 0.0f;
+    return exp2_approx(max - logit <= eligible ? -octaves(logit) : -kInfinity);  // a select, no branch
   }
   __device__ inline uint64_t weigh(float logit) const;
 };
