@@ -24,7 +24,8 @@ constexpr int64_t kWorthABlock = 4096;     // tokens
 struct alignas(16) SampleScratch {
   Team<kSampleThreads>::Scratch team;
   SelectScratch select;
-  uint32_t warp_keys[2][kMaxTeam * kSampleThreads / 32];  // of each warp of the team: first and last order key
+  uint32_t warp_keys[2]
+                    [kMaxTeam * kSampleThreads / 32];  // of each warp of the team: first and last order key
   SamplingDraw draw;
   int64_t index;                        // of the draw
   alignas(16) unsigned char slice[64];  // a RowSlice
@@ -39,7 +40,8 @@ using RowSlice = Slice<T, kSampleThreads, kKept, uint32_t(sizeof(SampleScratch))
 // This block's part of a row.
 template <class Row>
 __device__ Row slice_of(const SamplingParams& p, int64_t row, const Team<kSampleThreads>& team) {
-  return {static_cast<const typename Row::Logit*>(p.logits) + row * p.row_stride, p.vocab_size, team.rank, team.size};
+  return {static_cast<const typename Row::Logit*>(p.logits) + row * p.row_stride, p.vocab_size, team.rank,
+          team.size};
 }
 
 // Where the filters end, from the row's histogram, whatever the logits.
@@ -223,7 +225,8 @@ struct Sampler {
       const uint64_t target = uint64_t(mass_target(d.top_p, int64_t(s.select.mass)));
       const Bracket likely = bins.likely_bracket_of_mass(target);
       uint64_t cut = kAllPlaces;
-      if (likely.inside <= kShort && selector.list_bins(likely) && selector.end_of_short_list(likely, target, cut))
+      if (likely.inside <= kShort && selector.list_bins(likely) &&
+          selector.end_of_short_list(likely, target, cut))
         return cut;
     }
     const auto ends = search_ends<Row>(bins.scale, p.top_k_first, p.exact_ties);
@@ -232,7 +235,8 @@ struct Sampler {
     return ends.cut;
   }
 
-  // Writes the first kept id at which the cumulative weight exceeds uniform * total; s.select.kept has the sums.
+  // Writes the first kept id at which the cumulative weight exceeds uniform * total; s.select.kept has the
+  // sums.
   __device__ void draw(uint64_t cut) {
     // Which warp's: all warps find out by themselves.
     constexpr uint32_t kSums = kMaxTeam * kSampleWarps / 32;
@@ -291,13 +295,15 @@ struct Sampler {
         }
         p.write(s.index, id + j, true);
       }
-      if (base + kSampleThreads < end) left -= team.sum(mine, Among::kBlock);  // a large number behind its place
+      if (base + kSampleThreads < end)
+        left -= team.sum(mine, Among::kBlock);  // a large number behind its place
     }
   }
 };
 
 template <class T, bool kKept>
-__global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1) sample(SamplingParams p, int64_t rows_at_once, int fraction_bits) {
+__global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1)
+    sample(SamplingParams p, int64_t rows_at_once, int fraction_bits) {
   auto& s = *reinterpret_cast<SampleScratch*>(dynamic_smem());
   Team<kSampleThreads> team(cluster_rank(), cluster_size());
   if (team.size > 1) cluster_arrive();
@@ -312,7 +318,8 @@ __global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1) sample(Sampling
   }
   using Row = RowSlice<T, kKept>;
   static_assert(sizeof(Row) <= sizeof(s.slice));
-  Sampler<Row>{p, s, *reinterpret_cast<Row*>(s.slice), team}.run(slice_of<Row>(p, row, team), index, rows_at_once, fraction_bits);
+  Sampler<Row>{p, s, *reinterpret_cast<Row*>(s.slice), team}.run(slice_of<Row>(p, row, team), index,
+                                                                 rows_at_once, fraction_bits);
 }
 
 template <class T>
@@ -334,7 +341,8 @@ void sample_all(const SamplingParams& p, const Gpu& gpu) {
   const int64_t rows_at_once = std::max<int64_t>(1, 2 * gpu.num_sms / blocks);
   launch_clusters(gpu, keep ? &sample<T, true> : &sample<T, false>, dim3(unsigned(p.batch) * blocks), blocks,
                   dim3(kSampleThreads), sizeof(SampleScratch) + (keep ? size_t(kept_bytes()) : 0),
-                  /*overlap=*/true, p, rows_at_once, std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
+                  /*overlap=*/true, p, rows_at_once,
+                  std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The bins of a row: even steps of the logit. A histogram of the tokens over them tells the bin in which a
-// count is reached, and bounds from both sides the bins in which a weight can be: only counts are collected for
-// each token, the row's weight is summed in registers.
+// count is reached, and bounds from both sides the bins in which a weight can be: only counts are collected
+// for each token, the row's weight is summed in registers.
 #pragma once
 
 #include "fi/cuda/sampling_scratch.h"
@@ -42,7 +42,8 @@ struct Bins {
     const uint32_t mine = own.counts[2 * threadIdx.x] | own.counts[2 * threadIdx.x + 1] << 16;
 #pragma unroll
     for (uint32_t block = 0; block < kMaxTeam; ++block)
-      if (block < team.size) *team.at(reinterpret_cast<uint32_t*>(own.of_blocks[team.rank]) + threadIdx.x, block) = mine;
+      if (block < team.size)
+        *team.at(reinterpret_cast<uint32_t*>(own.of_blocks[team.rank]) + threadIdx.x, block) = mine;
     team.sync();
     uint32_t first = 0, second = 0;
 #pragma unroll
@@ -57,7 +58,8 @@ struct Bins {
     __syncthreads();
   }
 
-  // Makes `totals` the numbers of tokens by bin (0 for the last one) and s.mass the row's weight (0 unless `weigh`).
+  // Makes `totals` the numbers of tokens by bin (0 for the last one) and s.mass the row's weight (0 unless
+  // `weigh`).
   __device__ void count_row(bool weigh) {
     const Weights weights = shared_weights;
     for (int i = threadIdx.x; i < kBins; i += kSampleThreads) s.own.bins.counts[i] = 0;
@@ -108,8 +110,8 @@ struct Bins {
   }
 
   // The bins in which the weight of tokens is likely to reach `target`, as if all tokens of a bin weighed
-  // what its middle does; with a margin for what that leaves out. The heaviest tokens are the least like that,
-  // so it counts from the light end. At worst bins without that place.
+  // what its middle does; with a margin for what that leaves out. The heaviest tokens are the least like
+  // that, so it counts from the light end. At worst bins without that place.
   __device__ Bracket likely_bracket_of_mass(uint64_t target) {
     const Weights weights = shared_weights;
     const float one = __uint_as_float(uint32_t(127 + weights.fraction_bits) << 23), width = 1.0f / scale;

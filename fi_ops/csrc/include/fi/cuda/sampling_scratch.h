@@ -1,7 +1,7 @@
 // What the selection of a row's tokens keeps in shared memory.
 //
-// Peers write into `inbox`, `maxima`, `totals`, `all` and what follows it. What shares room with those is only
-// used when a barrier of the team lies between.
+// Peers write into `inbox`, `maxima`, `totals`, `all` and what follows it. What shares room with those is
+// only used when a barrier of the team lies between.
 #pragma once
 
 #include "fi/cuda/sampling_slice.h"
@@ -41,7 +41,8 @@ struct WarpSums {
     uint64_t sum = 0;
 #pragma unroll
     for (uint32_t i = 0; i < kMaxTeam * kSampleWarps; i += 32)
-      if (i < team.size * kSampleWarps) sum += i + threadIdx.x % 32 < team.size * kSampleWarps ? values[i + threadIdx.x % 32] : 0;
+      if (i < team.size * kSampleWarps)
+        sum += i + threadIdx.x % 32 < team.size * kSampleWarps ? values[i + threadIdx.x % 32] : 0;
     return team.sum_of_warp(sum);
   }
 };
@@ -73,10 +74,10 @@ struct SelectScratch {
     FineHistogram fine;      // of the row
     uint64_t list[kListed];  // places; each block's part in no order
   } all;
-  uint32_t list_sizes[kMaxTeam];                // of the parts; more than there is room for: it has overflown
-  WarpSums of_row;                 // of all tokens, or of those that top-k left
-  WarpSums kept;                   // of what is kept
-  uint64_t mass;                   // of the row
+  uint32_t list_sizes[kMaxTeam];  // of the parts; more than there is room for: it has overflown
+  WarpSums of_row;                // of all tokens, or of those that top-k left
+  WarpSums kept;                  // of what is kept
+  uint64_t mass;                  // of the row
   uint64_t answer[4];
   uint32_t num_found;  // by this block; 0 between lists
 };

@@ -2,8 +2,8 @@
 //
 // The tokens of the few bins in question (fi/cuda/sampling_bins.h) become a list, in which the end is found
 // exactly; what weighs in front of them is summed in the same pass. Where there are too many for it (ties, a
-// tight cluster) a second histogram, with weights, cuts the range of places that is in question into kFineBins;
-// that may repeat, at most 8 times: a place has 64 bits.
+// tight cluster) a second histogram, with weights, cuts the range of places that is in question into
+// kFineBins; that may repeat, at most 8 times: a place has 64 bits.
 #pragma once
 
 #include "fi/cuda/sampling_bins.h"
@@ -38,7 +38,8 @@ struct Selector {
     slice.for_each_vector([&](const auto& x, int32_t id) {
       float fractions[Row::kLogits];
 #pragma unroll
-      for (int j = 0; j < Row::kLogits; ++j) fractions[j] = kept(x[j], id + j) ? weights.fraction(x[j]) : 0.0f;
+      for (int j = 0; j < Row::kLogits; ++j)
+        fractions[j] = kept(x[j], id + j) ? weights.fraction(x[j]) : 0.0f;
       sum.add(weights, fractions);
     });
     sums.tell(team, sum.total(weights));
@@ -111,8 +112,9 @@ struct Selector {
     for (uint32_t i = threadIdx.x; i < listed; i += Threads) {
       const uint64_t place = in_list(i);
       if (place <= cut)
-        atomicAdd(reinterpret_cast<unsigned long long*>(&s.kept.values[slice.warp_of(int32_t(uint32_t(place)))]),
-                  weights.weigh(logit_at(place)));
+        atomicAdd(
+            reinterpret_cast<unsigned long long*>(&s.kept.values[slice.warp_of(int32_t(uint32_t(place)))]),
+            weights.weigh(logit_at(place)));
     }
   }
 
@@ -213,7 +215,8 @@ struct Selector {
     if (of_row) {
       total = &s.all.fine;
       auto& own = s.own.narrow;
-      team.template sum_arrays<kFineBins>(own.fine.counts, reinterpret_cast<uint32_t*>(own.inbox), total->counts);
+      team.template sum_arrays<kFineBins>(own.fine.counts, reinterpret_cast<uint32_t*>(own.inbox),
+                                          total->counts);
       team.template sum_arrays<kFineBins>(own.fine.values, own.inbox, total->values);
     } else {
       __syncthreads();
@@ -284,8 +287,8 @@ struct Selector {
     end_among_few(span.before, target, end);
   }
 
-  // The same, by weight, for the list that list_bins() made, which must be short; s.kept becomes what is kept.
-  // False, for all blocks, if the end is not there.
+  // The same, by weight, for the list that list_bins() made, which must be short; s.kept becomes what is
+  // kept. False, for all blocks, if the end is not there.
   __device__ bool end_of_short_list(const Bracket& bracket, uint64_t target, uint64_t& end) {
     const uint64_t in_front = s.kept.total(team);
     if (in_front >= target || listed > kShort) return false;
@@ -314,8 +317,9 @@ struct Selector {
     if (i < listed && part == s.answer[0]) set_few(atomicAdd(&s.num_found, 1u), place, weight);
     end_among_few(s.answer[1], target, end);
     if (place <= end && i < listed)
-      atomicAdd(reinterpret_cast<unsigned long long*>(&s.kept.values[slice.warp_of(int32_t(uint32_t(place)))]),
-                weight);
+      atomicAdd(
+          reinterpret_cast<unsigned long long*>(&s.kept.values[slice.warp_of(int32_t(uint32_t(place)))]),
+          weight);
     listed = 0;
     return true;
   }
@@ -325,8 +329,8 @@ struct Selector {
     s.own.end.values[i] = value;
   }
 
-  // The same among the few, of which there are num_found: each is compared with each, by as many lanes a token
-  // as there are.
+  // The same among the few, of which there are num_found: each is compared with each, by as many lanes a
+  // token as there are.
   __device__ void end_among_few(uint64_t in_front, uint64_t target, uint64_t& end) const {
     const auto& few = s.own.end;
     if (threadIdx.x == 0) s.answer[2] = end;

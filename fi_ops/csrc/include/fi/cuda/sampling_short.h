@@ -1,8 +1,8 @@
 // Draws from a row under a small top-k: what can be kept is known to be a short list, which one block sorts.
 //
-// The k-th largest of the maxima of pairs of threads bounds the k-th logit from below: as many tokens as that lie above
-// it. All blocks know all maxima, so that each finds the bound by itself; what a block has above it becomes
-// its share of a list, from which the first block draws alone. So two barriers of the team are all.
+// The k-th largest of the maxima of pairs of threads bounds the k-th logit from below: as many tokens as that
+// lie above it. All blocks know all maxima, so that each finds the bound by itself; what a block has above it
+// becomes its share of a list, from which the first block draws alone. So two barriers of the team are all.
 #pragma once
 
 #include "fi/cuda/sampling_select.h"
@@ -24,7 +24,8 @@ struct ShortDraw {
     return top_k <= kShort / 2 && top_k <= team_size * Threads / 8;
   }
 
-  // Before the barrier after which `draw` is called: shares the largest logit of this thread and its neighbour.
+  // Before the barrier after which `draw` is called: shares the largest logit of this thread and its
+  // neighbour.
   __device__ void publish(float high) {
     const uint32_t mine = order_key(high + 0.0f), key = min(mine, __shfl_xor_sync(kAllLanes, mine, 1));
     for (uint32_t block = threadIdx.x % 2; block < team.size; block += 2)
