@@ -1,7 +1,7 @@
 // What the selection of a row's tokens keeps in shared memory.
 //
-// Peers write into `inbox`, `of_blocks`, `maxima`, `totals`, `all` and what follows it. What shares room with those is
-// only used when a barrier of the team lies between.
+// Peers write into `inbox`, `of_blocks`, `maxima`, `totals`, `all` and what follows it. What shares room with
+// those is only used when a barrier of the team lies between.
 #pragma once
 
 #include "fi/cuda/sampling_slice.h"
