@@ -1,4 +1,4 @@
-"""What a sample of `linear` can't say: a row's result is the same, bit for bit, whatever rows it comes with; the public function."""
+"""What a sample of `linear` can't say: a row is the same, bit for bit, whatever rows it comes with; the public function."""
 
 from __future__ import annotations
 
