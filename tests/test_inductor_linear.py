@@ -22,8 +22,12 @@ from gpt_fast_model import ModelArgs, Transformer
 IN = 1024
 
 
-OUT = LEAST_BYTES // 2 // IN
-"""The smallest bfloat16 weight that is worth it."""
+def least_rows(device: str, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Rows of the smallest weight that is worth it."""
+    return LEAST_BYTES[device] // dtype.itemsize // IN
+
+
+OUT = max(map(least_rows, LEAST_BYTES))
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +79,7 @@ def test_rows(device, dtype, bias):
 
 
 def test_float32_on_the_cpu():
-    check(F.linear, linear_of(2, out=OUT // 2, dtype=torch.float32), 1)
+    check(F.linear, linear_of(2, out=least_rows("cpu", torch.float32), dtype=torch.float32), 1)
 
 
 @pytest.mark.parametrize("shape", [(IN,), (1, 1, IN), (2, 3, IN)], ids=str)
@@ -110,9 +114,11 @@ def test_one_row_is_known_under_dynamic_shapes(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_gpt_fast(device):
     """Every layer's five products and the last one; attention is rewritten as it is without."""
+    dim = 1024 if device == "cpu" else 2048
     args = ModelArgs(
-        block_size=32, vocab_size=1024, n_layer=2, n_head=16, n_kv_head=4, dim=1024, head_dim=64, intermediate_size=1536
-    )
+        block_size=32, vocab_size=dim, n_layer=2, n_head=16, n_kv_head=4, dim=dim, head_dim=dim // 16,
+        intermediate_size=dim + 512,
+    )  # fmt: skip
     with torch.device(device):
         model = Transformer(args).to(torch.bfloat16).eval()
         inputs = torch.tensor([[3], [5]]), torch.tensor([7])
@@ -146,7 +152,7 @@ def test_symbolic_rows(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_small_weight(device):
-    check_left_alone(F.linear, *linear_of(1, out=OUT - 1, device=device))
+    check_left_alone(F.linear, *linear_of(1, out=least_rows(device) - 1, device=device))
 
 
 def test_other_dtypes():
@@ -158,8 +164,15 @@ def test_float32_on_cuda():
     check_left_alone(F.linear, *linear_of(1, dtype=torch.float32, device="cuda"))
 
 
+@pytest.mark.gpu
+def test_unaligned_rows_on_cuda():
+    """The kernel for such rows is right, and was not measured."""
+    x, weight = tensors((2, IN + 4), (OUT, IN + 4), device="cuda")
+    check_left_alone(F.linear, x, weight, reason="16-byte boundaries")
+
+
 def test_small_float32():
-    check_left_alone(F.linear, *linear_of(1, out=OUT // 2 - 1, dtype=torch.float32))
+    check_left_alone(F.linear, *linear_of(1, out=least_rows("cpu", torch.float32) - 1, dtype=torch.float32))
 
 
 def test_cpu_that_was_not_measured(monkeypatch):

@@ -1,11 +1,14 @@
-"""What a sample of `linear` can't say: a row's result is the same, bit for bit, whatever rows it comes with."""
+"""What a sample of `linear` can't say: a row is the same, bit for bit, whatever rows it comes with; the public function."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import fi_ops
 from fi_ops.library import SPECS
+from fi_ops.testing import assert_within_budget
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -23,3 +26,12 @@ def test_a_row_alone_gives_what_it_gives_among_others(device, dtype, out_feature
     for first, rows in ((0, 1), (20, 1), (3, 2), (5, 8), (7, 9), (0, 16), (2, 17)):
         alone = linear(x[first : first + rows].clone(), weight, bias)
         torch.testing.assert_close(alone, together[first : first + rows], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_public_function(dtype):
+    """torch.nn.functional.linear's meaning and arguments."""
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((2, 3, 100), (50, 100), (50,)))
+    for args in ((x, weight), (x, weight, bias)):
+        exact = F.linear(*(t.double() for t in args))
+        assert_within_budget(fi_ops.linear(*args), exact, F.linear(*args), "linear")

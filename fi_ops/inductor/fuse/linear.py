@@ -3,8 +3,8 @@
     %t = permute(%weight, [1, 0]); %y = mm(%x, %t)
 ->  %y = fi.linear(%x, %weight)
 
-Only where that was measured to be faster than stock, in whole compiled models (`docs/kernels/linear_cpu.md`). Layers of many
-rows, or of a number of rows that is not known, small ones and those of other dtypes are no sites: they are not even counted.
+Only where that was measured to be faster than stock, in whole models (`docs/kernels/linear_cpu.md`, `linear_cuda.md`). Layers of
+many rows, or of a number of rows that is not known, small ones and those of other dtypes are no sites: they are not even counted.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.fx import Graph
 from ..normalize.linear import Linear, is_input, is_written, match_linear
 from ..sites import Declined, GraphReport, Site, attempt
 from ..support import has_kernels
-from ..walk import at_least, aten, erase_dead, is_call, same_size, shape, source_line, value
+from ..walk import at_least, aten, divides, erase_dead, is_call, same_size, shape, source_line, value
 from .decline import capability_of
 from .emit import Emitter, replace
 
 MAX_ROWS = 16
 """Rows that share one reading of the weights."""
 
-LEAST_BYTES = 2 * 2**20
-"""Of a weight. Below, whole steps were measured to gain nothing (`docs/kernels/linear_cpu.md`)."""
+LEAST_BYTES = {"cpu": 2 * 2**20, "cuda": 8 * 2**20}
+"""Of a weight, by device. On the CPU whole steps were measured to gain nothing below; on CUDA nothing smaller was measured."""
 
 DTYPES = {"cpu": (torch.bfloat16, torch.float16, torch.float32), "cuda": (torch.bfloat16, torch.float16)}
 """By device, those in which our kernel was measured to be faster."""
@@ -53,7 +53,7 @@ def reads_weights(linear: Linear) -> bool:
     rows, weight = shape(linear.input)[0], value(linear.weight)
     few = at_least(rows, 1) and at_least(MAX_ROWS, rows)
     taken = weight.dtype in DTYPES.get(weight.device.type, ())
-    return few and taken and at_least(weight.numel() * weight.element_size(), LEAST_BYTES)
+    return few and taken and at_least(weight.numel() * weight.element_size(), LEAST_BYTES[weight.device.type])
 
 
 def check_linear(linear: Linear) -> None:
@@ -70,8 +70,12 @@ def check_linear(linear: Linear) -> None:
     device = value(weight).device
     if not has_kernels(device):
         raise Declined(f"{linear.node.name}: no kernels for device {device.type}")
-    if device.type == "cuda" and (capability_of(device) or (0, 0)) < (8, 0):
-        raise Declined(f"{linear.node.name}: no kernels for compute capability below 8.0")
+    if device.type == "cuda":
+        if (capability_of(device) or (0, 0)) < (8, 0):
+            raise Declined(f"{linear.node.name}: no kernels for compute capability below 8.0")
+        for node in (linear.input, weight):
+            if not divides(8, shape(node)[1]) or not divides(8, value(node).stride(0)):
+                raise Declined(f"{node.name}: its rows are not at 16-byte boundaries, as the fast kernel needs them")
     if device.type == "cpu" and not is_measured_cpu():
         raise Declined(
             f"{linear.node.name}: measured to be faster than stock torch only on CPUs with AVX-512 and no AMX"
