@@ -101,8 +101,9 @@ class ClusterBlock {
     rows.fetch(p, plan, at);
     const int share = slices >> log2_parts(), extra = slices & (parts - 1);
     const int begin = rank * share + min(rank, extra), end = begin + share + int(rank < extra);
-    // Not worth it for a long call, which the next one's blocks get in the way of: large clusters that come to
-    // lie between this call's took 59 us instead of 48 for 32768 keys, single blocks of 16384 keys 1% longer.
+    // Not worth it for a long call, which the next one's blocks get in the way of: large clusters that come
+    // to lie between this call's took 59 us instead of 48 for 32768 keys, single blocks of 16384 keys 1%
+    // longer.
     if (share <= (parts <= 2 ? kLongShare : 2 * Engine::kRingSlices * warps)) allow_next_kernel();
     Engine engine(p, plan, typename Engine::Cursor(at, begin + warp, end, p.mask, tiles, first_key, keys.end),
                   query, warp_memory);
