@@ -1,15 +1,16 @@
 # Every target sets up what it needs: a virtual environment, the dependencies, the native library.
 # PYTHON chooses the interpreter, VENV the environment's folder, PYTEST_ARGS what pytest gets, DEVICE whose library is built,
-# SUITE_ARGS what the GPU suite gets.
+# SUITE_ARGS what the GPU suite gets, JOBS how many models the zoo runs at a time.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEVICE ?= cpu
 SUITE_ARGS ?=
+JOBS ?= 2
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-gpu bench build lint format asan docs clean
+.PHONY: demo test test-gpu bench build lint format asan docs zoo clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +55,9 @@ bench: build                 ## all benches, short form (see python -m bench --h
 
 docs: build                  ## regenerate the generated parts of README.md
 	$(PY) -m fi_ops.library.matrix --write README.md
+
+zoo: build                   ## run the whole model zoo (about half an hour): docs/zoo.md and tests/zoo/golden.txt
+	PYTHONPATH=tests $(PY) -m zoo.table --write --jobs $(JOBS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
