@@ -18,7 +18,8 @@ from .fuse.decline import check_worth
 from .fuse.emit import Emitter
 from .fuse.linear import rewrite_linears
 from .fuse.sampling import rewrite_samplers
-from .normalize.attention import from_anchor, match_eager
+from .normalize.attention import from_anchor
+from .normalize.eager import match_eager
 from .sites import GraphReport, Site, attempt, publish, take_set_aside
 from .walk import aten, erase_dead, is_call, source_line
 

@@ -37,6 +37,19 @@ def huggingface_grouped(q, k, v):
     return torch.matmul(weights, repeat_kv(v))
 
 
+@snippet(lambda: with_mask(torch.bfloat16))
+def products_in_float32(q, k, v, mask):
+    """GPT-J"""
+    weights = (q.float() @ k.float().mT * 0.25 + mask).softmax(-1)
+    return weights.to(v.dtype) @ v
+
+
+@snippet(lambda: with_mask(torch.bfloat16), grade="", reason="query is torch.float32")
+def query_scaled_in_float32(q, k, v, mask):
+    """Half precision would round the query after its scale."""
+    return ((q.float() * 0.3) @ k.float().mT + mask).softmax(-1).to(v.dtype) @ v
+
+
 @snippet(qkv)
 def divided_by_sqrt(q, k, v):
     return ((q @ k.mT) / math.sqrt(D)).softmax(-1) @ v

@@ -230,10 +230,24 @@ def cases(family: Family) -> list[Case]:
     return [*plain, replace(first, dtype=torch.bfloat16), replace(first, dynamic=True)]
 
 
+VARIED = ("Llama", "Gemma3", "GPTJ", "GptOss", "Bloom", "T5")
+"""Families that CI runs in bf16 and in dynamic shapes too."""
+
+
 def quick_cases(family: Family) -> list[Case]:
-    """Those of CI: the first cache with every implementation, and every variation of the first implementation."""
-    first = family.implementations[0], family.caches[0]
-    return [case for case in cases(family) if case.implementation == first[0] or case.cache == first[1]]
+    """Those of CI: every cache with one implementation and every implementation with one cache."""
+    first, *others = cases(family)
+    varied = family.key in VARIED
+    return [
+        first,
+        *(
+            case
+            for case in others
+            if (varied and (case.dynamic or case.dtype != first.dtype))
+            or case == replace(first, cache=case.cache)
+            or case == replace(first, implementation=case.implementation)
+        ),
+    ]
 
 
 def golden_lines(outcome: Outcome) -> list[str]:

@@ -8,7 +8,6 @@ Without `--write` the table is printed; `--check` fails where it differs from wh
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import multiprocessing
 import re
 import sys
@@ -37,7 +36,7 @@ def _run(case: Case) -> tuple[Case, Outcome | str]:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     try:
-        return case, run(case, against_stock=True)
+        return case, run(case, against_stock=case.dtype == torch.float32)
     except Exception as error:
         return case, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
@@ -46,8 +45,8 @@ def run_all(wanted: Iterable[Case], jobs: int) -> dict[Case, Outcome]:
     """Outcomes by case; a case that raises is an error of the whole run, after the others are done."""
     outcomes, failures = {}, []
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, max_tasks_per_child=40) as pool:
-        for case, outcome in pool.map(_run, wanted):
+    with context.Pool(jobs, maxtasksperchild=10) as pool:
+        for case, outcome in pool.imap(_run, wanted):
             if isinstance(outcome, str):
                 failures.append(f"{case.key}: {outcome}")
                 print(failures[-1], file=sys.stderr, flush=True)

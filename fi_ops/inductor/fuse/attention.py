@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from ..normalize.attention import Attention, check_attention, check_contiguous_last
 from ..normalize.cache_update import CacheWrite, check_in_place, match_cache_write, same_positions, start_of_one
-from ..normalize.masks import check_mask, original_mask
+from ..normalize.masks import check_mask
 from ..normalize.repeat_kv import unrepeat_kv
 from ..normalize.rope import Rope, match_rope
 from ..sites import Declined
@@ -41,6 +41,7 @@ from ..walk import (
 )
 from .decline import Facts, capability_of
 from .emit import Emitter, replace
+from .masks import emit_mask, emit_sinks, kind_of_mask
 
 KEY_TRANSPOSE = (0, 1, 3, 2)
 
@@ -88,10 +89,6 @@ class Plan:
             heads = "equal"
         else:
             heads = "grouped" if same_size(given, key.shape[1]) else "repeated"
-        if attention.mask is None:
-            mask = "none"
-        else:
-            mask = "bool" if value(attention.mask).dtype == torch.bool else "additive"
         return Facts(
             device=query.device.type,
             capability=capability_of(query.device),
@@ -101,7 +98,7 @@ class Plan:
             kv_len=key.shape[2],
             head_dim=query.shape[3],
             head_dim_vo=values.shape[3],
-            mask=mask,
+            mask=kind_of_mask(attention),
             causal=attention.causal,
             heads=heads,
             spelling=attention.spelling,
@@ -125,13 +122,16 @@ def plan_attention(attention: Attention, order: dict[Node, int]) -> Plan:
     check_attention(attention, q, k, v)
     if not same_size(k.shape[1], q.shape[1]):
         plan.pieces.append("grouped heads")
-    if attention.mask is not None:
-        check_mask(attention.mask, plan.query, k.shape[2])
-        plan.pieces.append("bool mask" if value(attention.mask).dtype == torch.bool else "additive mask")
+    for mask in attention.masks:
+        check_mask(mask, plan.query, k.shape[2])
+    if attention.masks:
+        plan.pieces.append(f"{kind_of_mask(attention)} mask")
     if attention.causal:
         plan.pieces.append("causal")
     if attention.soft_cap:
         plan.pieces.append("soft cap")
+    if attention.sinks is not None:
+        plan.pieces.append("sinks")
     try:
         _plan_append(plan, order)
     except Declined as declined:
@@ -172,7 +172,7 @@ def _plan_append(plan: Plan, order: dict[Node, int]) -> None:
     query_len, new_len = shape(plan.query)[2], shape(key_write.new)[2 if key_write.dims is None else 1]
     if not same_size(new_len, query_len):
         raise Declined(f"{key_write.node.name}: {new_len} positions for {query_len} queries")
-    kept = {plan.query, key_write.new, value_write.new, attention.mask, attention.scale, key_write.positions}
+    kept = {plan.query, key_write.new, value_write.new, key_write.positions, *attention.operands}
     replaced = exclusive_to(attention.node, keep=kept)
     for write in (key_write, value_write):
         check_in_place(write)
@@ -228,7 +228,7 @@ def _plan_rope(plan: Plan) -> None:
         shape(plan.query)[2], permuted(value(key_rope.x), key_rope.dims).shape[2]
     ):
         raise Declined(f"{plan.key.name}: more keys than queries, so their RoPE differs")
-    kept = {query_rope.x, key_rope.x, query_rope.cos, query_rope.sin, plan.attention.mask, plan.attention.scale}
+    kept = {query_rope.x, key_rope.x, query_rope.cos, query_rope.sin, *plan.attention.operands}
     kept |= {plan.value_write.new, plan.key_write.positions} if plan.writes else {plan.value}
     replaced = exclusive_to(plan.attention.node, *(w.node for w in plan.writes), keep=kept)
     for rope, which in ((query_rope, "query"), (key_rope, "key")):
@@ -266,7 +266,8 @@ def apply_attention(plan: Plan, emitter: Emitter) -> list[Node]:
         causal=attention.causal,
         scale=_constant_scale(attention),
         logits_soft_cap=attention.soft_cap,
-        mask=_emit_mask(attention, emitter),
+        mask=emit_mask(attention, emitter),
+        sinks=emit_sinks(attention, emitter),
     )
     query = plan.query if plan.query_rope is None else _heads_first(plan.query_rope.x, plan.query_rope.dims, emitter)
     query = _emit_scale(attention, query, emitter)
@@ -363,18 +364,6 @@ def _emit_scale(attention: Attention, query: Node, emitter: Emitter) -> Node:
     if not isinstance(attention.scale, Node):
         return query
     return emitter.call(aten.div.Tensor if attention.divide else aten.mul.Tensor, query, attention.scale)
-
-
-def _emit_mask(attention: Attention, emitter: Emitter) -> Node | None:
-    """The mask with four dimensions, True where a key is attended to."""
-    if attention.mask is None:
-        return None
-    mask = original_mask(attention.mask)
-    if attention.mask_inverted:
-        mask = emitter.shared(aten.logical_not.default, mask)
-    while len(shape(mask)) < 4:
-        mask = emitter.shared(aten.unsqueeze.default, mask, 0)
-    return mask
 
 
 def _emit_tables(rope: Rope, emitter: Emitter) -> dict:

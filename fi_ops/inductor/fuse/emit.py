@@ -87,6 +87,10 @@ class Emitter:
         call = self.call(torch.ops.higher_order.auto_functionalized_v2, op, **arguments)
         return tuple(self.item(call, i) for i in range(1 + len(mutated)))
 
+    def size(self, node: Node, dim: int):
+        """A size as an argument of a call."""
+        return self._number(shape(node)[dim], aten.sym_size.int, node, dim)
+
     def _number(self, known, target, *args):
         """A size or stride as an argument: the int that it is, or a node that computes it."""
         return known if isinstance(known, int) else self.shared(target, *args)

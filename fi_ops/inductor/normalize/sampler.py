@@ -41,7 +41,7 @@ from ..walk import (
     strip_casts,
     value,
 )
-from .attention import match_softmax
+from .softmax import match_softmax
 
 
 @dataclass

@@ -1,0 +1,79 @@
+"""The masks of a site become the one that an op takes; and sinks the vector that it takes.
+
+A single mask goes in as it is. Several, and those that are scaled or set scores to a finite number, become one additive
+mask in float32, in the smallest shape that they broadcast to, once for all layers that have the same.
+"""
+
+# The arguments of fx calls have no types that mypy could follow.
+# mypy: disable-error-code="arg-type,assignment,attr-defined,index,misc,operator,return-value,str-unpack,union-attr"
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch.fx import Node
+
+from ..normalize.attention import Attention
+from ..normalize.masks import Mask, original_mask
+from ..walk import aten, prims, shape, value
+from .emit import Emitter
+
+
+def kind_of_mask(attention: Attention) -> str:
+    """What the op gets: none, bool or additive."""
+    masks = attention.masks
+    if not masks:
+        return "none"
+    return "bool" if len(masks) == 1 and masks[0].is_bool and masks[0].is_operand else "additive"
+
+
+def emit_mask(attention: Attention, emitter: Emitter) -> Node | None:
+    """The mask with four dimensions, True where a key is attended to."""
+    masks = attention.masks
+    if not masks:
+        return None
+    if len(masks) == 1 and masks[0].is_operand:
+        mask = original_mask(masks[0].node)
+        if masks[0].inverted:
+            mask = emitter.shared(aten.logical_not.default, mask)
+        return _four_dimensional(mask, emitter)
+    heads = shape(attention.node)[1]
+    terms = [_four_dimensional(_additive(mask, heads, emitter), emitter) for mask in masks]
+    return functools.reduce(lambda a, b: emitter.shared(aten.add.Tensor, a, b), terms)
+
+
+def _additive(mask: Mask, heads: int, emitter: Emitter) -> Node:
+    """What to add to the scores, in float32."""
+    node = original_mask(mask.node)
+    if mask.is_bool:
+        numbers = [
+            emitter.shared(aten.full.default, (), number, dtype=torch.float32, device=value(node).device)
+            for number in (0.0, mask.fill)
+        ]
+        node = emitter.shared(aten.where.self, node, *(reversed(numbers) if mask.inverted else numbers))
+    elif value(node).dtype != torch.float32:
+        node = emitter.shared(prims.convert_element_type.default, node, torch.float32)
+    if not mask.scale.is_one:
+        op = aten.div.Tensor if mask.scale.divide else aten.mul.Tensor
+        node = emitter.shared(op, node, mask.scale.number)
+    if mask.heads_merged:
+        rows_and_keys = (emitter.size(node, dim) for dim in (1, 2))
+        node = emitter.shared(aten.reshape.default, node, (-1, heads, *rows_and_keys))
+    return node
+
+
+def _four_dimensional(mask: Node, emitter: Emitter) -> Node:
+    while len(shape(mask)) < 4:
+        mask = emitter.shared(aten.unsqueeze.default, mask, 0)
+    return mask
+
+
+def emit_sinks(attention: Attention, emitter: Emitter) -> Node | None:
+    """[num_qo_heads] in float32."""
+    if attention.sinks is None:
+        return None
+    sinks = emitter.call(aten.reshape.default, attention.sinks, [emitter.size(attention.sinks, 1)])
+    if value(sinks).dtype == torch.float32:
+        return sinks
+    return emitter.call(prims.convert_element_type.default, sinks, torch.float32)
