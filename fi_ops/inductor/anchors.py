@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
+from .graft import graft
+
 _library = torch.library.Library("fi_anchor", "DEF")
 _library.define(
     "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
@@ -53,55 +55,12 @@ def lower(graph: Graph, node: Node) -> None:
     """Put in place of an anchor exactly what AOTAutograd traces for the call it stands for."""
     traced = _trace(node)
     traced.graph.eliminate_dead_code()
-    substitution = dict(zip(traced.graph.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
-    sizes = _known_sizes(node)
-    copies = []
-    with graph.inserting_before(node):
-        for inner in traced.graph.nodes:
-            if inner.op == "placeholder":
-                continue
-            if inner.op == "output":
-                result = substitution[inner.args[0][0]]
-                break
-            if inner.op == "get_attr":
-                raise RuntimeError(f"fi_ops: lowering {node} met a constant {inner.target}; please report this")
-            size = _expression(inner)
-            if size is not None and size in sizes:
-                substitution[inner] = sizes[size]
-                continue
-            copy = graph.node_copy(inner, substitution.__getitem__)
-            copy.meta.update(
-                (k, node.meta[k])
-                for k in ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
-                if k in node.meta
-            )
-            substitution[inner] = copy
-            copies.append(copy)
-            if size is not None:
-                sizes[size] = copy
+    result, copies = graft(graph, node, traced, node.all_input_nodes)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     for copy in reversed(copies):
         if not copy.users:
             graph.erase_node(copy)
-
-
-def _expression(node: Node):
-    """The symbolic expression of a node that computes a size."""
-    size = node.meta.get("val")
-    return size.node.expr if isinstance(size, torch.SymInt) else None
-
-
-def _known_sizes(anchor: Node) -> dict:
-    """The nodes in front of an anchor that compute symbolic sizes: AOTAutograd would have used these."""
-    known: dict = {}
-    for node in anchor.graph.nodes:
-        if node is anchor:
-            break
-        size = _expression(node)
-        if size is not None:
-            known.setdefault(size, node)
-    return known
 
 
 def _trace(node: Node) -> torch.fx.GraphModule:

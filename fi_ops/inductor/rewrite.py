@@ -16,10 +16,12 @@ from . import anchors
 from .fuse.attention import apply_attention, plan_attention
 from .fuse.decline import check_worth
 from .fuse.emit import Emitter
+from .fuse.flex import FlexMasks
 from .fuse.linear import rewrite_linears
 from .fuse.sampling import rewrite_samplers
-from .normalize.attention import from_anchor
+from .normalize.attention import Attention, from_anchor
 from .normalize.eager import match_eager
+from .normalize.flex import FLEX, match_flex
 from .sites import GraphReport, Site, attempt, publish, take_set_aside
 from .walk import aten, erase_dead, is_call, source_line
 
@@ -52,16 +54,20 @@ def _has_tensors(graph: Graph) -> bool:
 
 def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
+    flex_masks = FlexMasks(emitter)
     for node in order:
-        if node._erased or not is_call(node, anchors.SDPA, aten.bmm.default):
+        if node._erased or not is_call(node, anchors.SDPA, aten.bmm.default, FLEX):
             continue
         site, rope_site = _site(node), None
         with attempt(site):
-            attention = from_anchor(node) if is_call(node, anchors.SDPA) else match_eager(node)
+            flex = match_flex(node) if is_call(node, FLEX) else None
+            attention = flex.attention if flex is not None else _match(node)
             if attention is None:
                 continue
             plan = plan_attention(attention, order)
             check_worth(node.name, plan.facts)
+            if flex is not None:
+                flex_masks.make(plan, flex)
             unused = apply_attention(plan, emitter)
             erase_dead(graph, unused)
             site.grade, site.pieces, site.reason = plan.grade, tuple(plan.pieces), plan.reason
@@ -72,6 +78,10 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> N
             report.sites.append(rope_site)
         if not site.grade and is_call(node, anchors.SDPA):
             anchors.lower(graph, node)
+
+
+def _match(node: Node) -> Attention | None:
+    return from_anchor(node) if is_call(node, anchors.SDPA) else match_eager(node)
 
 
 def _site(node: Node, reason: str = "") -> Site:

@@ -255,7 +255,7 @@ def erase_dead(graph: Graph, roots: Iterable[Node]) -> None:
     pending = list(dict.fromkeys(roots))
     while pending:
         node = pending.pop()
-        if node._erased or node.users or node.op != "call_function":
+        if node._erased or node.users or node.op not in ("call_function", "get_attr"):
             continue
         inputs = node.all_input_nodes
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:

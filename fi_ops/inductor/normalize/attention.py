@@ -36,6 +36,8 @@ class Attention:
     divide: bool = False
     """The scores are divided by `scale`."""
     soft_cap: float = 0.0
+    sources: tuple[Node, ...] = ()
+    """What its masks will be made from, where they are not there yet."""
     sinks: Node | None = None
     """One more logit a head, [1, H, 1, 1], that takes its share of the weights and has no value."""
     key_transposed: bool = False
@@ -47,7 +49,7 @@ class Attention:
         """What the op takes besides query, key and value."""
         scales = [mask.scale.number for mask in self.masks]
         numbers = [scale for scale in (self.scale, *scales) if isinstance(scale, Node)]
-        return (self.sinks, *numbers, *(mask.node for mask in self.masks))
+        return (self.sinks, *numbers, *self.sources, *(mask.node for mask in self.masks))
 
 
 def from_anchor(node: Node) -> Attention:

@@ -50,6 +50,9 @@ class Scale:
         return 1.0 / self.number if self.divide else self.number
 
 
+ONE = Scale()
+
+
 @dataclass(frozen=True)
 class Mask:
     """One mask of a site: what is added to the scores, or which scores are replaced."""
@@ -60,7 +63,7 @@ class Mask:
     """Bool: False keeps a score."""
     fill: float = NEVER
     """Bool: what the other scores become."""
-    scale: Scale = Scale()
+    scale: Scale = ONE
     """Additive: times this."""
     heads_merged: bool = False
     """`node` is [B * H, Lq or 1, Lk or 1]."""
