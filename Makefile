@@ -56,8 +56,8 @@ bench: build                 ## all benches, short form (see python -m bench --h
 docs: build                  ## regenerate the generated parts of README.md
 	$(PY) -m fi_ops.library.matrix --write README.md
 
-zoo: build                   ## run the whole model zoo (about half an hour): docs/zoo.md and tests/zoo/golden.txt
-	PYTHONPATH=tests $(PY) -m zoo.table --write --jobs $(JOBS)
+zoo: build                   ## run the whole model zoo (about half an hour): tests/zoo/golden.jsonl and docs/zoo.md
+	PYTHONPATH=tests $(PY) -m zoo.table --run --jobs $(JOBS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import transformers
@@ -54,14 +55,13 @@ class Phase:
     error: float = 0.0
     """The largest error of a logit as a fraction of its budget."""
 
-    @property
-    def rewritten(self) -> int:
-        """Sites rewritten in the graph with the fewest."""
-        return min((sum(n for grade, n in g.items() if grade) for g in self.graphs), default=0)
-
-    def summary(self) -> str:
-        """The golden text: each different graph once, in the order they were compiled."""
-        return " | ".join(dict.fromkeys(_graph_text(graph, self.sites) for graph in self.graphs))
+    def record(self) -> dict[str, Any]:
+        """What `golden.jsonl` says: each different graph once, in the order they were compiled."""
+        rewritten = min((sum(n for grade, n in g.items() if grade) for g in self.graphs), default=0)
+        grades = list(dict.fromkeys(g for graph in self.graphs for g in sorted(graph, reverse=True) if g))
+        graphs = list(dict.fromkeys(_graph_text(graph, self.sites) for graph in self.graphs))
+        error = round(self.error, 2)
+        return {"sites": self.sites, "rewritten": rewritten, "grades": grades, "graphs": graphs, "error": error}
 
 
 def _graph_text(grades: Counter, sites: int) -> str:
@@ -79,6 +79,11 @@ class Outcome:
     compiles: int = 0
     """Graphs compiled in all."""
     stock_compiles: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """A line of `golden.jsonl`."""
+        phases = {name: phase.record() for name, phase in self.phases.items() if phase.sites}
+        return {"case": self.case.key, **phases, "compiles": self.compiles, "stock_compiles": self.stock_compiles}
 
 
 class InDouble(TorchFunctionMode):
@@ -180,16 +185,40 @@ def _with_own_code(model) -> Callable:
     return types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
 
 
-def _compiled_run(model, eager, family: Family, case: Case, rewritten: bool) -> tuple[list, dict[str, Capture]]:
+def _compiled_run(eager, family: Family, case: Case, compile: Callable[[str], Callable]) -> list[torch.Tensor]:
+    """The logits of a run with the forward that `compile` makes for each phase."""
     torch._dynamo.reset()
-    captures = {phase: Capture() for phase in PHASES}
-    forwards = [
-        compiled_for_capture(_with_own_code(model), captures[phase], rewritten=rewritten, dynamic=case.dynamic)
-        for phase in PHASES
-    ]
     # Transformers makes block masks in a way that warns, at which stock torch breaks the graph.
     with torch._dynamo.config.patch(ignore_logging_functions={warnings.warn}):
-        return generate(eager, family, case.cache, *forwards), captures
+        return generate(eager, family, case.cache, *(compile(phase) for phase in PHASES))
+
+
+def _run_captured(model, eager, family: Family, case: Case, rewritten: bool) -> tuple[list, dict[str, Capture]]:
+    captures = {phase: Capture() for phase in PHASES}
+
+    def compile(phase: str) -> Callable:
+        options = dict(rewritten=rewritten, dynamic=case.dynamic)
+        return compiled_for_capture(_with_own_code(model), captures[phase], **options)
+
+    return _compiled_run(eager, family, case, compile), captures
+
+
+def _stock_compiles(model, eager, family: Family, case: Case, ours: int) -> int:
+    """How many graphs stock torch compiles. Dynamo alone compiles no more than that, and is asked first, because it is fast."""
+    graphs = []
+
+    def backend(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    def compile(phase: str) -> Callable:
+        return torch.compile(_with_own_code(model), backend=backend, fullgraph=True, dynamic=case.dynamic)
+
+    _compiled_run(eager, family, case, compile)
+    if len(graphs) == ours:
+        return ours
+    _, captures = _run_captured(model, eager, family, case, rewritten=False)
+    return sum(len(capture.graphs) for capture in captures.values())
 
 
 def run(case: Case, against_stock: bool = False) -> Outcome:
@@ -199,7 +228,7 @@ def run(case: Case, against_stock: bool = False) -> Outcome:
     precise = build(family, "eager", case.dtype, compiled=False).double()
     # FlexAttention in eager mode is compiled too, and takes its time.
     eager = build(family, "eager", case.dtype) if case.implementation == "flex" else model
-    ours, captures = _compiled_run(model, eager, family, case, rewritten=True)
+    ours, captures = _run_captured(model, eager, family, case, rewritten=True)
     same_dtypes = generate(eager, family, case.cache, eager, eager)
     with InDouble():
         exact = generate(precise, family, case.cache, precise, precise)
@@ -216,8 +245,7 @@ def run(case: Case, against_stock: bool = False) -> Outcome:
             phase.reasons += [s.reason for s in report.sites if s.kind == "attention" and s.reason]
         phase.graphs += [Counter() for _ in range(len(capture.graphs) - len(capture.reports))]
     if against_stock:
-        _, stock = _compiled_run(model, eager, family, case, rewritten=False)
-        outcome.stock_compiles = sum(len(capture.graphs) for capture in stock.values())
+        outcome.stock_compiles = _stock_compiles(model, eager, family, case, outcome.compiles)
     return outcome
 
 
@@ -248,8 +276,3 @@ def quick_cases(family: Family) -> list[Case]:
             or case == replace(first, implementation=case.implementation)
         ),
     ]
-
-
-def golden_lines(outcome: Outcome) -> list[str]:
-    """What `golden.txt` says of a case."""
-    return [f"{outcome.case.key}: {name}: {phase.summary()}" for name, phase in outcome.phases.items() if phase.sites]
