@@ -14,6 +14,11 @@ def with_mask(dtype=torch.float32):
     return (*qkv(dtype=dtype), mask)
 
 
+def wide(x):
+    """In float32; in float64 where the reference is computed in that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def repeat_kv(x):
     return x[:, :, None].expand(B, HKV, H // HKV, L, D).reshape(B, H, L, D)
 
@@ -40,14 +45,19 @@ def huggingface_grouped(q, k, v):
 @snippet(lambda: with_mask(torch.bfloat16))
 def products_in_float32(q, k, v, mask):
     """GPT-J"""
-    weights = (q.float() @ k.float().mT * 0.25 + mask).softmax(-1)
+    weights = (wide(q) @ wide(k).mT * 0.25 + mask).softmax(-1)
     return weights.to(v.dtype) @ v
+
+
+@snippet(lambda: with_mask(torch.bfloat16))
+def all_in_float32(q, k, v, mask):
+    return (wide(q) @ wide(k).mT * 0.25 + mask).softmax(-1) @ wide(v)
 
 
 @snippet(lambda: with_mask(torch.bfloat16), grade="", reason="query is torch.float32")
 def query_scaled_in_float32(q, k, v, mask):
     """Half precision would round the query after its scale."""
-    return ((q.float() * 0.3) @ k.float().mT + mask).softmax(-1).to(v.dtype) @ v
+    return ((wide(q) * 0.3) @ wide(k).mT + mask).softmax(-1).to(v.dtype) @ v
 
 
 @snippet(qkv)

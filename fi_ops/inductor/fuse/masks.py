@@ -33,7 +33,8 @@ def emit_mask(attention: Attention, emitter: Emitter) -> Node | None:
     masks = attention.masks
     if not masks:
         return None
-    if len(masks) == 1 and masks[0].is_operand:
+    operand_types = (torch.bool, torch.float32, value(attention.query).dtype)
+    if len(masks) == 1 and masks[0].is_operand and value(masks[0].node).dtype in operand_types:
         mask = original_mask(masks[0].node)
         if masks[0].inverted:
             mask = emitter.shared(aten.logical_not.default, mask)

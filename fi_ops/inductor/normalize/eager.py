@@ -13,6 +13,7 @@ added before the scale is scaled with the scores.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -73,7 +74,9 @@ def match_eager(node: Node) -> Attention | None:
     if dropped is not None:
         scores = _match_sinks(attention, _unshifted(scores))
     product = _match_logits(attention, _unshifted(scores))
-    query, (key, transposed) = _batched_operand(product.args[-2], _narrow), _key_operand(product.args[-1])
+    query, key, transposed = _query_and_key(product, _narrow)
+    if any(operand is not None and value(operand).dtype != value(result).dtype for operand in (query, key)):
+        query, key, transposed = _query_and_key(product, strip)
     if query is None or key is None or len(shape(query)) != 4 or len(shape(key)) != 4:
         raise Declined(f"{product.name}: queries and keys are not [B, H, L, D] viewed as [B * H, L, D]")
     if not same_shape(shape(result), (*shape(query)[:3], shape(values)[3])):
@@ -82,7 +85,7 @@ def match_eager(node: Node) -> Attention | None:
     return attention
 
 
-def _batched_operand(node: Node, through=strip) -> Node | None:
+def _batched_operand(node: Node, through: Callable[[Node], Node] = strip) -> Node | None:
     """The tensor [..., x, y] that an operand [N, x, y] of a bmm was viewed from."""
     node = through(node)
     if not is_call(node, *VIEWS):
@@ -94,16 +97,17 @@ def _batched_operand(node: Node, through=strip) -> Node | None:
     return source if same_shape(shape(node), (batch, *shape(source)[2:])) else None
 
 
-def _key_operand(node: Node) -> tuple[Node | None, bool]:
-    """(K, False) where the operand [N, D, S] is the transpose of a node K [B, H, S, D]; (K, True) for a K [B, H, D, S]."""
-    found = permutation(_narrow(node))
+def _query_and_key(product: Node, through: Callable[[Node], Node]) -> tuple[Node | None, Node | None, bool]:
+    """(Q [B, H, L, D], K [B, H, S, D], False), or (Q, K [B, H, D, S], True), of which the scores are the product."""
+    query = _batched_operand(product.args[-2], through)
+    found = permutation(through(product.args[-1]))
     if found is not None and found[1] == (0, 2, 1):
-        return _batched_operand(found[0], _narrow), False
-    key = _batched_operand(node, _narrow)
+        return query, _batched_operand(found[0], through), False
+    key = _batched_operand(product.args[-1], through)
     found = permutation(key) if key is not None else None
     if found is not None and found[1] == (0, 1, 3, 2):
-        return _narrow(found[0]), False
-    return key, True
+        return query, through(found[0]), False
+    return query, key, True
 
 
 def _narrow(node: Node) -> Node:

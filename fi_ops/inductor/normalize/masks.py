@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from ..sites import Declined
+from ..support import DTYPES
 from ..walk import aten, is_call, is_tensor, may_be_same_size, same_size, shape, strip, value
 
 NEVER = float("-inf")
@@ -87,7 +88,7 @@ def check_fill(name: str, fill: float) -> None:
 def check_mask(mask: Mask, query: Node, kv_len) -> None:
     """`mask` is one that the ops take for `query` [B, H, Lq, D] over `kv_len` keys."""
     name, tensor, q = mask.node.name, value(mask.node), value(query)
-    if tensor.dtype not in (torch.bool, torch.float32, q.dtype):
+    if tensor.dtype not in (torch.bool, *DTYPES):
         raise Declined(f"{name}: mask is {tensor.dtype} with a query of {q.dtype}")
     if tensor.device != q.device:
         raise Declined(f"{name}: mask is on {tensor.device}, query on {q.device}")
