@@ -14,6 +14,7 @@ import operator
 from collections.abc import Iterable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -189,7 +190,22 @@ def number(node) -> float | int | None:
     if is_call(node, aten.full.default, aten.scalar_tensor.default):
         fill = node.args[1] if node.target is aten.full.default else node.args[0]
         return fill if isinstance(fill, (int, float)) and not isinstance(fill, bool) else None
-    return None
+    constant = scalar_constant(node) if isinstance(node, Node) else None
+    return None if constant is None or constant.dtype == torch.bool else read_scalar(constant)
+
+
+def scalar_constant(node: Node, module=None) -> torch.Tensor | None:
+    """The tensor without dimensions that a node fetches from its module: a constant of the graph, `torch.tensor(0.5)`."""
+    if node.op != "get_attr":
+        return None
+    constant = getattr(module or node.graph.owning_module, str(node.target), None)
+    is_known = isinstance(constant, torch.Tensor) and not isinstance(constant, FakeTensor)
+    return constant if is_known and constant.dim() == 0 else None
+
+
+def read_scalar(constant: torch.Tensor) -> float | int | bool:
+    with unset_fake_temporarily():
+        return constant.item()
 
 
 def is_scalar(node: object) -> bool:

@@ -4,7 +4,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from . import snippet
-from .sdpa import B, H, L, grouped, qkv
+from .sdpa import B, D, H, L, grouped, qkv
 
 
 def causal(b, h, q_idx, kv_idx):
@@ -102,3 +102,22 @@ def scores_turned_round(q, k, v):
 @snippet(qkv, grade="", reason="more than its output")
 def log_sum_exp_returned(q, k, v):
     return flex_attention(q, k, v, return_lse=True)
+
+
+def decoding():
+    """queries, keys and values of one token, caches, its position"""
+    cache = (torch.randn(B, H, 4 * L, D) for _ in range(2))
+    return *qkv(q_len=1, kv_len=1), *cache, torch.tensor([7])
+
+
+@snippet(decoding, grade="append + attention")
+def gpt_fast_decode(q, k, v, k_cache, v_cache, position):
+    """The mask mod of one row of the whole mask, which the position moves."""
+    k_cache[:, :, position] = k
+    v_cache[:, :, position] = v
+
+    def at_position(b, h, q_idx, kv_idx):
+        return causal(b, h, q_idx + position[0], kv_idx)
+
+    mask = create_block_mask(at_position, None, None, 1, k_cache.shape[2], device=q.device)
+    return flex_attention(q, k_cache, v_cache, block_mask=mask)

@@ -40,6 +40,12 @@ def bias_and_lowest_number(q, k, v, bias, mask):
 
 
 @snippet(biased)
+def lowest_number_as_a_tensor(q, k, v, bias, mask):
+    """GPT-Neo"""
+    return torch.where(mask == 0, q @ k.mT, torch.tensor(LOWEST, dtype=q.dtype)).softmax(-1) @ v
+
+
+@snippet(biased)
 def bias_and_never(q, k, v, bias, mask):
     return torch.where(mask == 0, (q @ k.mT) * 0.25 + bias, -torch.inf).softmax(-1) @ v
 

@@ -21,7 +21,18 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..sites import Declined
-from ..walk import aten, commuted, is_call, is_cast, is_pure, same_size, shape, value
+from ..walk import (
+    aten,
+    commuted,
+    is_call,
+    is_cast,
+    is_pure,
+    read_scalar,
+    same_size,
+    scalar_constant,
+    shape,
+    value,
+)
 from .attention import Attention
 from .masks import NEVER, ONE, Scale, check_fill
 
@@ -98,9 +109,8 @@ def _module(node: Node, fetched: Node) -> GraphModule:
     if not isinstance(module, GraphModule):
         raise Declined(f"{node.name}: its score mod or mask mod is not a graph")
     for inner in module.graph.nodes:
-        if inner.op not in ("placeholder", "output", "call_function") or (
-            inner.op == "call_function" and not is_pure(inner)
-        ):
+        is_known = inner.op in ("placeholder", "output") or (inner.op == "call_function" and is_pure(inner))
+        if not is_known and scalar_constant(inner, module) is None:
             raise Declined(f"{inner.name}: {inner.target} in a score mod or mask mod")
     return module
 
@@ -146,8 +156,14 @@ def _term(module: GraphModule, result: Node, arguments: list[Node], captured: tu
     for argument in arguments:
         copies[argument] = graph.placeholder(argument.name)
     for node in module.graph.nodes:
-        if node in needed and node not in copies:
+        if node not in needed or node in copies:
+            continue
+        constant = scalar_constant(node, module)
+        if constant is None:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+        else:  # a tensor of its own is none that the graph around could fetch
+            options = dict(dtype=constant.dtype, device=constant.device)
+            copies[node] = graph.call_function(aten.full.default, ([], read_scalar(constant)), options)
     graph.output(copies[result])
     used = tuple(argument in needed for argument in arguments[:INDICES])
     return Term(GraphModule(module, graph), captured, used, **options)
