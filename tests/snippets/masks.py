@@ -87,6 +87,13 @@ def sinks_of_each_row(q, k, v, sinks):
     return _attend_with_sinks(q, k, v, sinks)
 
 
+@snippet(with_sinks, grade="", reason="scores come from aten.sub")
+def scores_shifted_against_sinks(q, k, v, sinks):
+    scores = (q @ k.mT) * 0.25
+    scores = scores - scores.amax(-1, keepdim=True)
+    return torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(B, -1, L, -1)], -1).softmax(-1)[..., :-1] @ v
+
+
 @snippet(lambda: (*qkv(), torch.randn(1, H, 1, 1)), grade=None)
 def sinks_in_front(q, k, v, sinks):
     """Not the column that is dropped: weights and values are shifted against each other."""

@@ -1,15 +1,14 @@
 """The masks of a site become the one that an op takes; and sinks the vector that it takes.
 
 A single mask goes in as it is. Several, and those that are scaled or set scores to a finite number, become one additive
-mask in float32, in the smallest shape that they broadcast to, once for all layers that have the same.
+mask in float32, in the order in which the model applies them, in the smallest shape that they broadcast to, once for all
+layers that have the same.
 """
 
 # The arguments of fx calls have no types that mypy could follow.
 # mypy: disable-error-code="arg-type,assignment,attr-defined,index,misc,operator,return-value,str-unpack,union-attr"
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch.fx import Node
@@ -40,28 +39,45 @@ def emit_mask(attention: Attention, emitter: Emitter) -> Node | None:
             mask = emitter.shared(aten.logical_not.default, mask)
         return _four_dimensional(mask, emitter)
     heads = shape(attention.node)[1]
-    terms = [_four_dimensional(_additive(mask, heads, emitter), emitter) for mask in masks]
-    return functools.reduce(lambda a, b: emitter.shared(aten.add.Tensor, a, b), terms)
+    made: Node | None = None
+    for mask in reversed(
+        masks
+    ):  # from the one next to the product on, because one that sets scores undoes those before
+        if mask.is_bool:
+            made = _set_scores(mask, made, heads, emitter)
+        else:
+            added = _added(mask, heads, emitter)
+            made = added if made is None else emitter.shared(aten.add.Tensor, made, added)
+    return made
 
 
-def _additive(mask: Mask, heads: int, emitter: Emitter) -> Node:
-    """What to add to the scores, in float32."""
+def _set_scores(mask: Mask, others: Node | None, heads: int, emitter: Emitter) -> Node:
+    """`others`, what is added so far, and the mask's number where the mask does not keep the score."""
+    keep = _by_heads(mask, original_mask(mask.node), heads, emitter)
+    nothing, fill = (
+        emitter.shared(aten.full.default, (), number, dtype=torch.float32, device=value(keep).device)
+        for number in (0.0, mask.fill)
+    )
+    kept = nothing if others is None else others
+    return emitter.shared(aten.where.self, keep, *((fill, kept) if mask.inverted else (kept, fill)))
+
+
+def _added(mask: Mask, heads: int, emitter: Emitter) -> Node:
+    """What an additive mask adds to the scores, in float32."""
     node = original_mask(mask.node)
-    if mask.is_bool:
-        numbers = [
-            emitter.shared(aten.full.default, (), number, dtype=torch.float32, device=value(node).device)
-            for number in (0.0, mask.fill)
-        ]
-        node = emitter.shared(aten.where.self, node, *(reversed(numbers) if mask.inverted else numbers))
-    elif value(node).dtype != torch.float32:
+    if value(node).dtype != torch.float32:
         node = emitter.shared(prims.convert_element_type.default, node, torch.float32)
     if not mask.scale.is_one:
         op = aten.div.Tensor if mask.scale.divide else aten.mul.Tensor
         node = emitter.shared(op, node, mask.scale.number)
+    return _by_heads(mask, node, heads, emitter)
+
+
+def _by_heads(mask: Mask, node: Node, heads: int, emitter: Emitter) -> Node:
     if mask.heads_merged:
         rows_and_keys = (emitter.size(node, dim) for dim in (1, 2))
         node = emitter.shared(aten.reshape.default, node, (-1, heads, *rows_and_keys))
-    return node
+    return _four_dimensional(node, emitter)
 
 
 def _four_dimensional(mask: Node, emitter: Emitter) -> Node:

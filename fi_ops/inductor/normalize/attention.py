@@ -29,7 +29,7 @@ class Attention:
     key: Node
     value: Node
     masks: tuple[Mask, ...] = ()
-    """All of them apply."""
+    """From the one that is applied last on."""
     causal: bool = False
     scale: float | Node | None = None
     """A number, a scalar tensor, or None for 1 / sqrt(D)."""

@@ -71,9 +71,10 @@ def match_eager(node: Node) -> Attention | None:
     if values is None or len(shape(values)) != 4:
         raise Declined(f"{node.name}: values are not [B, H, L, D] viewed as [B * H, L, D]")
     attention = Attention(result, node, node, values, spelling="eager")
+    scores = _unshifted(scores)  # not below sinks: against those, a shift of the scores counts
     if dropped is not None:
-        scores = _match_sinks(attention, _unshifted(scores))
-    product = _match_logits(attention, _unshifted(scores))
+        scores = _match_sinks(attention, scores)
+    product = _match_logits(attention, scores)
     query, key, transposed = _query_and_key(product, _narrow)
     if any(operand is not None and value(operand).dtype != value(result).dtype for operand in (query, key)):
         query, key, transposed = _query_and_key(product, strip)

@@ -191,7 +191,7 @@ def _match_score_mod(flex: Flex, score_mod: GraphModule, captured: tuple) -> Non
         if term is not None:
             if capped:
                 raise Declined(f"{flex.node.name}: its score mod has a bias or a mask before the soft cap")
-            if term.fill != NEVER and not scale.is_one:
+            if is_call(node, aten.where.self) and not scale.is_one and (term.fill != NEVER or scale.factor <= 0):
                 raise Declined(f"{flex.node.name}: its score mod sets scores to {term.fill} and then scales them")
             flex.terms.append(replace(term, scale=scale.times(term.scale, node)))
         scale = scale.times(factor, node)
