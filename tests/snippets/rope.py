@@ -53,6 +53,32 @@ def huggingface(q, k, v, positions):
     return attend(q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin, v)
 
 
+def in_bfloat16():
+    return *(t.bfloat16() for t in qkv_positions()[:3]), torch.arange(3, 3 + L)
+
+
+def normed(x):
+    """In float32; in float64 where the reference is computed in that."""
+    return F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), (D,))
+
+
+@snippet(in_bfloat16, grade=ROPE, rotated=True)
+def normed_in_float32_and_rounded(q, k, v, positions):
+    """Gemma 3: what is rotated is the cast's result, not what was cast."""
+    cos, sin = (t.unsqueeze(1).to(q.dtype) for t in tables_half(positions, q))
+    q, k = normed(q).type_as(q), normed(k).type_as(k)
+    return attend(q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin, v)
+
+
+@snippet(in_bfloat16, reason="rotates torch.float32 to torch.bfloat16", rotated=None)
+def normed_and_rotated_in_float32(q, k, v, positions):
+    """Rounded once, after both."""
+    cos, sin = (t.unsqueeze(1) for t in tables_half(positions, normed(q)))
+    wide_q, wide_k = normed(q), normed(k)
+    q, k = (x * cos + rotate_half(x) * sin for x in (wide_q, wide_k))
+    return attend(q.type_as(v), k.type_as(v), v)
+
+
 @snippet(by_length, grade=ROPE, rotated=True)
 def rotated_before_transpose(q, k, v, positions):
     cos, sin = (t.unsqueeze(2) for t in tables_half(positions, q))

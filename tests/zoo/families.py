@@ -122,6 +122,7 @@ FAMILIES = (
         "GPTNeo",
         dict(num_layers=LAYERS, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=WINDOW),
         EAGER,
+        caches=("dynamic",),  # in a static one transformers' local layers count their window from its end
     ),
     Family("OPT", dict(ffn_dim=96, word_embed_proj_dim=64), positions=True),
     Family("Falcon", dict(num_kv_heads=2, new_decoder_architecture=True), SDPA_EAGER),

@@ -70,6 +70,8 @@ class Component:
     x: Node
     index: int
     order: str
+    taken_from: Node
+    """`x` before its casts were looked through."""
 
 
 def match_rope(node: Node, dims: tuple[int, ...] | None = None) -> Rope | None:
@@ -89,6 +91,7 @@ def match_rope(node: Node, dims: tuple[int, ...] | None = None) -> Rope | None:
     if parts is None:
         return None
     x, cos, sin, order, rotary_dim = parts
+    x = _in_dtype(x, value(node).dtype)
     if not isinstance(rotary_dim, int):
         raise Declined(f"{x.name}: rotary width is symbolic")
     if not same_shape(shape(x), shape(top)):
@@ -100,6 +103,17 @@ def match_rope(node: Node, dims: tuple[int, ...] | None = None) -> Rope | None:
     return rope
 
 
+def _in_dtype(x: Node, dtype: torch.dtype) -> Node:
+    """What `x` was cast from, through all casts; where that is of another type, the last node of `dtype` on the way."""
+    source = strip_casts(x)
+    if value(source).dtype == dtype:
+        return source
+    while x is not source and value(x).dtype != dtype:
+        stripped = strip(x)
+        x = stripped if stripped is not x else x.args[0]
+    return x
+
+
 def _match_partial(top: Node):
     """RoPE on the first part of the head; the rest passes through."""
     if not is_call(top, aten.cat.default) or len(top.args[0]) != 2 or not _over_last(top):
@@ -109,7 +123,7 @@ def _match_partial(top: Node):
     if parts is None:
         return None
     x, cos, sin, order, rotary_dim = parts
-    rotated, passed = slice_range(x), slice_range(rest)
+    rotated, passed = slice_range(strip_casts(x)), slice_range(rest)
     if rotated is None or passed is None:
         raise Declined(f"{top.name}: joins a rotated part and something that is not the rest of the head")
     last = len(shape(top)) - 1
@@ -118,7 +132,7 @@ def _match_partial(top: Node):
         raise Declined(f"{rest.name}: is not the rest of the head that {x.name} is a part of")
     if not same_size(rotated[2], 0) or not same_size(passed[2], shape(first)[-1]) or passed[3] is not None:
         raise Declined(f"{rest.name}: is not the rest of the head that {x.name} is a part of")
-    return whole, cos, sin, order, rotary_dim
+    return rotated[0], cos, sin, order, rotary_dim
 
 
 def _match_explicit(top: Node):
@@ -144,7 +158,7 @@ def _match_explicit(top: Node):
     cos, sin = x1_cos[1], x2_sin[1]
     if not same_value(x2_cos[1], cos) or not same_value(x1_sin[1], sin):
         raise Declined(f"{second.name}: uses cos and sin the other way round than {first.name}")
-    x = x1_cos[0].x
+    x = x1_cos[0].taken_from
     return x, cos, sin, order, shape(x)[-1]
 
 
@@ -168,7 +182,7 @@ def _match_rotated(top: Node):
                             raise Declined(
                                 f"{table.name}: is not known to repeat its values for the two members of a pair"
                             )
-                    return x, cos, sin, order, shape(x)[-1]
+                    return straight_x, cos, sin, order, shape(x)[-1]
             raise Declined(f"{straight.name}: does not multiply {x.name}, which {turned.name} rotates")
     return None
 
@@ -222,13 +236,13 @@ def component_of(node: Node) -> Component | None:
         x = strip_casts(pairs.args[0])
         if len(shape(pairs)) != len(shape(x)) + 1 or not same_shape(shape(pairs)[:-2], shape(x)[:-1]):
             return None
-        return Component(x, index % 2, PAIR)
+        return Component(x, index % 2, PAIR, pairs.args[0])
     if is_call(node, operator.getitem) and is_call(node.args[0], aten.split.Tensor):
         split = node.args[0]
         x, size = split.args[0], split.args[1]
         if dim_of(x, argument(split, 2, "dim", 0)) != len(shape(x)) - 1 or not same_size(shape(x)[-1], 2 * value(size)):
             return None
-        return Component(strip_casts(x), node.args[1], HALF)
+        return Component(strip_casts(x), node.args[1], HALF, x)
     if is_call(node, aten.slice.Tensor):
         x = node.args[0]
         last = len(shape(x)) - 1
@@ -238,16 +252,16 @@ def component_of(node: Node) -> Component | None:
             start = argument(node, 2, "start", 0) or 0
             end = argument(node, 3, "end", None)
             reaches_end = end is None or end >= shape(x)[-1]
-            return Component(strip_casts(x), start, PAIR) if start in (0, 1) and reaches_end else None
+            return Component(strip_casts(x), start, PAIR, x) if start in (0, 1) and reaches_end else None
         parts = slice_range(node)
         half = shape(x)[-1] // 2
         if parts is None or shape(x)[-1] % 2:
             return None
         _, _, start, end = parts
         if start == 0 and end == half:
-            return Component(strip_casts(x), 0, HALF)
+            return Component(strip_casts(x), 0, HALF, x)
         if start == half and end is None:
-            return Component(strip_casts(x), 1, HALF)
+            return Component(strip_casts(x), 1, HALF, x)
     return None
 
 
