@@ -84,18 +84,18 @@ def cache_of_more_sequences(qkv, kc, vc, positions, mask):
     return cached(qkv, kc, vc, positions, mask)
 
 
-@snippet(lambda: (*step(), START + 3), grade=FULL, rotated=True)
+# ---- near misses ----
+
+
+@snippet(lambda: (*step(), START + 3), reason="not known to be within the prefix", rotated=False)
 def read_up_to_the_last_position(qkv, kc, vc, positions, mask, end):
-    """`input_pos_maxp1`"""
+    """`input_pos_maxp1`: that no position is beyond it is known to the caller alone."""
     cos, sin = (t.index_select(0, positions)[None] for t in build_rope_cache(LMAX, D, qkv))
     q, k, v = split(qkv)
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     k, v = store(kc, positions, k)[:, :, :end], store(vc, positions, v)[:, :, :end]
     mask = mask.index_select(2, positions)[..., :end]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
-# ---- near misses ----
 
 
 @snippet(

@@ -35,11 +35,6 @@ def decode():
     return step(1)
 
 
-def with_mask():
-    mask = torch.full((3, 3), -torch.inf).triu(1)
-    return *step(), torch.cat((torch.zeros(3, START), mask), dim=1)
-
-
 def rotate(x, freqs):
     pairs = torch.view_as_complex(wide(x).reshape(*x.shape[:-1], -1, 2))
     freqs = freqs.view(1, pairs.shape[1], 1, pairs.shape[-1])
@@ -114,8 +109,11 @@ def llama_decode(q, k, v, kc, vc, freqs, start):
     return attend(*append(q, k, v, kc, vc, freqs, start))
 
 
-@snippet(with_mask, grade=FULL, rotated=True)
-def llama_prompt(q, k, v, kc, vc, freqs, start, mask):
+@snippet(step, grade=FULL, rotated=True)
+def llama_prompt(q, k, v, kc, vc, freqs, start):
+    length = q.shape[1]
+    mask = torch.full((length, length), -torch.inf, device=q.device).triu(1)
+    mask = torch.hstack((torch.zeros((length, start), device=q.device), mask)).type_as(q)
     return attend(*append(q, k, v, kc, vc, freqs, start), mask)
 
 
@@ -168,19 +166,19 @@ def halves_as_complex_numbers(q, k, v, freqs):
     return attend(turn(q), turn(k), v)
 
 
-@snippet(step, reason="slots|prefix", rotated=None)
+@snippet(step, reason="ends before|not a write", rotated=None)
 def prefix_ends_before_the_new_tokens(q, k, v, kc, vc, freqs, start):
     q, keys, values = append(q, k, v, kc, vc, freqs, start)
     return attend(q, keys[:, :-1], values[:, :-1])
 
 
-@snippet(step, reason="prefix|not a write", rotated=None)
+@snippet(step, reason="not a write", rotated=None)
 def oldest_token_dropped(q, k, v, kc, vc, freqs, start):
     q, keys, values = append(q, k, v, kc, vc, freqs, start)
     return attend(q, keys[:, 1:], values[:, 1:])
 
 
-@snippet(step, reason="sequences|not a write", rotated=None)
+@snippet(step, reason="not a write", rotated=None)
 def other_sequences_than_the_written(q, k, v, kc, vc, freqs, start):
     q, _, _ = append(q, k, v, kc, vc, freqs, start)
     end = start + q.shape[1]
