@@ -99,7 +99,10 @@ def read_up_to_the_last_position(qkv, kc, vc, positions, mask, end):
 
 
 @snippet(
-    lambda: (*step(), torch.rand(LMAX, D), torch.rand(LMAX, D)), grade=APPEND, reason="not known to repeat", rotated=None
+    lambda: (*step(), torch.rand(LMAX, D), torch.rand(LMAX, D)),
+    grade=APPEND,
+    reason="not known to repeat",
+    rotated=None,
 )
 def tables_in_buffers(qkv, kc, vc, positions, mask, cos, sin):
     """Both halves of such a table are the same in litgpt, but only its buffers could tell, which may hold anything."""

@@ -42,18 +42,19 @@ def functional_with_padding(x, *w):
     return multihead(x, *w, need_weights=False, attn_mask=mask, key_padding_mask=ignored)[0]
 
 
-@snippet(sequence)
+@snippet(sequence, grade="", reason="its result is not viewed as")
 def weights_not_looked_at(x, *w):
+    """With weights to be returned, torch multiplies [B * H, L, D] that were never [B, H, L, D]."""
     return multihead(x, *w, need_weights=True)[0]
 
 
-@snippet(sequence)
+@snippet(sequence, grade="", reason="its result is not viewed as")
 def weights_not_looked_at_causal(x, *w):
     mask = torch.full((L, L), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
     return multihead(x, *w, need_weights=True, attn_mask=mask)[0]
 
 
-@snippet(sequence, grade="", reason="weights are used elsewhere")
+@snippet(sequence, grade="", reason="its result is not viewed as")
 def weights_returned(x, *w):
     return multihead(x, *w, need_weights=True)
 
@@ -70,6 +71,7 @@ def call(module, parameters, *args, **kwargs):
 
 ATTENTION = torch.nn.MultiheadAttention(C, H, batch_first=True).eval()
 LAYER = torch.nn.TransformerEncoderLayer(C, H, 2 * C, batch_first=True).eval()
+SLOW_LAYER = torch.nn.TransformerEncoderLayer(C, H, 2 * C, batch_first=True, activation=F.silu).eval()
 DECODER = torch.nn.TransformerDecoderLayer(C, H, 2 * C, batch_first=True).eval()
 
 
@@ -78,12 +80,12 @@ def module(x, *parameters):
     return call(ATTENTION, parameters, x, x, x, need_weights=False)[0]
 
 
-@snippet(of_module(ATTENTION))
+@snippet(of_module(ATTENTION), grade="", reason="its result is not viewed as")
 def module_weights_not_looked_at(x, *parameters):
     return call(ATTENTION, parameters, x, x, x)[0]
 
 
-@snippet(of_module(ATTENTION), grade="", reason="weights are used elsewhere")
+@snippet(of_module(ATTENTION), grade="", reason="its result is not viewed as")
 def module_weights_returned(x, *parameters):
     return call(ATTENTION, parameters, x, x, x)
 
@@ -93,15 +95,21 @@ def module_across(x, memory, *parameters):
     return call(ATTENTION, parameters, x, memory, memory, need_weights=False)[0]
 
 
-@snippet(of_module(LAYER))
+@snippet(of_module(LAYER), grade=None)
 def encoder_layer(x, *parameters):
+    """torch's fast path: the whole layer is one op, which is no site."""
     return call(LAYER, parameters, x)
 
 
-@snippet(of_module(LAYER))
+@snippet(of_module(SLOW_LAYER))
+def encoder_layer_without_fast_path(x, *parameters):
+    return call(SLOW_LAYER, parameters, x)
+
+
+@snippet(of_module(SLOW_LAYER))
 def encoder_layer_causal(x, *parameters):
     mask = torch.nn.Transformer.generate_square_subsequent_mask(L, x.device, x.dtype)
-    return call(LAYER, parameters, x, src_mask=mask, is_causal=True)
+    return call(SLOW_LAYER, parameters, x, src_mask=mask, is_causal=True)
 
 
 @snippet(of_module(DECODER, 2))

@@ -227,7 +227,9 @@ def check_in_place(write: CacheWrite) -> None:
     for user in cache.users:
         if is_call(user, aten.copy_.default) and user.args[0] is cache:
             stored = True
-        elif not _only_for(user, (write.node, write.into_rows)) and not is_call(user, aten.sym_size.int, aten.sym_stride.int):
+        elif not _only_for(user, (write.node, write.into_rows)) and not is_call(
+            user, aten.sym_size.int, aten.sym_stride.int
+        ):
             raise Declined(f"{user.name}: reads {cache.name} as it was before the write {write.node.name}")
     if cache.op in ("placeholder", "get_attr"):
         if not stored:
