@@ -32,15 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("tests", "sanitize", "bench")
-BENCHES = {
-    "single_decode": 120,
-    "single_prefill": 120,
-    "sampling": 120,
-    "models": 300,
-    "decline": 120,
-    "ops": 60,
-    "linear": 60,
-}
+BENCHES = {"single_decode": 120, "single_prefill": 120, "sampling": 120, "models": 300, "decline": 120, "ops": 60, "linear": 60}
 LIMITS = {"tests": 420, "sanitize": 240}
 SANITIZERS = {
     "memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
