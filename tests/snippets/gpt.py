@@ -75,7 +75,7 @@ def einsum_bf16(q, k, v, keep):
     return einsum_attention(q, k, v, keep, causal=False)
 
 
-@snippet(lambda: (*hidden(), torch.rand(B, L) > 0.2))
+@snippet(lambda: (*hidden(), torch.rand(B, L) > 0.2), grade="", reason="its result is not viewed as")
 def einsum_by_length(x, keep):
     """Heads where a projection leaves them."""
     q, k, v = (t.view(B, L, H, D) for t in x.chunk(3, dim=-1))
@@ -84,11 +84,25 @@ def einsum_by_length(x, keep):
     return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).reshape(B, L, C)
 
 
-@snippet(lambda: (torch.randn(B, H, L, D), torch.randn(B, L, D), torch.randn(B, L, D)), grade="", reason=".")
+@snippet(lambda: (torch.randn(B, H, L, D), torch.randn(B, L, D), torch.randn(B, L, D)), grade=None)
 def einsum_of_one_kv_head(q, k, v):
     """x-transformers' `one_kv_head`: heads are rows of one product."""
     scores = torch.einsum("b h i d, b j d -> b h i j", q, k) * D**-0.5
     return torch.einsum("b h i j, b j d -> b h i d", scores.softmax(-1), v)
+
+
+@snippet(lambda: qkv(q_len=D, kv_len=D))
+def einsum_of_keys_over_queries(q, k, v):
+    """As many queries as keys, and their roles exchanged: attention of the keys."""
+    scores = torch.einsum("bhid,bhjd->bhji", q, k) * 0.25
+    return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
+
+
+@snippet(lambda: qkv(q_len=D, kv_len=D), grade=None)
+def einsum_to_columns(q, k, v):
+    """As many queries as columns of a head, so that shapes tell nothing: the values are multiplied by the weights."""
+    weights = (torch.einsum("bhid,bhjd->bhij", q, k) * 0.25).softmax(-1)
+    return torch.einsum("bhij,bhjd->bhdi", weights, v)
 
 
 @snippet(qkv, grade="", reason="weights are used elsewhere")

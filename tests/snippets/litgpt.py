@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from . import FULL, snippet
 from .cache import APPEND, LMAX
-from .rope import ROPE, B, D, H, HKV, L, rotate_half
+from .rope import HKV, ROPE, B, D, H, L, rotate_half
 
 START = 4
 WIDTH = (H + 2 * HKV) * D

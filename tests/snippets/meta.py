@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from . import FULL, snippet
 from .eager import wide
-from .rope import ROPE, B, D, H, HKV, L, by_length
+from .rope import HKV, ROPE, B, D, H, L, by_length
 
 BMAX, LMAX, START = 3, 12, 4
 

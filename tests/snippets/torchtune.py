@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from . import FULL, snippet
 from .cache import LMAX
 from .eager import wide
-from .rope import ROPE, B, D, H, HKV, L, by_length
+from .rope import HKV, ROPE, B, D, H, L, by_length
 
 START = 4
 
