@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.metadata
 import json
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from inductor_capture import Capture, capture, compiled_for_capture
 from snippets import FULL
 from snippets import cache as cache_snippets
+from snippets import meta as llama
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache, run_and_get_code
@@ -296,6 +298,22 @@ def test_generated_code_copies_no_cache():
     assert code.count("torch.ops.fi.append_attention.default(") == 1
     body = code[code.index("torch.ops.fi.append_attention") :]
     assert "empty_strided_cpu((1, 2, 12, 16)" not in code and "copy_" not in body.split("def get_args")[0]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_generated_code_copies_no_cache_of_which_it_sees_a_part(dynamic):
+    torch._dynamo.reset()
+    inputs = llama.decode()
+    for tensor in inputs[:5]:
+        torch._dynamo.mark_static(tensor, 3)
+    expected = copy.deepcopy(inputs)
+    with torch.no_grad(), fi_ops.enabled():
+        result, (code, *_) = run_and_get_code(torch.compile(llama.llama_with_sdpa, dynamic=dynamic), *inputs)
+        reference = llama.llama_with_sdpa(*expected)
+    torch.testing.assert_close(result, reference)
+    torch.testing.assert_close(inputs[3:5], expected[3:5])
+    assert code.count("torch.ops.fi.rope_append_attention.default(") == 1
+    assert "copy_" not in code[code.index("torch.ops.fi") :].split("def get_args")[0]
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

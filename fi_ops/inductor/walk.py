@@ -229,6 +229,30 @@ def permutation(node: Node) -> tuple[Node, tuple[int, ...]] | None:
     return None
 
 
+def layout(node: Node) -> tuple[Node, tuple[int, ...]]:
+    """(x, dims): without the dimensions that were put in, as `einsum` does, `node` is `x.permute(dims)`."""
+    axes: list[int | None] = list(range(len(shape(node))))  # of the node that is looked at; None for those put in
+    while True:
+        node = strip(node)
+        found = permutation(node)
+        if found is not None:
+            node, axes = found[0], [None if a is None else found[1][a] for a in axes]
+        elif is_call(node, aten.unsqueeze.default):
+            new = dim_of(node, node.args[1])
+            node, axes = node.args[0], [None if a in (None, new) else a - (a > new) for a in axes]
+        else:
+            return node, tuple(a for a in axes if a is not None)
+
+
+def keeps_order(node: Node) -> bool:
+    """A permute that moves dimensions of size 1 only: a view."""
+    found = permutation(node)
+    if found is None:
+        return False
+    moved = [d for d in found[1] if not same_size(shape(found[0])[d], 1)]
+    return moved == sorted(moved)
+
+
 def same_value(a, b, depth: int = 12) -> bool:
     """Two nodes compute the same value: one node, or the same pure calls on the same values.
 

@@ -167,6 +167,8 @@ def _plan_append(plan: Plan, order: dict[Node, int]) -> None:
         raise Declined(f"{value_write.node.name}: key and value caches differ in layout")
     if key_write.cache is value_write.cache:
         raise Declined(f"{key_write.cache.name}: key and value are written to one cache")
+    if (key_write.into_rows is None) != (value_write.into_rows is None):
+        raise Declined(f"{value_write.node.name}: key and value caches have other numbers of sequences")
     if not same_positions(key_write, value_write):
         raise Declined(f"{value_write.node.name}: key and value are written at different positions")
     query_len, new_len = shape(plan.query)[2], shape(key_write.new)[2 if key_write.dims is None else 1]
@@ -302,14 +304,24 @@ def _apply_append(plan: Plan, options: dict, emitter: Emitter) -> list[Node]:
     rotates = plan.query_rope is not None
     op = torch.ops.fi.rope_append_attention.default if rotates else torch.ops.fi.append_attention.default
     mutated = {
-        "k_cache": (key_write.cache, key_write.cache_dims),
-        "v_cache": (value_write.cache, value_write.cache_dims),
+        name: (write.cache, write.cache_dims, _seen_of_cache(write, value_write, emitter))
+        for name, write in (("k_cache", key_write), ("v_cache", value_write))
     }
     result, new_key_cache, new_value_cache = emitter.mutating(op, mutated, **options)
     replace(plan.attention.node, result, emitter.fake_mode)
     _replace_write(key_write, new_key_cache, emitter)
     _replace_write(value_write, new_value_cache, emitter)
     return [plan.attention.node, key_write.node, value_write.node]
+
+
+def _seen_of_cache(write: CacheWrite, value_write: CacheWrite, emitter: Emitter) -> dict[int, object]:
+    """How many sequences and slots the op sees of a cache [B, Hkv, Lmax, D], where these are not all."""
+    seen = {}
+    if write.into_rows is not None:
+        seen[0] = emitter.size(value_write.new, 0)
+    if write.end is not None:
+        seen[2] = write.end
+    return seen
 
 
 def _emit_positions(write: CacheWrite, emitter: Emitter) -> Node:
@@ -372,6 +384,9 @@ def _emit_tables(rope: Rope, emitter: Emitter) -> dict:
     tables = {}
     for name, table in (("cos", rope.cos), ("sin", rope.sin)):
         table = emitter.representative(strip(table))
+        if value(table).is_complex():
+            parts = emitter.shared(aten.view_as_real.default, table)
+            table = emitter.shared(aten.select.int, parts, -1, ("cos", "sin").index(name))
         while len(shape(table)) < 4:
             table = emitter.shared(aten.unsqueeze.default, table, 0)
         if is_call(table, aten.unsqueeze.default) and dim_of(table, table.args[1]) == head_dim:

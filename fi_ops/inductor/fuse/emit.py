@@ -65,25 +65,28 @@ class Emitter:
     def item(self, node: Node, index: int) -> Node:
         return self.call(operator.getitem, node, index)
 
-    def mutating(self, op, mutated: dict[str, tuple[Node, tuple[int, ...] | None]], **kwargs) -> tuple[Node, ...]:
+    def mutating(self, op, mutated: dict[str, tuple[Node, tuple[int, ...] | None, dict]], **kwargs) -> tuple[Node, ...]:
         """A mutating op in functional form: (result, updated tensors...).
 
-        `mutated` has for each written argument the tensor, and the permutation through which the op sees it.
+        `mutated` has for each written argument the tensor, the permutation through which the op sees it, and the sizes by
+        dimension of that view which are smaller than the tensor's.
         """
         arguments = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
         arguments.update(kwargs)
-        for index, (name, (base, dims)) in enumerate(mutated.items()):
+        for index, (name, (base, dims, sizes)) in enumerate(mutated.items()):
             arguments[f"_{name}_base_index"] = index
-            if dims is not None:
+            if dims is not None or sizes:
                 base_value = value(base)
+                dims = dims or tuple(range(base_value.dim()))
                 arguments[f"_{name}_size"] = [
-                    self._number(base_value.shape[d], aten.sym_size.int, base, d) for d in dims
+                    sizes.get(i, self._number(base_value.shape[d], aten.sym_size.int, base, d))
+                    for i, d in enumerate(dims)
                 ]
                 arguments[f"_{name}_stride"] = [
                     self._number(base_value.stride(d), aten.sym_stride.int, base, d) for d in dims
                 ]
                 arguments[f"_{name}_storage_offset"] = base_value.storage_offset()
-        arguments["_all_bases"] = [base for base, _ in mutated.values()]
+        arguments["_all_bases"] = [base for base, _, _ in mutated.values()]
         call = self.call(torch.ops.higher_order.auto_functionalized_v2, op, **arguments)
         return tuple(self.item(call, i) for i in range(1 + len(mutated)))
 

@@ -5,6 +5,11 @@
 
 with cache [B, Hkv, Lmax, D], or the same on dim 1 of a cache [B, Lmax, Hkv, D]. In the functional graph the write's result is
 the cache from then on; where the cache is a graph input, a trailing `copy_` stores it there.
+
+A cache of more sequences and slots than there are (Meta's llama, litgpt) is written and read by a prefix of both:
+
+    slice_scatter(cache, write(cache[:batch], new), 0, 0, batch)                                      cache[:batch, ...] = new
+    updated[:batch, :end]                                              what is attended to; all that was written is within it
 """
 
 # The arguments of fx calls have no types that mypy could follow.
@@ -13,7 +18,7 @@ the cache from then on; where the cache is a graph input, a trailing `copy_` sto
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -35,6 +40,7 @@ from ..walk import (
     same_size,
     same_value,
     shape,
+    slice_range,
     strip,
     value,
 )
@@ -57,6 +63,10 @@ class CacheWrite:
     """The permutation that makes the write's result [B, Hkv, Lmax, D], if it is not so already."""
     through: tuple[int, ...] | None = None
     """The permutation of `cache` that is written to."""
+    into_rows: Node | None = None
+    """The write to the first sequences of `cache`, which `node` puts back; None where it is to all of them."""
+    end: object = None
+    """The slots that are attended to end here, if not with the cache."""
 
     @property
     def cache_dims(self) -> tuple[int, ...] | None:
@@ -73,11 +83,68 @@ def match_cache_write(node: Node, dims: tuple[int, ...] | None = None) -> CacheW
             write, dims = strip(found[0]), found[1]
     if dims not in (None, HEADS_FIRST):
         return None
+    write, ends = _whole(write, 2 if dims is None else 1)
+    rows = ends.pop(0, None)
+    found = _match_rows(write, rows, dims) if rows is not None else _match_write(write, dims)
+    if found is not None and ends:
+        (found.end,) = ends.values()
+        _check_end(found)
+    return found
+
+
+def _match_write(write: Node, dims: tuple[int, ...] | None) -> CacheWrite | None:
     if is_call(write, aten.index_put.default):
         return _match_index_put(write, dims)
     if is_call(write, aten.slice_scatter.default):
         return _match_slice_copy(write, dims)
     return None
+
+
+def _whole(node: Node, length_dim: int) -> tuple[Node, dict[int, object]]:
+    """(updated cache, where it ends): the tensor whose first sequences and slots `node` is."""
+    ends: dict[int, object] = {}
+    while True:
+        node = strip(node)
+        parts = slice_range(node)
+        if parts is None:
+            return node, ends
+        source, dim, start, end = parts
+        is_prefix = dim in (0, length_dim) and same_size(start, 0) and end is not None
+        if not is_prefix or not same_size(shape(node)[dim], end):
+            return node, ends
+        ends.setdefault(dim, end)  # the shortest of nested prefixes
+        node = source
+
+
+def _match_rows(outer: Node, rows, dims: tuple[int, ...] | None) -> CacheWrite | None:
+    """A write to the first `rows` sequences of a cache."""
+    if not is_call(outer, aten.slice_scatter.default):
+        return None
+    cache, inner = strip(outer.args[0]), strip(outer.args[1])
+    start, end = argument(outer, 3, "start", None), argument(outer, 4, "end", None)
+    if dim_of(cache, argument(outer, 2, "dim", 0)) != 0 or argument(outer, 5, "step", 1) != 1:
+        raise Declined(f"{outer.name}: all sequences are written, the first {value(rows)} are read")
+    write = _match_write(inner, dims)
+    if write is None:
+        return None
+    parts = slice_range(write.cache)
+    if write.through is not None or parts is None or parts[0] is not cache or parts[1] != 0 or parts[3] is None:
+        raise Declined(f"{inner.name}: writes to {write.cache.name}, not to the first sequences of {cache.name}")
+    starts_at_0 = same_size(parts[2], 0) and (start is None or same_size(start, 0))
+    if not starts_at_0 or end is None or not same_size(parts[3], end) or not same_size(rows, end):
+        raise Declined(f"{outer.name}: other sequences are written than read, the first {value(rows)}")
+    if list(inner.users) != [outer]:
+        raise Declined(f"{inner.name}: the written sequences are used before they are part of the cache")
+    return replace(write, node=outer, cache=cache, into_rows=inner)
+
+
+def _check_end(write: CacheWrite) -> None:
+    """All new tokens are among those attended to, so that the op finds their slots in what it sees of the cache."""
+    if write.positions is not None:
+        raise Declined(f"{write.positions.name}: positions are not known to be within the prefix {value(write.end)}")
+    length = shape(write.new)[2 if write.dims is None else 1]
+    if not at_least(write.end, value(write.start) + length):
+        raise Declined(f"{write.node.name}: the prefix {value(write.end)} ends before the slots that are written")
 
 
 def _match_slice_copy(write: Node, dims: tuple[int, ...] | None) -> CacheWrite:
@@ -160,7 +227,9 @@ def check_in_place(write: CacheWrite) -> None:
     for user in cache.users:
         if is_call(user, aten.copy_.default) and user.args[0] is cache:
             stored = True
-        elif not _only_for(user, write.node) and not is_call(user, aten.sym_size.int, aten.sym_stride.int):
+        elif not _only_for(user, (write.node, write.into_rows)) and not is_call(
+            user, aten.sym_size.int, aten.sym_stride.int
+        ):
             raise Declined(f"{user.name}: reads {cache.name} as it was before the write {write.node.name}")
     if cache.op in ("placeholder", "get_attr"):
         if not stored:
@@ -197,14 +266,14 @@ def start_of_one(positions: Node) -> Node | None:
     return None
 
 
-def _only_for(node: Node, write: Node) -> bool:
-    """The node is the write, or a view of the cache that only the write uses."""
-    if node is write or is_full_scatter(node):
+def _only_for(node: Node, writes: tuple) -> bool:
+    """The node is one of the writes, or a view of the cache that only they use."""
+    if node in writes or is_full_scatter(node):
         return True
     if is_call(node, aten.copy.default):  # `cache[...] = new` reads no more of the slice than its shape
-        return all(user is write for user in node.users)
+        return all(user in writes for user in node.users)
     is_view = is_call(node, aten.slice.Tensor) or permutation(node) is not None
-    return is_view and all(_only_for(user, write) for user in node.users)
+    return is_view and all(_only_for(user, writes) for user in node.users)
 
 
 def is_fresh(node: Node) -> bool:

@@ -29,6 +29,8 @@ from ..walk import (
     is_cast,
     is_scalar,
     is_tensor,
+    keeps_order,
+    layout,
     number,
     permutation,
     same_shape,
@@ -92,6 +94,10 @@ def _batched_operand(node: Node, through: Callable[[Node], Node] = strip) -> Nod
     if not is_call(node, *VIEWS):
         return node
     source = through(node.args[0])
+    if len(shape(source)) == 5:  # einsum
+        source, dims = layout(source)
+        if dims != (0, 1, 2, 3):
+            return None
     if len(shape(source)) != 4 or len(shape(node)) != 3:
         return None
     batch = shape(source)[0] * shape(source)[1]
@@ -105,10 +111,24 @@ def _query_and_key(product: Node, through: Callable[[Node], Node]) -> tuple[Node
     if found is not None and found[1] == (0, 2, 1):
         return query, _batched_operand(found[0], through), False
     key = _batched_operand(product.args[-1], through)
+    if key is None:
+        return query, _einsum_key(product.args[-1], through), False
     found = permutation(key) if key is not None else None
     if found is not None and found[1] == (0, 1, 3, 2):
         return query, through(found[0]), False
     return query, key, True
+
+
+def _einsum_key(node: Node, through: Callable[[Node], Node]) -> Node | None:
+    """K [B, H, S, D] of an operand [B * H, D, S] as `einsum` makes it."""
+    node = through(node)
+    if not is_call(node, *VIEWS) or len(shape(through(node.args[0]))) != 5:
+        return None
+    source, dims = layout(through(node.args[0]))
+    if dims != (0, 1, 3, 2):
+        return None
+    batch, heads, length, dim = shape(source)
+    return through(source) if same_shape(shape(node), (batch * heads, dim, length)) else None
 
 
 def _narrow(node: Node) -> Node:
@@ -123,7 +143,7 @@ def _single_view(node: Node) -> Node | None:
     """The only use of a product [B * H, L, D]: a view of it with four dimensions."""
     while len(node.users) == 1:
         (user,) = node.users
-        if not is_call(user, *VIEWS):
+        if not is_call(user, *VIEWS) and not keeps_order(user):
             break
         if len(shape(user)) == 4:
             return user
@@ -194,7 +214,7 @@ def _match_logits(attention: Attention, scores: Node) -> Node:
     for _ in range(REACH):
         scores = strip_casts(scores)
         if is_call(scores, *VIEWS) and _keeps_rows(scores):
-            scores = scores.args[0]
+            scores = _before_views(scores)
             continue
         masked = _take_mask(scores)
         if masked is not None:
@@ -238,8 +258,16 @@ def _below(attention: Attention, scale: Scale, mask: Mask) -> Mask:
 
 def _keeps_rows(view: Node) -> bool:
     """A view from [B, H, L, S] to [B * H, L, S] or back."""
-    before, after = shape(view.args[0]), shape(view)
+    before, after = shape(_before_views(view)), shape(view)
     return {len(before), len(after)} == {3, 4} and same_shape(before[-2:], after[-2:])
+
+
+def _before_views(view: Node) -> Node:
+    """What was viewed; through views with dimensions of size 1 put in, which `einsum` moves about."""
+    node = view.args[0]
+    while len(shape(node)) > 4 and (is_call(node, *VIEWS) or keeps_order(node)):
+        node = node.args[0]
+    return node
 
 
 def _merges_heads(mask: Node) -> bool:
@@ -289,7 +317,7 @@ def _is_scores(node: object) -> bool:
         node, looked_at = strip_casts(node), looked_at + 1
         if is_call(node, *PRODUCTS):
             return True
-        if is_call(node, *_ON_THE_WAY):
+        if is_call(node, *_ON_THE_WAY) or keeps_order(node):
             pending.extend(node.args[:3])
     return False
 

@@ -5,6 +5,7 @@ in interleaved (GPT-J) order), both spellings become `Rope(x, cos, sin, interlea
 
     join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)        cos, sin of half the rotary width (gpt-fast, GPT-OSS)
     x * cos + join(-x2, x1) * sin                         cos, sin of the full width (Hugging Face)
+    (x1 + i x2) * (cos + i sin)                           as complex numbers (Meta's llama)
 
 In the second, an op that reads half of cos and sin is right only if the other half repeats it: that is proven from how
 they were made, never assumed. `cat(rope(x[..., :r]), x[..., r:])` is RoPE on part of the head.
@@ -55,7 +56,7 @@ class Rope:
     """What was rotated, with the dimensions of `node`."""
     cos: Node
     sin: Node
-    """Broadcast to x; last dimension R or 2R."""
+    """Broadcast to x; last dimension R or 2R. Where they are one complex tensor, its real and its imaginary part."""
     interleaved: bool
     rotary_dim: int
     """How much of the head is rotated."""
@@ -87,7 +88,7 @@ def match_rope(node: Node, dims: tuple[int, ...] | None = None) -> Rope | None:
         return None
     if len(shape(top)) != 4:
         return None
-    parts = _match_partial(top) or _match_explicit(top) or _match_rotated(top)
+    parts = _match_partial(top) or _match_whole(top)
     if parts is None:
         return None
     x, cos, sin, order, rotary_dim = parts
@@ -114,12 +115,16 @@ def _in_dtype(x: Node, dtype: torch.dtype) -> Node:
     return x
 
 
+def _match_whole(top: Node):
+    return _match_explicit(top) or _match_rotated(top) or _match_complex(top)
+
+
 def _match_partial(top: Node):
     """RoPE on the first part of the head; the rest passes through."""
     if not is_call(top, aten.cat.default) or len(top.args[0]) != 2 or not _over_last(top):
         return None
     first, rest = (strip_casts(n) for n in top.args[0])
-    parts = _match_explicit(first) or _match_rotated(first)
+    parts = _match_whole(first)
     if parts is None:
         return None
     x, cos, sin, order, rotary_dim = parts
@@ -185,6 +190,38 @@ def _match_rotated(top: Node):
                     return straight_x, cos, sin, order, shape(x)[-1]
             raise Declined(f"{straight.name}: does not multiply {x.name}, which {turned.name} rotates")
     return None
+
+
+def _match_complex(top: Node):
+    """view_as_real(view_as_complex(pairs of x) * frequencies), where the real part is the first of a pair"""
+    if not is_call(top, *VIEWS):
+        return None
+    turned = strip_casts(top.args[0])
+    if not is_call(turned, aten.view_as_real.default) or not _splits_last(turned, top):
+        return None
+    product = strip(turned.args[0])
+    if not is_call(product, aten.mul.Tensor):
+        return None
+    for factor, frequencies in commuted(product):
+        factor = strip(factor)
+        if not is_call(factor, aten.view_as_complex.default) or not is_tensor(frequencies):
+            continue
+        pairs = strip_casts(factor.args[0])
+        if not is_call(pairs, *VIEWS) or not _splits_last(pairs, top):
+            continue
+        x = strip_casts(pairs.args[0])
+        if not _splits_last(pairs, x):
+            continue
+        if value(strip(frequencies)).is_conj():
+            raise Declined(f"{frequencies.name}: is the conjugate of a tensor, not a tensor")
+        return x, frequencies, frequencies, PAIR, shape(x)[-1]
+    return None
+
+
+def _splits_last(pairs: Node, x: Node) -> bool:
+    """`pairs` [..., R, 2] has the elements of x [..., 2 R]."""
+    split, whole = shape(pairs), shape(x)
+    return len(split) == len(whole) + 1 and same_size(split[-1], 2) and same_shape(split[:-2], whole[:-1])
 
 
 def _rotation(node) -> tuple[Node, str] | None:
@@ -368,7 +405,7 @@ def _check_tables(rope: Rope) -> None:
     length_dim, head_dim = (2, 1) if rope.dims is None else (1, 2)
     x, cos, sin = value(rope.x), value(rope.cos), value(rope.sin)
     for table, tensor in ((rope.cos, cos), (rope.sin, sin)):
-        if tensor.dim() > 4 or tensor.dtype not in (value(rope.x).dtype, torch.float32):
+        if tensor.dim() > 4 or tensor.dtype not in (value(rope.x).dtype, torch.float32, torch.complex64):
             raise Declined(f"{table.name}: cos or sin is {tensor.dtype} with {tensor.dim()} dimensions")
         padded = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
         if not same_size(padded[head_dim], 1):
