@@ -20,6 +20,7 @@ from .fuse.flex import FlexMasks
 from .fuse.linear import rewrite_linears
 from .fuse.sampling import rewrite_samplers
 from .normalize.attention import Attention, from_anchor
+from .normalize.cache_update import inputs_sharing_storage
 from .normalize.eager import match_eager
 from .normalize.flex import FLEX, match_flex
 from .sites import GraphReport, Site, attempt, publish, take_set_aside
@@ -54,6 +55,7 @@ def _has_tensors(graph: Graph) -> bool:
 
 def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
+    sharing = inputs_sharing_storage(graph)
     flex_masks = FlexMasks(emitter)
     for node in order:
         if node._erased or not is_call(node, anchors.SDPA, aten.bmm.default, FLEX):
@@ -64,7 +66,7 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> N
             attention = flex.attention if flex is not None else _match(node)
             if attention is None:
                 continue
-            plan = plan_attention(attention, order)
+            plan = plan_attention(attention, order, sharing)
             check_worth(node.name, plan.facts)
             if flex is not None:
                 flex_masks.make(plan, flex)

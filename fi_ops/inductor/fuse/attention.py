@@ -110,8 +110,11 @@ def permuted(tensor, dims: tuple[int, ...] | None):
     return tensor if dims is None else tensor.permute(dims)
 
 
-def plan_attention(attention: Attention, order: dict[Node, int]) -> Plan:
-    """The highest grade this attention reaches; raises `Declined` where not even attention alone can be taken."""
+def plan_attention(attention: Attention, order: dict[Node, int], sharing: Collection[Node] = ()) -> Plan:
+    """The highest grade this attention reaches; raises `Declined` where not even attention alone can be taken.
+
+    `order`: the place of each node in the graph; `sharing`: the inputs that share a storage (`inputs_sharing_storage`).
+    """
     if attention.key_transposed:
         key, key_dims = strip(attention.key), KEY_TRANSPOSE
     else:
@@ -133,7 +136,7 @@ def plan_attention(attention: Attention, order: dict[Node, int]) -> Plan:
     if attention.sinks is not None:
         plan.pieces.append("sinks")
     try:
-        _plan_append(plan, order)
+        _plan_append(plan, order, sharing)
     except Declined as declined:
         plan.append_reason = str(declined)
     try:
@@ -151,7 +154,7 @@ def plan_attention(attention: Attention, order: dict[Node, int]) -> Plan:
     return plan
 
 
-def _plan_append(plan: Plan, order: dict[Node, int]) -> None:
+def _plan_append(plan: Plan, order: dict[Node, int], sharing: Collection[Node]) -> None:
     """Find the cache writes whose results key and value are, and see that the op can do them."""
     attention = plan.attention
     key_write = match_cache_write(plan.key, plan.key_dims)
@@ -177,9 +180,11 @@ def _plan_append(plan: Plan, order: dict[Node, int]) -> None:
     kept = {plan.query, key_write.new, value_write.new, key_write.positions, *attention.operands}
     replaced = exclusive_to(attention.node, keep=kept)
     for write in (key_write, value_write):
-        check_in_place(write)
+        check_in_place(write, sharing)
         whole = updated_caches(write)
         for user in [*write.node.users, *(u for node in whole for u in node.users)]:
+            if is_call(user, aten.clone.default) and all(u in whole for u in user.users):
+                continue
             if user not in replaced and user not in whole and order.get(user, -1) < order[attention.node]:
                 raise Declined(f"{user.name}: reads the updated cache before the attention does")
         if value(write.new).dtype != value(write.cache).dtype:
@@ -193,11 +198,13 @@ def _plan_append(plan: Plan, order: dict[Node, int]) -> None:
 
 def updated_caches(write: CacheWrite) -> list[Node]:
     """The nodes besides the write that are the whole updated cache in its own layout: where the write goes through a
-    transpose or through whole slices of the cache, its result is transposed or scattered back."""
+    transpose or through whole slices of the cache, its result is transposed (`index_copy_`: cloned first) or scattered back."""
     found = []
     for user in write.node.users:
-        if write.through is not None and permutation(user) == (write.node, write.through):
-            found.append(user)
+        for node in user.users if is_call(user, aten.clone.default) else (user,):
+            back = permutation(node)
+            if write.through is not None and back is not None and back[1] == write.through:
+                found.append(node)
     pending = [write.node] if write.through is None else list(found)
     while pending:
         node = pending.pop()

@@ -18,11 +18,12 @@ A cache of more sequences and slots than there are (Meta's llama, litgpt) is wri
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from ..sites import Declined
 from ..walk import (
@@ -220,9 +221,26 @@ def with_leading_ones(node: Node, expected: list) -> Node:
     return node
 
 
-def check_in_place(write: CacheWrite) -> None:
-    """The write may happen in the cache itself: it does in the program, and nobody looks at the cache as it was."""
+def inputs_sharing_storage(graph: Graph) -> set[Node]:
+    """The graph's inputs that lie in one storage with another: keys and values, or layers, cut out of one tensor."""
+    by_storage: dict[int, list[Node]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        if is_tensor(node) and value(node).layout is torch.strided:
+            by_storage.setdefault(value(node).untyped_storage()._cdata, []).append(node)
+    return {node for nodes in by_storage.values() if len(nodes) > 1 for node in nodes}
+
+
+def check_in_place(write: CacheWrite, sharing: Collection[Node]) -> None:
+    """The write may happen in the cache itself: it does in the program, and nobody looks at the cache as it was.
+
+    `sharing`: `inputs_sharing_storage`. Inductor does not see that such inputs do not overlap. It would hand an op that writes
+    to one a copy of the whole storage, which the writes that it generates itself need not.
+    """
     cache = write.cache
+    if cache in sharing:
+        raise Declined(
+            f"{cache.name}: the cache shares its storage with another input, so that the op would be given a copy"
+        )
     stored = False
     for user in cache.users:
         if is_call(user, aten.copy_.default) and user.args[0] is cache:
