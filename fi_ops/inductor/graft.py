@@ -19,7 +19,8 @@ def graft(graph: Graph, before: Node, traced: GraphModule, inputs: Sequence[Node
     Symbolic sizes are taken from the nodes in front of `before` that compute them, as AOTAutograd would.
     """
     substitution = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    sizes = _known_sizes(before)
+    needs_sizes = any(_expression(inner) is not None for inner in traced.graph.nodes if inner.op == "call_function")
+    sizes = _known_sizes(before) if needs_sizes else {}
     copies: list[Node] = []
     with graph.inserting_before(before):
         for inner in traced.graph.nodes:

@@ -40,9 +40,9 @@ def calls_sdpa_inside(node: Node) -> bool:
     return is_call(node, F.multi_head_attention_forward) and argument(node, 15, "need_weights", True) is False
 
 
-def check_pinnable(graph: Graph, node: Node) -> None:
+def check_pinnable(node: Node, has_autocast_region: bool) -> None:
     """Refuse what has no rewrite, or what an anchor would change: gradients, dropout, autocast, odd tensors."""
-    _check_result(graph, node, _example(node))
+    _check_result(has_autocast_region, node, _example(node))
     arguments = anchors.sdpa_arguments(node)
     unknown = arguments.keys() - set(anchors.SDPA_ARGUMENTS)
     if unknown:
@@ -58,7 +58,7 @@ def check_pinnable(graph: Graph, node: Node) -> None:
         raise Declined(f"{node.name}: dropout_p is {dropout}")
 
 
-def _check_result(graph: Graph, node: Node, result: object) -> None:
+def _check_result(has_autocast_region: bool, node: Node, result: object) -> None:
     if not isinstance(result, torch.Tensor):
         raise Declined(f"{node.name}: torch recorded no example value for it")
     if type(result) is not torch._subclasses.FakeTensor:
@@ -67,7 +67,7 @@ def _check_result(graph: Graph, node: Node, result: object) -> None:
         raise Declined(f"{node.name}: needs gradients; compile under torch.no_grad() or torch.inference_mode()")
     if not has_kernels(result.device):
         raise Declined(f"{node.name}: no kernels for device {result.device.type}")
-    if torch.is_autocast_enabled(result.device.type) or _has_autocast_region(graph):
+    if torch.is_autocast_enabled(result.device.type) or has_autocast_region:
         raise Declined(f"{node.name}: under autocast")
 
 
@@ -95,15 +95,16 @@ def _has_autocast_region(graph: Graph) -> bool:
 
 def pin(graph: Graph) -> None:
     """Replace every SDPA call that a rewrite could take by an anchor; report the others."""
+    has_autocast_region = _has_autocast_region(graph)
     for node in list(graph.nodes):
         is_closed = calls_sdpa_inside(node)
         if not is_sdpa_call(node) and not is_closed:
             continue
         try:
             if is_closed:
-                _check_result(graph, node, (_example(node) or (None,))[0])
+                _check_result(has_autocast_region, node, (_example(node) or (None,))[0])
             else:
-                check_pinnable(graph, node)
+                check_pinnable(node, has_autocast_region)
         except Declined as declined:
             set_aside(Site("attention", node.name, source_line(node), reason=str(declined)))
             continue
