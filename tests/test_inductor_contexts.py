@@ -319,6 +319,12 @@ def qkv():
     return tuple(torch.randn(1, 2, LENGTH, 16, generator=generator) for _ in range(3))
 
 
+@pytest.mark.xfail(
+    reason="the first run of a compiled graph with an op of ours refuses inputs that are torch-function subclasses "
+    "(torch's _AnalyzeCustomOpInputOutputMode): such graphs are to be left alone",
+    raises=TypeError,
+    strict=True,
+)
 @pytest.mark.parametrize("kind", [Tagged, Doubling])
 def test_torch_function_subclass(kind):
     q, k, v = qkv()
