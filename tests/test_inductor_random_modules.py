@@ -7,7 +7,7 @@ with the graph's real kernels, and compared with eager in float64 by the error b
 call. A wrong answer or a crash is not acceptable, a decline is; what is declined is, node for node, what stock torch compiles.
 That many are rewritten is asked for too.
 
-    FI_OPS_RANDOM_MODULES=4000 pytest tests/test_inductor_random_modules.py -n 4       as many cases as wanted (default 160)
+    FI_OPS_RANDOM_MODULES=4000 pytest tests/test_inductor_random_modules.py -n 4       as many cases as wanted (default 100)
     FI_OPS_RANDOM_MODULES_SEED=12345 FI_OPS_RANDOM_MODULES=1 pytest ...                one case again: its seed is in the failure
 """
 
@@ -28,9 +28,9 @@ from torch import nn
 from fi_ops.testing import assert_within_budget
 
 H, D, LMAX, RING, WINDOW = 4, 16, 12, 7, 4
-CASES = int(os.environ.get("FI_OPS_RANDOM_MODULES", "160"))
+CASES = int(os.environ.get("FI_OPS_RANDOM_MODULES", "100"))
 FIRST = int(os.environ.get("FI_OPS_RANDOM_MODULES_SEED", "0"))
-BLOCK = 20
+BLOCK = 50
 LENGTHS = ((1, 1), (1, 1, 1), (3, 1), (2, 2), (4, 1, 1), (3, 2))
 
 
@@ -363,7 +363,7 @@ def features_of(seed: int) -> Features:
         gqa = "equal"
     elif attention != "sdpa" and gqa == "enable_gqa":
         gqa = "interleave"
-    stored = choose.choice(["apart", "apart", *STORED])
+    stored = choose.choice([*["apart"] * 4, *STORED])
     # With symbolic sizes, torch 2.13 itself is wrong about two arguments that interleave in memory: its AOTAutograd makes one
     # tensor of them, of strides `mul(a, b, c)`.
     dynamic = choose.random() < 0.25 and stored != "interleaved"
@@ -567,4 +567,5 @@ def test_right_whether_rewritten_or_not(first):
     cases = range(first, min(first + BLOCK, FIRST + CASES))
     grades = [check(seed) for seed in cases]
     if len(cases) == BLOCK:  # a single case may be declined
-        assert sum(map(bool, grades)) >= BLOCK // 2
+        assert sum(map(bool, grades)) >= 0.6 * BLOCK, grades
+        assert any("append" in grade for found in grades for grade in found), grades
