@@ -249,11 +249,11 @@ def check_in_place(write: CacheWrite, sharing: Collection[Node]) -> None:
             user, aten.sym_size.int, aten.sym_stride.int
         ):
             raise Declined(f"{user.name}: reads {cache.name} as it was before the write {write.node.name}")
+    if not isinstance(value(cache).storage_offset(), int):
+        raise Declined(f"{cache.name}: the cache starts at a symbolic offset")
     if cache.op in ("placeholder", "get_attr"):
         if not stored:
             raise Declined(f"{cache.name}: the updated cache {write.node.name} is not stored back into it")
-    elif not isinstance(value(cache).storage_offset(), int):
-        raise Declined(f"{cache.name}: the cache starts at a symbolic offset")
     elif not is_fresh(cache):
         raise Declined(f"{cache.name}: the cache is {cache.target}, neither a graph input nor made in the graph")
 
