@@ -37,7 +37,7 @@ def install(version: str) -> str | None:
         ["--no-build-isolation", "--no-deps", "-e", str(ROOT)],
         [f"torch=={version}", *NEEDED],
     ):
-        done = subprocess.run([*pip, *wanted], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([*pip, *wanted], capture_output=True, text=True)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
             return (errors or done.stderr.splitlines() or ["pip failed"])[-1]
