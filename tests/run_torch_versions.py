@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 VERSIONS = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
@@ -29,7 +29,7 @@ def install(version: str) -> str | None:
     if ready.exists() and ready.read_text() == text:
         return None
     print(f"fi_ops: installing torch {version} into {folder.relative_to(ROOT)} ...", flush=True)
-    venv.create(folder, with_pip=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     constraints.write_text(text)
     pip = [python(version), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(constraints)]
     for wanted in (
@@ -77,7 +77,7 @@ def main() -> int:
             lines.append(f"torch {version}: not installed ({error})")
         else:
             print(f"fi_ops: torch {version}", flush=True)
-            passed, said = test(version, args.pytest_args.split())
+            passed, said = test(version, shlex.split(args.pytest_args))
             failed |= not passed
             lines.append(f"torch {version}: {'passed' if passed else 'FAILED'} ({said})")
     print("\n".join(["", *lines]))
