@@ -1,16 +1,17 @@
 # Every target sets up what it needs: a virtual environment, the dependencies, the native library.
 # PYTHON chooses the interpreter, VENV the environment's folder, PYTEST_ARGS what pytest gets, DEVICE whose library is built,
-# SUITE_ARGS what the GPU suite gets, JOBS how many models the zoo runs at a time.
+# SUITE_ARGS what the GPU suite gets, JOBS how many models the zoo runs at a time, TORCH which releases of torch the matrix runs.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEVICE ?= cpu
 SUITE_ARGS ?=
 JOBS ?= 2
+TORCH ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-gpu bench build lint format asan docs zoo clean
+.PHONY: demo test test-gpu test-matrix bench build lint format asan docs zoo clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +38,9 @@ test-gpu: $(VENV)/.ready     ## on a machine with a GPU: its tests, memcheck and
 	$(PY) -m fi_ops.build --device all
 	$(PY) bench/gpu_suite.py --stages tests,sanitize $(SUITE_ARGS)
 
+test-matrix:                 ## the rewrite tests and the op sweep under torch 2.11 to 2.15 (or TORCH="2.11.0 2.15.0"), each in its own .venvs/
+	$(PYTHON) tests/run_torch_versions.py $(TORCH) --pytest-args="$(PYTEST_ARGS)"
+
 lint: $(VENV)/.lint-ready    ## ruff, types, C++ format
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -60,4 +64,4 @@ zoo: build                   ## run the whole model zoo (about half an hour): te
 	PYTHONPATH=tests $(PY) -m zoo.table --run --jobs $(JOBS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venvs build dist *.egg-info

@@ -111,10 +111,18 @@ def call_target(node: torch.fx.Node):
     return node.target
 
 
-def graph_text(graph: torch.fx.Graph) -> str:
+def graph_text(graph: torch.fx.Graph, *, inputs_by_use: bool = False) -> str:
     """The graph with names by position: the same text whatever torch calls its nodes. Constants nobody reads are left out
-    (some releases of torch remove them earlier)."""
+    (some releases of torch remove them earlier). `inputs_by_use`: tensors that come in stand in the order of their first use,
+    after sizes and what nobody reads (releases of torch differ in the order)."""
     nodes = [node for node in graph.nodes if node.op != "get_attr" or node.users]
+    if inputs_by_use:
+        used = [node for user in nodes for node in user.all_input_nodes]
+        place = {node: i for i, node in reversed(list(enumerate(used)))}
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        is_tensor = {node: isinstance(node.meta.get("val"), torch.Tensor) for node in inputs}
+        inputs.sort(key=lambda node: place.get(node, -1) if is_tensor[node] else -1)
+        nodes = inputs + [node for node in nodes if node.op != "placeholder"]
     names = {node: f"%{i}" for i, node in enumerate(nodes)}
     lines = []
     for node in nodes:

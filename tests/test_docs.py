@@ -26,6 +26,6 @@ def test_bindings_serve_every_device():
 def test_no_hand_written_file_is_long():
     """Hand-written files stay under about 600 lines."""
     files = [p for ext in ("py", "h", "cpp", "cu", "cuh") for p in ROOT.glob(f"*/**/*.{ext}")]
-    own = [p for p in files if not {".venv", "build", ".git"} & set(p.relative_to(ROOT).parts)]
+    own = [p for p in files if not {".venv", ".venvs", "build", ".git"} & set(p.relative_to(ROOT).parts)]
     long = {str(p.relative_to(ROOT)): n for p in own if (n := len(p.read_text().splitlines())) > 620}
     assert not long, f"split these: {long}"

@@ -13,10 +13,6 @@ from inductor_capture import capture, graph_text
 from snippets import cache, eager, samplers, sdpa
 from snippets.rope import gpt_fast_rotate
 
-pytestmark = pytest.mark.skipif(
-    torch.__version__[:4] != "2.13", reason="graphs as torch 2.13, the version CI runs, traces them"
-)
-
 
 def gpt_fast_layer(q, k, v, k_cache, v_cache, freqs_cis, positions, mask):
     """Attention of one layer: q, k, v `[B, L, H, D]`, caches `[B, Hkv, Lmax, D]`."""
@@ -44,19 +40,19 @@ def huggingface_rope(q, k, v, angles):
 
 class TestGraphs(expecttest.TestCase):
     def graph(self, fn, *inputs, **options) -> str:
-        return graph_text(capture(fn, *inputs, **options).graphs[0]) + "\n"
+        return graph_text(capture(fn, *inputs, **options).graphs[0], inputs_by_use=True) + "\n"
 
     def test_sdpa_bool_mask(self):
         self.assertExpectedInline(
             self.graph(sdpa.bool_mask, *sdpa.masked()),
             """\
-%0 = input float32[2, 4, 6, 16]
+%0 = input bool[6, 6]
 %1 = input float32[2, 4, 6, 16]
 %2 = input float32[2, 4, 6, 16]
-%3 = input bool[6, 6]
-%4 = aten.unsqueeze(%3, 0)
+%3 = input float32[2, 4, 6, 16]
+%4 = aten.unsqueeze(%0, 0)
 %5 = aten.unsqueeze(%4, 0)
-%6 = fi.attention(%0, %1, %2, %5)
+%6 = fi.attention(%1, %2, %3, %5)
 return [%6]
 """,
         )
@@ -93,10 +89,10 @@ return [%7]
         self.assertExpectedInline(
             self.graph(sdpa.repeat_kv_expand_reshape, *sdpa.grouped()),
             """\
-%0 = input float32[2, 2, 6, 16]
+%0 = input float32[2, 4, 6, 16]
 %1 = input float32[2, 2, 6, 16]
-%2 = input float32[2, 4, 6, 16]
-%3 = fi.attention(%2, %0, %1, None)
+%2 = input float32[2, 2, 6, 16]
+%3 = fi.attention(%0, %1, %2, None)
 return [%3]
 """,
         )
@@ -107,9 +103,9 @@ return [%3]
             """\
 %0 = input float32[2, 4, 6, 16]
 %1 = input float32[2, 4, 6, 16]
-%2 = input float32[2, 1, 6, 6]
-%3 = input float32[2, 4, 6, 16]
-%4 = fi.attention(%1, %0, %3, %2, scale=0.25)
+%2 = input float32[2, 4, 6, 16]
+%3 = input float32[2, 1, 6, 6]
+%4 = fi.attention(%0, %1, %2, %3, scale=0.25)
 %5 = aten.permute(%4, [0, 2, 1, 3])
 return [%5]
 """,
@@ -119,13 +115,13 @@ return [%5]
         self.assertExpectedInline(
             self.graph(eager.masked_fill, *sdpa.masked()),
             """\
-%0 = input float32[2, 4, 6, 16]
+%0 = input bool[6, 6]
 %1 = input float32[2, 4, 6, 16]
-%2 = input bool[6, 6]
+%2 = input float32[2, 4, 6, 16]
 %3 = input float32[2, 4, 6, 16]
-%4 = aten.unsqueeze(%2, 0)
+%4 = aten.unsqueeze(%0, 0)
 %5 = aten.unsqueeze(%4, 0)
-%6 = fi.attention(%1, %0, %3, %5, scale=0.25)
+%6 = fi.attention(%1, %2, %3, %5, scale=0.25)
 return [%6]
 """,
         )
@@ -134,19 +130,19 @@ return [%6]
         self.assertExpectedInline(
             self.graph(cache.index_copy, *cache.decode()),
             """\
-%0 = input float32[2, 2, 12, 16]
-%1 = input int64[1]
+%0 = input bool[1, 1, 1, 12]
+%1 = input float32[2, 4, 1, 16]
 %2 = input float32[2, 2, 1, 16]
-%3 = input float32[2, 2, 12, 16]
-%4 = input float32[2, 2, 1, 16]
-%5 = input float32[2, 4, 1, 16]
-%6 = input bool[1, 1, 1, 12]
-%7 = auto_functionalized_v2(fi.append_attention, mask=%6, causal=False, window_left=-1, logits_soft_cap=0, query=%5, key=%2, value=%4, positions=%1, _k_cache_base_index=0, _v_cache_base_index=1, _all_bases=[%0, %3])
+%3 = input float32[2, 2, 1, 16]
+%4 = input int64[1]
+%5 = input float32[2, 2, 12, 16]
+%6 = input float32[2, 2, 12, 16]
+%7 = auto_functionalized_v2(fi.append_attention, mask=%0, causal=False, window_left=-1, logits_soft_cap=0, query=%1, key=%2, value=%3, positions=%4, _k_cache_base_index=0, _v_cache_base_index=1, _all_bases=[%5, %6])
 %8 = getitem(%7, 0)
 %9 = getitem(%7, 1)
 %10 = getitem(%7, 2)
-%11 = aten.copy_(%0, %9)
-%12 = aten.copy_(%3, %10)
+%11 = aten.copy_(%5, %9)
+%12 = aten.copy_(%6, %10)
 return [%8]
 """,
         )
@@ -156,28 +152,28 @@ return [%8]
         self.assertExpectedInline(
             self.graph(cache.counting_cache, *cache.counted(1)),
             """\
-%0 = input float32[2, 4, 1, 16]
-%1 = input int64[]
-%2 = input float32[2, 2, 12, 16]
+%0 = input int64[]
+%1 = input float32[2, 4, 1, 16]
+%2 = input float32[2, 2, 1, 16]
 %3 = input float32[2, 2, 1, 16]
 %4 = input float32[2, 2, 12, 16]
-%5 = input float32[2, 2, 1, 16]
+%5 = input float32[2, 2, 12, 16]
 %6 = prims.iota(1, start=0, step=1, dtype=int64, device=cpu, requires_grad=False)
-%7 = aten.add.Tensor(%6, %1)
+%7 = aten.add.Tensor(%6, %0)
 %8 = prims.iota(12, start=0, step=1, dtype=int64, device=cpu, requires_grad=False)
 %9 = aten.unsqueeze(%7, 1)
 %10 = aten.le.Tensor(%8, %9)
 %11 = aten.unsqueeze(%10, 0)
 %12 = aten.unsqueeze(%11, 0)
-%13 = aten.view(%1, [1])
-%14 = auto_functionalized_v2(fi.append_attention, mask=%12, causal=False, window_left=-1, logits_soft_cap=0, query=%0, key=%3, value=%5, positions=%13, _k_cache_base_index=0, _v_cache_base_index=1, _all_bases=[%2, %4])
+%13 = aten.view(%0, [1])
+%14 = auto_functionalized_v2(fi.append_attention, mask=%12, causal=False, window_left=-1, logits_soft_cap=0, query=%1, key=%2, value=%3, positions=%13, _k_cache_base_index=0, _v_cache_base_index=1, _all_bases=[%4, %5])
 %15 = getitem(%14, 0)
 %16 = getitem(%14, 1)
 %17 = getitem(%14, 2)
-%18 = aten.add.Tensor(%1, 1)
-%19 = aten.copy_(%1, %18)
-%20 = aten.copy_(%2, %16)
-%21 = aten.copy_(%4, %17)
+%18 = aten.add.Tensor(%0, 1)
+%19 = aten.copy_(%0, %18)
+%20 = aten.copy_(%4, %16)
+%21 = aten.copy_(%5, %17)
 return [%15]
 """,
         )
@@ -186,22 +182,22 @@ return [%15]
         self.assertExpectedInline(
             self.graph(cache.cache_laid_out_by_length, *cache.by_length()),
             """\
-%0 = input float32[2, 12, 2, 16]
+%0 = input float32[2, 3, 4, 16]
 %1 = input float32[2, 3, 2, 16]
-%2 = input int64[3]
-%3 = input float32[2, 12, 2, 16]
-%4 = input float32[2, 3, 2, 16]
-%5 = input float32[2, 3, 4, 16]
-%6 = input bool[1, 1, 3, 12]
-%7 = aten.permute(%5, [0, 2, 1, 3])
+%2 = input float32[2, 3, 2, 16]
+%3 = input bool[1, 1, 3, 12]
+%4 = input int64[3]
+%5 = input float32[2, 12, 2, 16]
+%6 = input float32[2, 12, 2, 16]
+%7 = aten.permute(%0, [0, 2, 1, 3])
 %8 = aten.permute(%1, [0, 2, 1, 3])
-%9 = aten.permute(%4, [0, 2, 1, 3])
-%10 = auto_functionalized_v2(fi.append_attention, mask=%6, causal=False, window_left=-1, logits_soft_cap=0, query=%7, key=%8, value=%9, positions=%2, _k_cache_base_index=0, _k_cache_size=[2, 2, 12, 16], _k_cache_stride=[384, 16, 32, 1], _k_cache_storage_offset=0, _v_cache_base_index=1, _v_cache_size=[2, 2, 12, 16], _v_cache_stride=[384, 16, 32, 1], _v_cache_storage_offset=0, _all_bases=[%0, %3])
+%9 = aten.permute(%2, [0, 2, 1, 3])
+%10 = auto_functionalized_v2(fi.append_attention, mask=%3, causal=False, window_left=-1, logits_soft_cap=0, query=%7, key=%8, value=%9, positions=%4, _k_cache_base_index=0, _k_cache_size=[2, 2, 12, 16], _k_cache_stride=[384, 16, 32, 1], _k_cache_storage_offset=0, _v_cache_base_index=1, _v_cache_size=[2, 2, 12, 16], _v_cache_stride=[384, 16, 32, 1], _v_cache_storage_offset=0, _all_bases=[%5, %6])
 %11 = getitem(%10, 0)
 %12 = getitem(%10, 1)
 %13 = getitem(%10, 2)
-%14 = aten.copy_(%0, %12)
-%15 = aten.copy_(%3, %13)
+%14 = aten.copy_(%5, %12)
+%15 = aten.copy_(%6, %13)
 return [%11]
 """,
         )
@@ -218,29 +214,29 @@ return [%11]
             """\
 %0 = input float32[12, 8, 2]
 %1 = input int64[3]
-%2 = input float32[2, 3, 4, 16]
-%3 = input float32[2, 3, 2, 16]
+%2 = input float32[2, 3, 2, 16]
+%3 = input float32[2, 3, 4, 16]
 %4 = input float32[2, 3, 2, 16]
-%5 = input float32[2, 2, 12, 16]
+%5 = input bool[1, 1, 3, 12]
 %6 = input float32[2, 2, 12, 16]
-%7 = input bool[1, 1, 3, 12]
+%7 = input float32[2, 2, 12, 16]
 %8 = aten.index.Tensor(%0, [%1])
 %9 = aten.view(%8, [1, 3, 1, 8, 2])
 %10 = aten.select.int(%9, 4, 0)
 %11 = aten.select.int(%9, 4, 1)
-%12 = aten.permute(%4, [0, 2, 1, 3])
-%13 = aten.permute(%2, [0, 2, 1, 3])
+%12 = aten.permute(%2, [0, 2, 1, 3])
+%13 = aten.permute(%3, [0, 2, 1, 3])
 %14 = aten.select.int(%10, 2, 0)
 %15 = aten.clone(%14, memory_format=contiguous_format)
 %16 = aten.select.int(%11, 2, 0)
 %17 = aten.clone(%16, memory_format=contiguous_format)
-%18 = aten.permute(%3, [0, 2, 1, 3])
-%19 = auto_functionalized_v2(fi.rope_append_attention, mask=%7, interleaved=True, rotary_dim=0, causal=False, window_left=-1, logits_soft_cap=0, query=%13, cos=%15, sin=%17, key=%18, value=%12, positions=%1, _k_cache_base_index=0, _v_cache_base_index=1, _all_bases=[%5, %6])
+%18 = aten.permute(%4, [0, 2, 1, 3])
+%19 = auto_functionalized_v2(fi.rope_append_attention, mask=%5, interleaved=True, rotary_dim=0, causal=False, window_left=-1, logits_soft_cap=0, query=%13, cos=%15, sin=%17, key=%18, value=%12, positions=%1, _k_cache_base_index=0, _v_cache_base_index=1, _all_bases=[%6, %7])
 %20 = getitem(%19, 0)
 %21 = getitem(%19, 1)
 %22 = getitem(%19, 2)
-%23 = aten.copy_(%5, %21)
-%24 = aten.copy_(%6, %22)
+%23 = aten.copy_(%6, %21)
+%24 = aten.copy_(%7, %22)
 return [%20]
 """,
         )
