@@ -216,7 +216,12 @@ def checkpoint_demo(new_tokens: int = 200, rounds: int = 8) -> bool:
 
 TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.95
 CACHE_LEN, IN_CACHE, VOCAB, LAYERS = 4096, 2000, 128256, 2
-MATMULS = {"aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"}  # the products with weights, and nothing else
+MATMULS = {
+    "fi::linear",
+    "aten::mm",
+    "aten::addmm",
+    "mkldnn::_linear_pointwise",
+}  # the products with weights, and nothing else
 
 # Hugging Face's own sampling, the one `generate(do_sample=True)` runs; here inside the compiled step.
 WARPERS = LogitsProcessorList([TemperatureLogitsWarper(TEMPERATURE), TopKLogitsWarper(TOP_K), TopPLogitsWarper(TOP_P)])

@@ -192,7 +192,9 @@ def test_wheel_carries_the_library(tmp_path):
     """`pip install --no-build-isolation .` makes a platform wheel with the library in it; it runs without a compiler."""
     source = tmp_path / "src"
     shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "build", "*.egg-info", "demo_model", "__pycache__")
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns(".git", ".venv*", "build", "*.egg-info", "demo_model", "__pycache__"),
     )
     site = tmp_path / "site"
     command = [
