@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-_FROM_ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
+from .walk import copy_origin
 
 
 def graft(graph: Graph, before: Node, traced: GraphModule, inputs: Sequence[Node]) -> tuple[Node, list[Node]]:
@@ -35,7 +35,7 @@ def graft(graph: Graph, before: Node, traced: GraphModule, inputs: Sequence[Node
                 substitution[inner] = sizes[size]
                 continue
             copy = graph.node_copy(inner, substitution.__getitem__)
-            copy.meta.update((k, before.meta[k]) for k in _FROM_ORIGIN if k in before.meta)
+            copy_origin(copy, before)
             substitution[inner] = copy
             copies.append(copy)
             if size is not None:

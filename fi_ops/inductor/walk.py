@@ -304,6 +304,12 @@ def erase_dead(graph: Graph, roots: Iterable[Node]) -> None:
         pending.extend(inputs)
 
 
+def copy_origin(node: Node, origin: Node) -> None:
+    """Let `node` say that it comes from where `origin` does."""
+    kept = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
+    node.meta.update((key, origin.meta[key]) for key in kept if key in origin.meta)
+
+
 def source_line(node: Node) -> str:
     """`file:line` of the innermost frame of the user's code that made the node, where torch knows it."""
     trace = node.meta.get("stack_trace") or ""

@@ -18,9 +18,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils._pytree import tree_map_only
 
-from ..walk import aten, same_shape, same_value, shape, value
-
-_KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
+from ..walk import aten, copy_origin, same_shape, same_value, shape, value
 
 
 class Emitter:
@@ -41,9 +39,7 @@ class Emitter:
         """A call with its value; the metadata that says where it comes from is that of the node it is put before."""
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
-        for key in _KEPT_META:
-            if key in self.before.meta:
-                node.meta[key] = self.before.meta[key]
+        copy_origin(node, self.before)
         node.meta["val"] = self._evaluate(target, args, kwargs)
         return node
 
