@@ -50,7 +50,12 @@ def test_snippet(name, dynamic, device):
     for tensor in tensors(inputs):
         if tensor.dim() == 4 and tensor.shape[-1] == HEAD_DIM:
             torch._dynamo.mark_static(tensor, 3)  # as in a model, where it is written out in views
-    got = capture(snippet.fn, *inputs, dynamic=dynamic)
+    try:
+        got = capture(snippet.fn, *inputs, dynamic=dynamic)
+    except torch._dynamo.exc.Unsupported as error:
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            capture(snippet.fn, *copy.deepcopy(before), rewritten=False, dynamic=dynamic)
+        pytest.skip(f"stock torch does not compile it: {error}".splitlines()[0])
 
     assert not any("internal error" in r for r in got.reasons()), got.reasons()
     grade = snippet.dynamic_grade if dynamic and snippet.dynamic_grade is not None else snippet.grade

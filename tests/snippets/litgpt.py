@@ -9,6 +9,7 @@ from .cache import APPEND, LMAX
 from .rope import HKV, ROPE, B, D, H, L, rotate_half
 
 START = 4
+BATCH = 5  # another number than any other size, so that dynamic=True does not take them for one
 WIDTH = (H + 2 * HKV) * D
 
 
@@ -41,11 +42,11 @@ def prompt():
     return (torch.randn(B, L, WIDTH),)
 
 
-def step(length=3, batch=B):
+def step(length=3, batch=BATCH):
     positions = torch.arange(START, START + length)
     mask = torch.ones(LMAX, LMAX, dtype=torch.bool).tril()[None, None]
     caches = (torch.randn(batch, HKV, LMAX, D), torch.randn(batch, HKV, LMAX, D))
-    return torch.randn(B, length, WIDTH), *caches, positions, mask
+    return torch.randn(BATCH, length, WIDTH), *caches, positions, mask
 
 
 def store(cache, positions, new):
@@ -79,7 +80,7 @@ def cached(qkv, kc, vc, positions, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.index_select(2, positions), enable_gqa=True)
 
 
-@snippet(lambda: step(1, batch=B + 1), grade=FULL, rotated=True)
+@snippet(lambda: step(1, batch=BATCH + 1), grade=FULL, rotated=True)
 def cache_of_more_sequences(qkv, kc, vc, positions, mask):
     return cached(qkv, kc, vc, positions, mask)
 

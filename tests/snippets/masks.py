@@ -35,7 +35,7 @@ def bias_under_the_scale(q, k, v, bias, mask):
 @snippet(biased)
 def bias_and_lowest_number(q, k, v, bias, mask):
     """MPT; the first row keeps nothing, so it is the mean of all values."""
-    keep = (mask == 0) & (torch.arange(L) > 0)[:, None]
+    keep = (mask == 0) & (torch.arange(L, device=q.device) > 0)[:, None]
     return ((q @ k.mT) * 0.25 + bias[0]).masked_fill(~keep, LOWEST).softmax(-1) @ v
 
 
@@ -78,7 +78,7 @@ def sinks(q, k, v, sinks):
 
 @snippet(lambda: with_sinks(torch.bfloat16))
 def sinks_bf16(q, k, v, sinks):
-    mask = torch.full((L, L), -torch.inf, dtype=q.dtype).triu(1)
+    mask = torch.full((L, L), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     return _attend_with_sinks(q, k, v, sinks.reshape(1, -1, 1, 1).expand(B, -1, L, -1), mask)
 
 
