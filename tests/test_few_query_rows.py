@@ -101,9 +101,13 @@ def random_call(seed: int, device: str, qo_lens=FEW_ROWS[0], groups=FEW_ROWS[1])
         q, new_k, new_v, mask, at = q[:, :, :1], new_k[:, :, :1], new_v[:, :, :1], None, [row[:1] for row in at]
     at = [row if len(set(row)) == len(row) else list(range(len(row))) for row in at]  # a slot is written once
     positions = torch.tensor(at, device=device, dtype=draw.choice([torch.int32, torch.int64]))
-    if kind == "append":
-        return "append_attention", (q, new_k, new_v, k, v, positions, mask), options
-    return "rope_append_attention", (q, new_k, new_v, *tables(q.shape[2]), k, v, positions, mask), options
+    args = (q, new_k, new_v, *(tables(q.shape[2]) if kind == "rope_append" else ()), k, v, positions, mask)
+    if draw.random() < 0.5:  # rows that don't stand at their slots, some of them outside the cache
+        shape = (*draw.choice([(), (batch,)]), q.shape[2])
+        where = [draw.randrange(-5, kv_len + 20) for _ in range(math.prod(shape))]
+        index = draw.choice([torch.int32, torch.int64])
+        options["query_positions"] = torch.tensor(where, device=device, dtype=index).view(shape)
+    return ("append_attention" if kind == "append" else "rope_append_attention"), args, options
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -158,4 +162,35 @@ def test_decode_step(qo_len, head_dim, interleaved, mask, device):
     angles = torch.rand(1, qo_len, head_dim // 2, device=device) * 6.3
     tables = angles.cos().bfloat16(), angles.sin().bfloat16()
     sample = Sample((q, k, v, *tables, *cache), {"interleaved": interleaved}, "decode step")
+    assert_op_matches_reference(SPECS["rope_append_attention"], sample)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [-1, 400])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("where", ["ahead", "behind", "each entry's", "at the slots"])
+@pytest.mark.parametrize(
+    ("batch", "qo_len", "head_dim"), [(1, 1, 128), (3, 1, 128), (8, 1, 64), (3, 2, 64), (1, 1, 256)]
+)
+def test_decode_step_by_query_positions(batch, qo_len, head_dim, where, masked, window, device):
+    """Causal says what is seen, by positions that need not be the slots: what is written may not be seen, and still is written."""
+    heads, kv_heads, slots = 8, 2, 1500
+    at = torch.arange(qo_len, device=device) + 700
+    places = {
+        "ahead": at + 750,  # in another tile than what is written
+        "behind": at - 600,
+        "each entry's": torch.arange(batch, device=device)[:, None] * 490 - 3 + torch.arange(qo_len, device=device),
+        "at the slots": at,
+    }
+    q = torch.randn(batch, heads, qo_len, head_dim, device=device).bfloat16()
+    k, v = (torch.randn(batch, kv_heads, qo_len, head_dim, device=device).bfloat16() for _ in range(2))
+    k_cache, v_cache = (torch.randn(batch, kv_heads, slots, head_dim, device=device).bfloat16() for _ in range(2))
+    seen = None
+    if masked:
+        keys = torch.arange(slots, device=device)
+        seen = ((keys < 90) | (keys > 650)).view(1, 1, 1, -1)
+    angles = torch.rand(1, qo_len, head_dim // 2, device=device) * 6.3
+    tables = angles.cos().bfloat16(), angles.sin().bfloat16()
+    options = {"causal": True, "window_left": window, "query_positions": places[where]}
+    sample = Sample((q, k, v, *tables, k_cache, v_cache, at, seen), options, f"decode step, {where}")
     assert_op_matches_reference(SPECS["rope_append_attention"], sample)

@@ -138,6 +138,33 @@ def _seen(positions, max_len):
     return mask[None, None] if positions.dim() == 1 else mask[:, None]
 
 
+def _query_positions(device):
+    """Rows that don't stand at their slots.
+
+    (name, (batch, heads, KV heads, qo_len, max_len, head_dim), slots, query positions, options)
+    """
+
+    def at(*values, dtype=torch.int64):
+        return torch.tensor(values, device=device, dtype=dtype)
+
+    causal = {"causal": True}
+    step = (2, 4, 2, 1, 50, 64)
+    yield "behind the slot: the new key is not seen", step, at(40), at(11), causal
+    yield "ahead of the slot, int32", step, at(7), at(30, dtype=torch.int32), causal
+    each = at([30], [7], dtype=torch.int32)
+    yield "per request, slots shared", step, at(20), each, causal
+    yield "shared, slots per request", step, each, at(20), causal
+    yield "outside the cache: nothing or everything", (3, 4, 2, 1, 50, 64), at(3), at([-2], [49], [1 << 40]), causal
+    yield "neither causal nor window", step, at(9), at([-5], [5]), {}
+    few, window = torch.arange(3, device=device) + 9, {"causal": True, "window_left": 6}
+    yield "few rows, not ascending, window", (2, 4, 2, 3, 50, 64), few, at([30, 2, 11], [0, 60, 48]), window
+    yield "long cache, behind", (1, 4, 1, 1, 1500, 64), at(1400), at(700), causal
+    yield "long cache, window, per request", (2, 4, 1, 1, 1500, 64), at(1000), at([1300], [90]), {"window_left": 200}
+    many = torch.arange(20, device=device)
+    yield "prefill, behind", (1, 6, 2, 20, 50, 64), many + 25, many, causal
+    yield "prefill, per request", (2, 6, 2, 20, 90, 64), many + 25, torch.stack((many + 60, many - 4)), window
+
+
 def append_kv_samples(device, dtype):
     _, k, v, k_cache, v_cache = _append_parts(device, dtype, 2, 4, 2, 3, 20, 64)
     yield Sample((k_cache, v_cache, k, v, torch.tensor([4, 7, 5], device=device)), name="int64 positions, out of order")
@@ -160,6 +187,14 @@ def append_attention_samples(device, dtype):
     yield Sample((*prefill, start), {"causal": True, "window_left": 6}, "prefill chunk, window")
     slopes = torch.rand(4, device=device)
     yield Sample((*prefill, start), {"causal": True, "alibi_slopes": slopes, "logits_soft_cap": 5.0}, "ALiBi, soft cap")
+    for name, sizes, slots, query_positions, options in _query_positions(device):
+        parts = _append_parts(device, dtype, *sizes)
+        yield Sample((*parts, slots), options | {"query_positions": query_positions}, f"query positions {name}")
+        if "per request" in name:
+            mask = torch.rand(1, 1, sizes[3], sizes[4], device=device) > 0.3
+            yield Sample((*parts, slots, mask), options | {"query_positions": query_positions}, f"{name}, mask")
+    options = {"alibi_slopes": slopes, "query_positions": torch.tensor([[45], [-3]], device=device)}
+    yield Sample((*decode, at), options, "ALiBi from query positions")
 
 
 def rope_append_attention_samples(device, dtype):
@@ -186,6 +221,9 @@ def rope_append_attention_samples(device, dtype):
     bshd = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in prefill]
     tables = _tables(device, dtype, 20, pairs)
     yield Sample((*with_tables(bshd, tables), start), {"causal": True}, "[batch, len, heads, head_dim] strides")
+    for name, sizes, slots, query_positions, options in _query_positions(device):
+        parts = with_tables(_append_parts(device, dtype, *sizes), _tables(device, dtype, sizes[3], pairs))
+        yield Sample((*parts, slots), options | {"query_positions": query_positions}, f"query positions {name}")
 
 
 # ---- what must be refused ----
@@ -285,6 +323,18 @@ def append_attention_errors(device):
     yield ErrorSample(
         (*parts, at + 39), r"positions must be in \[0, 50\), the cache's slots, got 50; grow", needs_values=True
     )
+    for query_positions, message in _wrong_query_positions(at):
+        yield ErrorSample((*parts, at), message, {"query_positions": query_positions})
+
+
+def _wrong_query_positions(at):
+    """For 2 requests of one row each."""
+    want = r"query_positions must be \[qo_len\] or \[batch, qo_len\] = \[1\] or \[2, 1\]"
+    advice = "pass the position of each query row"
+    yield at.expand(2), rf"{want}, got \[2\]; {advice}"
+    yield at.expand(3, 1), rf"{want}, got \[3, 1\]; {advice}"
+    yield at[0], rf"{want}, got \[\]; {advice}"
+    yield at.float(), "query_positions must be int32 or int64, got float32; convert"
 
 
 def rope_append_attention_errors(device):
@@ -298,3 +348,5 @@ def rope_append_attention_errors(device):
     yield ErrorSample(
         (q, k, v, cos, sin, k_cache, v_cache, at - 12), r"positions must be in \[0, 50\), .* got -1", needs_values=True
     )
+    for query_positions, message in _wrong_query_positions(at):
+        yield ErrorSample((q, k, v, cos, sin, k_cache, v_cache, at), message, {"query_positions": query_positions})

@@ -1,9 +1,10 @@
 """Static KV caches `[batch, num_kv_heads, max_len, head_dim]`: append, and attention that appends first.
 
 Shapes as in `attention.py`; key and value are the new tokens' (`[batch, num_kv_heads, qo_len, head_dim]`), `positions`
-`[qo_len]` or `[batch, qo_len]` (int32 or int64) the cache slots they are written to. Query row i of a request stands at its
-position: causal sees slots up to it, a window counts back from it. k_cache and v_cache are written, nothing else is. Two tokens
-of one request must not share a slot. Positions outside the cache are an error before anything is written.
+`[qo_len]` or `[batch, qo_len]` (int32 or int64) the cache slots they are written to. k_cache and v_cache are written, nothing
+else is. Two tokens of one request must not share a slot. Positions outside the cache are an error before anything is written.
+Query row i of a request stands at `query_positions[i]` (shapes and dtypes as `positions`; None: at its own token's slot): causal
+sees slots up to there, a window counts back from there, ALiBi measures from there. That may be anywhere, also outside the cache.
 Source: FlashInfer's `append_paged_kv_cache` and in-kernel RoPE, for caches without pages.
 """
 
@@ -43,6 +44,25 @@ from ._spec import FLOATS, INDEX_TYPES, Cost, op
 from .attention import attention_cost
 
 
+def _check_positions(op_name: str, name: str, positions, k_cache, qo_len, meaning: str) -> None:
+    check_same_device(op_name, name, positions, "k_cache", k_cache)
+    check_dtype(op_name, name, positions, INDEX_TYPES)
+    batch = k_cache.shape[0]
+    ok = positions.dim() in (1, 2)
+    if ok:
+        ok = positions.shape[-1] == qo_len
+        if positions.dim() == 2:
+            ok = all_of(ok, positions.shape[0] == batch)
+    check(
+        op_name,
+        ok,
+        lambda: (
+            f"{name} must be [qo_len] or [batch, qo_len] = [{qo_len}] or [{batch}, {qo_len}], "
+            f"got {shape_of(positions)}; pass {meaning}"
+        ),
+    )
+
+
 def _check_new_tokens(op_name: str, k_cache, v_cache, key, value, positions, qo_len) -> None:
     """The new tokens and their slots, against caches that are checked already."""
     batch, num_kv_heads = k_cache.shape[0], k_cache.shape[1]
@@ -53,21 +73,7 @@ def _check_new_tokens(op_name: str, k_cache, v_cache, key, value, positions, qo_
             op_name, name, t, (batch, num_kv_heads, qo_len, cache.shape[3]), "[batch, num_kv_heads, qo_len, head_dim]"
         )
         check_last_dim_contiguous(op_name, name, t)
-    check_same_device(op_name, "positions", positions, "k_cache", k_cache)
-    check_dtype(op_name, "positions", positions, INDEX_TYPES)
-    ok = positions.dim() in (1, 2)
-    if ok:
-        ok = positions.shape[-1] == qo_len
-        if positions.dim() == 2:
-            ok = all_of(ok, positions.shape[0] == batch)
-    check(
-        op_name,
-        ok,
-        lambda: (
-            f"positions must be [qo_len] or [batch, qo_len] = [{qo_len}] or [{batch}, {qo_len}], "
-            f"got {shape_of(positions)}; pass the cache slot of each new token"
-        ),
-    )
+    _check_positions(op_name, "positions", positions, k_cache, qo_len, "the cache slot of each new token")
 
 
 def _append_kv_fake(k_cache, v_cache, key, value, positions):
@@ -87,10 +93,14 @@ def _append_kv_fake(k_cache, v_cache, key, value, positions):
 
 
 def _check_append_attention(
-    name, query, key, value, k_cache, v_cache, positions, mask, window_left, scale, cap, alibi, sinks
+    name, query, key, value, k_cache, v_cache, positions, mask, window_left, scale, cap, alibi, sinks, query_positions
 ):
     check_query_key_value(name, query, k_cache, v_cache, "k_cache", "v_cache")
     _check_new_tokens(name, k_cache, v_cache, key, value, positions, query.shape[2])
+    if query_positions is not None:
+        _check_positions(
+            name, "query_positions", query_positions, k_cache, query.shape[2], "the position of each query row"
+        )
     check_mask(name, mask, query, k_cache.shape[2])
     check_per_head(name, "alibi_slopes", alibi, query)
     check_per_head(name, "sinks", sinks, query)
@@ -99,23 +109,24 @@ def _check_append_attention(
 
 def _append_attention_fake(
     query, key, value, k_cache, v_cache, positions, mask=None, *, causal=False, window_left=-1, scale=None,
-    logits_soft_cap=0.0, alibi_slopes=None, sinks=None,
+    logits_soft_cap=0.0, alibi_slopes=None, sinks=None, query_positions=None,
 ):  # fmt: skip
     _check_append_attention(
         "append_attention", query, key, value, k_cache, v_cache, positions, mask, window_left, scale, logits_soft_cap,
-        alibi_slopes, sinks,
+        alibi_slopes, sinks, query_positions,
     )  # fmt: skip
     return empty_output(query, value.shape[3])
 
 
 def _rope_append_attention_fake(
     query, key, value, cos, sin, k_cache, v_cache, positions, mask=None, *, interleaved=False, rotary_dim=0, causal=False,
-    window_left=-1, scale=None, logits_soft_cap=0.0, sinks=None,
+    window_left=-1, scale=None, logits_soft_cap=0.0, sinks=None, query_positions=None,
 ):  # fmt: skip
     name = "rope_append_attention"
     _check_append_attention(
-        name, query, key, value, k_cache, v_cache, positions, mask, window_left, scale, logits_soft_cap, None, sinks
-    )
+        name, query, key, value, k_cache, v_cache, positions, mask, window_left, scale, logits_soft_cap, None, sinks,
+        query_positions,
+    )  # fmt: skip
     check_cos_sin(name, cos, sin, query, query.shape[2], rotary_dim, "qo_len")
     return empty_output(query, value.shape[3])
 
@@ -151,7 +162,7 @@ def append_kv(k_cache, v_cache, key, value, positions):
 @op(
     "(Tensor query, Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor? mask=None, *, "
     "bool causal=False, int window_left=-1, float? scale=None, float logits_soft_cap=0.0, Tensor? alibi_slopes=None, "
-    "Tensor? sinks=None) -> Tensor",
+    "Tensor? sinks=None, Tensor? query_positions=None) -> Tensor",
     fake=_append_attention_fake,
     samples=append_attention_samples,
     errors=append_attention_errors,
@@ -159,11 +170,11 @@ def append_kv(k_cache, v_cache, key, value, positions):
 )
 def append_attention(
     query, key, value, k_cache, v_cache, positions, mask=None, *, causal=False, window_left=-1, scale=None,
-    logits_soft_cap=0.0, alibi_slopes=None, sinks=None,
+    logits_soft_cap=0.0, alibi_slopes=None, sinks=None, query_positions=None,
 ):  # fmt: skip
-    """`append_kv`, then `attention` over the whole cache (mask `[.., qo_len, max_len]`), query i at `positions[i]`."""
+    """`append_kv`, then `attention` over the whole cache (mask `[.., qo_len, max_len]`), query i at `query_positions[i]`."""
     append_kv(k_cache, v_cache, key, value, positions)
-    placed = positions.reshape(-1, positions.shape[-1])
+    placed = torch.atleast_2d(positions if query_positions is None else query_positions)
     return attend(
         query, k_cache, v_cache, mask, placed, causal, window_left, scale, logits_soft_cap, alibi_slopes, sinks
     )[0]
@@ -172,7 +183,8 @@ def append_attention(
 @op(
     "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor positions, Tensor? mask=None, *, bool interleaved=False, int rotary_dim=0, bool causal=False, "
-    "int window_left=-1, float? scale=None, float logits_soft_cap=0.0, Tensor? sinks=None) -> Tensor",
+    "int window_left=-1, float? scale=None, float logits_soft_cap=0.0, Tensor? sinks=None, "
+    "Tensor? query_positions=None) -> Tensor",
     fake=_rope_append_attention_fake,
     samples=rope_append_attention_samples,
     errors=rope_append_attention_errors,

@@ -5,6 +5,18 @@
 namespace fi::binding {
 namespace {
 
+// [qo_len] or [batch, qo_len] (_check_positions in library/kv_cache.py).
+void check_positions(const char* op, const char* name, const Tensor& positions, const Tensor& k_cache,
+                     int64_t qo_len, const char* meaning) {
+  check_same_device(op, name, positions, "k_cache", k_cache);
+  check_dtype(op, name, positions, index_types);
+  const int64_t batch = k_cache.size(0), ndim = positions.dim();
+  const bool ok = (ndim == 1 || ndim == 2) && positions.size(ndim - 1) == qo_len &&
+                  (ndim == 1 || positions.size(0) == batch);
+  FI_CHECK(op, ok, name, " must be [qo_len] or [batch, qo_len] = [", qo_len, "] or [", batch, ", ", qo_len,
+           "], got ", shape_of(positions), "; pass ", meaning);
+}
+
 // The new tokens and their slots, against caches that are checked already (_check_new_tokens in
 // library/kv_cache.py).
 void check_new_tokens(const char* op, const Tensor& k_cache, const Tensor& v_cache, const Tensor& key,
@@ -19,13 +31,7 @@ void check_new_tokens(const char* op, const Tensor& k_cache, const Tensor& v_cac
   };
   check("key", key, "k_cache", k_cache);
   check("value", value, "v_cache", v_cache);
-  check_same_device(op, "positions", positions, "k_cache", k_cache);
-  check_dtype(op, "positions", positions, index_types);
-  const int64_t ndim = positions.dim();
-  const bool ok = (ndim == 1 || ndim == 2) && positions.size(ndim - 1) == qo_len &&
-                  (ndim == 1 || positions.size(0) == batch);
-  FI_CHECK(op, ok, "positions must be [qo_len] or [batch, qo_len] = [", qo_len, "] or [", batch, ", ", qo_len,
-           "], got ", shape_of(positions), "; pass the cache slot of each new token");
+  check_positions(op, "positions", positions, k_cache, qo_len, "the cache slot of each new token");
 }
 
 // The positions as the kernels read them; where values are checked, all of them before anything is written.
@@ -97,12 +103,16 @@ Tensor append_and_attend(const char* op, const Tensor& query, const Tensor& key,
                          const Rope* rope, Tensor& k_cache, Tensor& v_cache, const Tensor& positions,
                          const MaybeTensor& mask, bool causal, int64_t window_left,
                          const std::optional<double>& scale, double logits_soft_cap,
-                         const MaybeTensor& alibi_slopes, const MaybeTensor& sinks) {
+                         const MaybeTensor& alibi_slopes, const MaybeTensor& sinks,
+                         const MaybeTensor& query_positions) {
   check_no_grads(op, query, key, value, k_cache, v_cache, mask, alibi_slopes, sinks);
   if (rope) check_no_grads(op, rope->cos, rope->sin);
   check_query_key_value(op, query, k_cache, v_cache, "k_cache", "v_cache");
   const int64_t batch = query.size(0), qo_len = query.size(2), max_len = k_cache.size(2);
   check_new_tokens(op, k_cache, v_cache, key, value, positions, qo_len);
+  if (query_positions)
+    check_positions(op, "query_positions", *query_positions, k_cache, qo_len,
+                    "the position of each query row");
   check_mask(op, mask, query, max_len);
   check_per_head(op, "alibi_slopes", alibi_slopes, query);
   check_per_head(op, "sinks", sinks, query);
@@ -115,7 +125,7 @@ Tensor append_and_attend(const char* op, const Tensor& query, const Tensor& key,
   Tensor output = empty_attention_output(query, value.size(3));
   AttentionParams attention = attention_params(query, k_cache, v_cache, output, mask, causal, window_left,
                                                scale, logits_soft_cap, alibi_slopes, sinks, arena);
-  attention.positions = slots;
+  attention.query_positions = query_positions ? positions_of(*query_positions) : slots;
   if (rope)
     append.rope = attention.rope =
         rope_table(rope->cos, rope->sin, query.size(3), rope->rotary_dim, rope->interleaved);
@@ -126,20 +136,22 @@ Tensor append_and_attend(const char* op, const Tensor& query, const Tensor& key,
 Tensor append_attention_op(const Tensor& query, const Tensor& key, const Tensor& value, Tensor k_cache,
                            Tensor v_cache, const Tensor& positions, const MaybeTensor& mask, bool causal,
                            int64_t window_left, std::optional<double> scale, double logits_soft_cap,
-                           const MaybeTensor& alibi_slopes, const MaybeTensor& sinks) {
+                           const MaybeTensor& alibi_slopes, const MaybeTensor& sinks,
+                           const MaybeTensor& query_positions) {
   return append_and_attend("append_attention", query, key, value, nullptr, k_cache, v_cache, positions, mask,
-                           causal, window_left, scale, logits_soft_cap, alibi_slopes, sinks);
+                           causal, window_left, scale, logits_soft_cap, alibi_slopes, sinks, query_positions);
 }
 
 Tensor rope_append_attention_op(const Tensor& query, const Tensor& key, const Tensor& value,
                                 const Tensor& cos, const Tensor& sin, Tensor k_cache, Tensor v_cache,
                                 const Tensor& positions, const MaybeTensor& mask, bool interleaved,
                                 int64_t rotary_dim, bool causal, int64_t window_left,
-                                std::optional<double> scale, double logits_soft_cap,
-                                const MaybeTensor& sinks) {
+                                std::optional<double> scale, double logits_soft_cap, const MaybeTensor& sinks,
+                                const MaybeTensor& query_positions) {
   const Rope rope{cos, sin, interleaved, rotary_dim};
   return append_and_attend("rope_append_attention", query, key, value, &rope, k_cache, v_cache, positions,
-                           mask, causal, window_left, scale, logits_soft_cap, std::nullopt, sinks);
+                           mask, causal, window_left, scale, logits_soft_cap, std::nullopt, sinks,
+                           query_positions);
 }
 
 }  // namespace

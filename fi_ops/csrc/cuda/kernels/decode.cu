@@ -55,7 +55,7 @@ bool prepare(const AttentionParams& p, Plan& plan, const Gpu& gpu) {
   plan.arrivals = allocate<int32_t>(p, plan.num_segments);
   int num_lists = 1;
   if (p.mask) {
-    plan.lists.batches = p.mask_stride_b == 0 && !range_is_data(p) ? 1 : static_cast<int>(p.batch);
+    plan.lists.batches = p.mask_stride_b == 0 && !keys_differ_by_batch(p) ? 1 : static_cast<int>(p.batch);
     plan.lists.heads = per_head ? static_cast<int>(p.num_kv_heads) : 1;
     plan.lists.num_tiles = static_cast<int>((p.kv_len + kTileKeys - 1) / kTileKeys);
     num_lists = plan.lists.batches * plan.lists.heads;

@@ -128,7 +128,7 @@ MaskTiles classify_mask(const AttentionParams& p, const Gpu& gpu, int block_rows
   m.num_blocks = (int64_t(args.num_rows) + block_rows - 1) / block_rows;
   m.num_tiles = (p.kv_len + tile - 1) / tile;
   m.num_chunks = (m.num_tiles + MaskTiles::kChunk - 1) / MaskTiles::kChunk;
-  m.list_batches = static_cast<int>(p.mask_stride_b == 0 && !p.positions.data ? 1 : p.batch);
+  m.list_batches = static_cast<int>(p.mask_stride_b == 0 && !keys_differ_by_batch(p) ? 1 : p.batch);
   m.list_heads = static_cast<int>(p.mask_stride_h == 0 ? 1 : p.num_kv_heads);
   const int64_t lists = m.list_batches * m.list_heads * m.num_blocks;
   m.classes = allocate(lists * m.num_tiles);

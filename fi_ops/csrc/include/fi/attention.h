@@ -58,9 +58,9 @@ struct AttentionParams {
   int64_t mask_stride_b = 0, mask_stride_h = 0, mask_stride_q = 0, mask_stride_k = 0;
 
   bool causal = false;
-  int64_t window_left = -1;  // -1: none
-  int64_t q_offset = 0;      // row i sits at key position i + q_offset ...
-  Positions positions;       // ... or, where given, at positions.at(b, i)
+  int64_t window_left = -1;   // -1: none
+  int64_t q_offset = 0;       // row i stands at key position i + q_offset ...
+  Positions query_positions;  // ... or, where given, at query_positions.at(b, i), anywhere
   float scale = 1.0f;
   float logits_soft_cap = 0.0f;  // 0: none
   PerHead alibi_slopes;
@@ -72,6 +72,16 @@ struct AttentionParams {
 
   Scratch scratch;
 };
+
+// Where query row i of batch entry b stands among the keys.
+FI_INLINE int64_t query_position(const AttentionParams& p, int64_t b, int64_t i) {
+  return p.query_positions ? p.query_positions.at(b, i) : i + p.q_offset;
+}
+
+// Whether causal and window leave different keys to different batch entries.
+FI_INLINE bool keys_differ_by_batch(const AttentionParams& p) {
+  return (p.causal || p.window_left >= 0) && p.query_positions && p.query_positions.stride_b != 0;
+}
 
 inline constexpr int64_t kMaxRotaryDim = 1024;
 
@@ -93,8 +103,9 @@ struct AppendParams {
   RopeTable rope;       // key i takes row i; rotary_dim at most kMaxRotaryDim
 };
 
-// The append, then attention to the cache that it writes: the same positions, the same rope table (query i
-// takes row i), as many new rows as query rows.
+// The append, then attention to the cache that it writes: the same rope table (query i takes row i), as many
+// new rows as query rows. Where these stand has nothing to do with the slots of the new rows: a query may not
+// see what it brings.
 struct AppendAttentionParams {
   AppendParams append;
   AttentionParams attention;

@@ -8,7 +8,7 @@ bool sm90_prefill_supports(const AttentionParams& p) {
   // Rows, keys and tiles are counted in 32 bits.
   constexpr int64_t kMaxLength = int64_t{1} << 29;
   const bool plain = p.mask == nullptr && p.logits_soft_cap == 0.0f && !p.alibi_slopes && !p.sinks &&
-                     p.positions.data == nullptr && p.rope.cos == nullptr && p.scale > 0.0f;
+                     !p.query_positions && p.rope.cos == nullptr && p.scale > 0.0f;
   const bool sizes = p.head_dim_qk == p.head_dim_vo &&
                      (p.head_dim_qk == 64 || p.head_dim_qk == 128 || p.head_dim_qk == 256) && p.batch > 0 &&
                      p.num_qo_heads > 0 && p.qo_len >= kMinRows && p.qo_len <= kMaxLength && p.kv_len > 0 &&

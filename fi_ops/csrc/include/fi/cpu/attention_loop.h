@@ -173,7 +173,7 @@ class AttentionCall {
   }
 
   void scan_mask() {
-    mask_batches = p.mask_stride_b == 0 && !p.positions.data ? 1 : p.batch;
+    mask_batches = p.mask_stride_b == 0 && !keys_differ_by_batch(p) ? 1 : p.batch;
     mask_heads = p.mask_stride_h == 0 ? 1 : p.num_kv_heads;
     const int64_t num_lists = mask_batches * mask_heads * num_blocks;
     lists = allocate<int32_t>(p, num_lists * num_tiles);

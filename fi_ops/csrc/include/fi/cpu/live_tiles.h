@@ -11,17 +11,13 @@ struct Range {
   int64_t begin, end;
 };
 
-FI_INLINE int64_t query_position(const AttentionParams& p, int64_t b, int64_t i) {
-  return p.positions.data ? p.positions.at(b, i) : i + p.q_offset;
-}
-
 // Keys that causal, window and length leave to query row i; may be empty.
 FI_INLINE Range allowed_keys(const AttentionParams& p, int64_t b, int64_t i) {
   Range r{0, p.kv_len};
   if (!p.causal && p.window_left < 0) return r;
   const int64_t pos = query_position(p, b, i);
-  if (p.causal && pos + 1 < r.end) r.end = pos + 1 < 0 ? 0 : pos + 1;
-  if (p.window_left >= 0 && pos - p.window_left > 0) r.begin = pos - p.window_left;
+  if (p.causal && pos < r.end) r.end = pos < 0 ? 0 : pos + 1;
+  if (p.window_left >= 0 && pos > p.window_left) r.begin = pos - p.window_left;
   if (r.begin > r.end) r.begin = r.end;
   return r;
 }

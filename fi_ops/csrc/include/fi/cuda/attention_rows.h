@@ -21,15 +21,11 @@ struct KeyRange {
   int begin, end;
 };
 
-FI_INLINE int64_t query_position(const AttentionParams& p, int64_t b, int64_t i) {
-  return p.positions.data ? p.positions.at(b, i) : i + p.q_offset;
-}
-
 // Keys that causal, window and length leave to a query row at `position`; [0, 0) where there are none.
 FI_INLINE KeyRange keys_of_position(const AttentionParams& p, int64_t position) {
   int64_t begin = 0, end = p.kv_len;
-  if (p.causal && position + 1 < end) end = position + 1;
-  if (p.window_left >= 0 && position - p.window_left > 0) begin = position - p.window_left;
+  if (p.causal && position < end) end = position < 0 ? 0 : position + 1;
+  if (p.window_left >= 0 && position > p.window_left) begin = position - p.window_left;
   if (begin >= end) return {0, 0};
   return {static_cast<int>(begin), static_cast<int>(end)};
 }

@@ -24,23 +24,18 @@ class RunCursor {
   static constexpr bool kOneMaskRow = true;
 
   // Slices [at, end) of the segment, every warps-th of them: of the live tiles, where the call has a mask,
-  // else of all keys from first_key on.
+  // else of `keys`, from the slice on that holds the first one.
   FI_DEVICE_INLINE RunCursor(const SegmentPlace& place, int at, int end, bool masked, const LiveTiles& tiles,
-                             int first_key, int key_end)
-      : place_(place),
-        at_(at),
-        end_(end),
-        first_key_(first_key),
-        key_end_(key_end),
-        masked_(masked),
-        tiles_(tiles) {}
+                             KeyRange keys)
+      : place_(place), at_(at), end_(end), keys_(keys), masked_(masked), tiles_(tiles) {}
 
   FI_DEVICE_INLINE bool done() const { return at_ >= end_; }
   FI_DEVICE_INLINE const SegmentPlace& place() const { return place_; }
-  FI_DEVICE_INLINE int key_end() const { return key_end_; }
+  FI_DEVICE_INLINE int key_begin() const { return keys_.begin; }
+  FI_DEVICE_INLINE int key_end() const { return keys_.end; }
   FI_DEVICE_INLINE bool entered() const { return entered_; }
   FI_DEVICE_INLINE Slice slice() const {
-    if (!masked_) return {first_key_ + at_ * kSliceKeys, true};
+    if (!masked_) return {(keys_.begin / kSliceKeys + at_) * kSliceKeys, true};
     constexpr int kSlicesATile = kTileKeys / kSliceKeys;
     const int32_t entry = tiles_.entry(at_ / kSlicesATile);
     return {tile_index(entry) * kTileKeys + at_ % kSlicesATile * kSliceKeys, tile_open(entry)};
@@ -52,7 +47,8 @@ class RunCursor {
 
  private:
   SegmentPlace place_;
-  int at_, end_, first_key_, key_end_;
+  int at_, end_;
+  KeyRange keys_;
   bool masked_;
   LiveTiles tiles_;
   bool entered_ = true;
@@ -88,10 +84,9 @@ class ClusterBlock {
     const SegmentPlace at{static_cast<int>(blockIdx.z), head,
                           (static_cast<int>(blockIdx.y) - head * plan.row_blocks) * Engine::kRows};
     const int num_rows = min(Engine::kRows, plan.rows - at.row_begin);
-    const KeyRange keys = Engine::kPlain ? plan.range : range_of(p, plan, at.b);
+    const KeyRange keys = keys_of(at.b);
     LiveTiles tiles;
-    const int first_key = keys.begin / Engine::kSliceKeys * Engine::kSliceKeys;
-    int slices = (keys.end - first_key + Engine::kSliceKeys - 1) / Engine::kSliceKeys;
+    int slices = (keys.end + Engine::kSliceKeys - 1) / Engine::kSliceKeys - keys.begin / Engine::kSliceKeys;
     if (p.mask && slices > 0) {
       tiles.find<Engine::kPlain>(p, at.b, keys, shared.scan);
       slices = tiles.count() * (kTileKeys / Engine::kSliceKeys);
@@ -105,8 +100,8 @@ class ClusterBlock {
     // to lie between this call's took 59 us instead of 48 for 32768 keys, single blocks of 16384 keys 1%
     // longer.
     if (share <= (parts <= 2 ? kLongShare : 2 * Engine::kRingSlices * warps)) allow_next_kernel();
-    Engine engine(p, plan, typename Engine::Cursor(at, begin + warp, end, p.mask, tiles, first_key, keys.end),
-                  query, warp_memory);
+    Engine engine(p, plan, typename Engine::Cursor(at, begin + warp, end, p.mask, tiles, keys), query,
+                  warp_memory);
     rows.finish(p, plan, at);
     rows.store(p, plan, at, query, &shared.rows, /*appends=*/rank == 0 && at.row_begin == 0);
     if (!Engine::kPlain && warp == warps - 1) fill_row_table(p, plan, at, shared.rows);
@@ -137,6 +132,12 @@ class ClusterBlock {
 
  private:
   static constexpr int kChunks = Engine::kRowChunks;
+
+  FI_DEVICE_INLINE KeyRange keys_of(int b) const {
+    if constexpr (!Engine::kPlain) return range_of(p, plan, b);
+    // The rows have the same keys: no loop over them.
+    return range_is_data(p) ? keys_of_position(p, p.query_positions.at(b, 0)) : plan.range;
+  }
 
   // Block n of the cluster joins and writes the n-th part of each row; both numbers are powers of two.
   FI_DEVICE_INLINE int log2_parts() const { return 31 - __clz(parts); }
@@ -224,17 +225,18 @@ struct ClusterPlan {
 // memory, counters, and second segments of blocks; here a block's start and end, most of which the other
 // block of the SM hides, and the cluster's join.
 //
-// With a mask for each batch entry nobody knows here how many tiles live. All clusters must run at once, so
-// that none begins late, and with as many blocks as can: the longest segment then ends soonest. Where the
-// clusters can't take all of the bandwidth at their most shares, even shares of the tiles end sooner.
+// With a mask, or a position, for each batch entry nobody knows here how many tiles live. All clusters must
+// run at once, so that none begins late, and with as many blocks as can: the longest segment then ends
+// soonest. Where the clusters can't take all of the bandwidth at their most shares, even shares of the tiles
+// end sooner.
 inline ClusterPlan plan_clusters(const AttentionParams& p, const Plan& plan, const Gpu& gpu) {
   constexpr int64_t kMostBlocks = 65535;  // of grid.y and grid.z
   constexpr double kMostShares = 4.0, kOther = 7.0, kRound = 0.25, kJoin = 0.5;
-  const bool takes = (p.mask == nullptr || row_scan_takes(p)) && (p.batch == 1 || !range_is_data(p));
+  const bool takes = p.mask == nullptr || row_scan_takes(p);
   if (!takes || p.batch > kMostBlocks || plan.num_segments / p.batch > kMostBlocks) return {0, false};
   const int64_t slots = int64_t{gpu.num_sms} * 2, segments = plan.num_segments;
   const double tiles = double(range_is_data(p) ? p.kv_len : plan.range.end - plan.range.begin) / kTileKeys;
-  const bool ragged = p.mask && p.batch > 1 && p.mask_stride_b != 0;
+  const bool ragged = p.batch > 1 && ((p.mask && p.mask_stride_b != 0) || keys_differ_by_batch(p));
   double best = segments * tiles / slots + kOther;
   int blocks = 0;
   for (int n = 1; n <= (has_clusters(gpu) ? kMaxCluster : 1); n *= 2) {
@@ -267,9 +269,11 @@ inline bool appends_fit(const AppendParams& append) {
 }
 
 inline NewRows new_rows(const AppendParams& append) {
-  return {append.key,        append.value,      append.k_stride_b,
-          append.k_stride_h, append.k_stride_n, append.v_stride_b,
-          append.v_stride_h, append.v_stride_n, static_cast<int>(append.new_len)};
+  return {append.key,        append.value,
+          append.k_stride_b, append.k_stride_h,
+          append.k_stride_n, append.v_stride_b,
+          append.v_stride_h, append.v_stride_n,
+          append.positions,  static_cast<int>(append.new_len)};
 }
 
 template <class T, class Engine>

@@ -15,7 +15,7 @@ FI_INLINE KeyRange allowed_keys(const AttentionParams& p, int64_t b, int64_t i) 
   return keys_of_position(p, query_position(p, b, i));
 }
 
-// The union of allowed_keys over all query rows (positions need not ascend).
+// The union of allowed_keys over all query rows (their positions need not ascend).
 FI_INLINE KeyRange allowed_keys(const AttentionParams& p, int64_t b) {
   if (!p.causal && p.window_left < 0) return {0, static_cast<int>(p.kv_len)};
   KeyRange all{static_cast<int>(p.kv_len), 0};
@@ -31,7 +31,7 @@ FI_INLINE KeyRange allowed_keys(const AttentionParams& p, int64_t b) {
 
 // Whether allowed_keys depends on device memory, so that the host can't know it.
 FI_INLINE bool range_is_data(const AttentionParams& p) {
-  return p.positions.data != nullptr && (p.causal || p.window_left >= 0);
+  return p.query_positions && (p.causal || p.window_left >= 0);
 }
 
 FI_INLINE int tiles_of(KeyRange r) {

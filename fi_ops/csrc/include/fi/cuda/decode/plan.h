@@ -13,12 +13,13 @@ namespace fi::cuda::decode {
 inline constexpr int kMaxWarps = 8;
 
 // Rows of a static cache that the call itself brings: key and value [batch, num_kv_heads, count, head_dim],
-// of which row i of batch entry b belongs into slot positions.at(b, i); the keys take row i of the rope
-// table.
+// of which row i of batch entry b belongs into slot slots.at(b, i), whether a query sees that or not; the
+// keys take row i of the rope table.
 struct NewRows {
   const void* key;
   const void* value;
   int64_t k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n;
+  Positions slots;
   int count;  // 0: the cache has all rows
 };
 
@@ -46,11 +47,11 @@ struct Plan {
 };
 
 // What most calls are, for which a kernel is compiled with less than half of the code: all rows of a batch
-// entry see the same keys, those of plan.range or what a boolean mask leaves of them; weights come from
-// scaled products alone, and only the result is wanted. In a model's step the code comes from DRAM, and
-// fetching that of the general kernel takes longer than running it.
+// entry see the same keys, a range or what a boolean mask leaves of it; weights come from scaled products
+// alone, and only the result is wanted. In a model's step the code comes from DRAM, and fetching that of the
+// general kernel takes longer than running it.
 inline bool is_plain(const AttentionParams& p, const Plan& plan) {
-  const bool same_keys = (!p.causal && p.window_left < 0) || (p.qo_len == 1 && !range_is_data(p));
+  const bool same_keys = (!p.causal && p.window_left < 0) || p.qo_len == 1;
   return same_keys && (p.mask == nullptr || p.mask_dtype == DType::boolean) && p.logits_soft_cap == 0.0f &&
          !p.alibi_slopes && !p.sinks && p.lse == nullptr && !p.rope_keys &&
          (p.rope.cos == nullptr || plan.rope_chunks);

@@ -124,7 +124,7 @@ class QueryRows {
       rows = k.key, begin = at.b * k.k_stride_b + at.kv_head * k.k_stride_h + place.added * k.k_stride_n;
     }
     if (place.added >= 0) {
-      const int64_t slot = p.positions.at(at.b, place.added);
+      const int64_t slot = plan.added.slots.at(at.b, place.added);
       if (slot >= 0 && slot < p.kv_len) item.slot = static_cast<int>(slot);  // not checked by default
     }
     if (place.column >= (place.is_value ? p.head_dim_vo : p.head_dim_qk)) return;

@@ -10,7 +10,7 @@ inline constexpr int kMaxRows = 16;
 
 struct RowTable {
   int begin[kMaxRows], end[kMaxRows];  // allowed_keys
-  int position[kMaxRows];              // for ALiBi
+  float position[kMaxRows];            // for ALiBi
   float slope[kMaxRows];               // of ALiBi, base 2
   int64_t mask[kMaxRows];              // mask_row
   int slot[kMaxRows];                  // of NewRows; -1: outside of the cache
@@ -27,12 +27,12 @@ FI_DEVICE_INLINE void fill_row_table(const AttentionParams& p, const Plan& plan,
     const QueryRow q = query_row(plan, at, lane);
     keys = allowed_keys(p, at.b, q.i);
     if (p.alibi_slopes) {
-      table.position[lane] = static_cast<int>(query_position(p, at.b, q.i));
+      table.position[lane] = static_cast<float>(query_position(p, at.b, q.i));
       table.slope[lane] = p.alibi_slopes.at(q.head) * kLog2e;
     }
     table.mask[lane] = mask_row(p, at.b, q.head, q.i);
   } else if (lane < kMaxRows) {
-    table.position[lane] = 0;
+    table.position[lane] = 0.0f;
     table.slope[lane] = 0.0f;
     table.mask[lane] = mask_row(p, at.b, at.kv_head * plan.group, 0);
   }
@@ -55,7 +55,7 @@ FI_DEVICE_INLINE float unmasked_logit(const AttentionParams& p, const RowTable& 
   float x = product * (p.scale * kLog2e);
   if (p.logits_soft_cap > 0.0f)
     x = tanhf(product * (p.scale / p.logits_soft_cap)) * (p.logits_soft_cap * kLog2e);
-  if (p.alibi_slopes) x += static_cast<float>(key - rows.position[row]) * rows.slope[row];
+  if (p.alibi_slopes) x += (static_cast<float>(key) - rows.position[row]) * rows.slope[row];
   return x;
 }
 

@@ -99,7 +99,7 @@ class TensorCores {
     unsigned char* values = stage + kSliceKeys * kRowBytes;
     bool special;
     if constexpr (kPlain) {
-      special = masked || key < plan_.range.begin || key + kSliceKeys > plan_.range.end;
+      special = masked || key < cursor_.key_begin() || key + kSliceKeys > cursor_.key_end();
     } else {
       special = masked || p_.logits_soft_cap > 0.0f || p_.alibi_slopes || key < rows.common_begin ||
                 key + kSliceKeys > rows.common_end;
@@ -114,8 +114,8 @@ class TensorCores {
     }
     if (special) {
       if constexpr (kPlain) {
-        const unsigned live =
-            __ballot_sync(~0u, own_key >= plan_.range.begin && own_key < plan_.range.end && addend == 0.0f);
+        const unsigned live = __ballot_sync(
+            ~0u, own_key >= cursor_.key_begin() && own_key < cursor_.key_end() && addend == 0.0f);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
