@@ -154,7 +154,8 @@ def _query_positions(device):
     each = at([30], [7], dtype=torch.int32)
     yield "per request, slots shared", step, at(20), each, causal
     yield "shared, slots per request", step, each, at(20), causal
-    yield "outside the cache: nothing or everything", (3, 4, 2, 1, 50, 64), at(3), at([-2], [49], [1 << 40]), causal
+    far = at([-2], [49], [torch.iinfo(torch.int64).max])
+    yield "outside the cache: nothing or everything", (3, 4, 2, 1, 50, 64), at(3), far, causal
     yield "neither causal nor window", step, at(9), at([-5], [5]), {}
     few, window = torch.arange(3, device=device) + 9, {"causal": True, "window_left": 6}
     yield "few rows, not ascending, window", (2, 4, 2, 3, 50, 64), few, at([30, 2, 11], [0, 60, 48]), window
