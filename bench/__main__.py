@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="TEXT", help="families: those whose name has this in it")
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and turns")
-    parser.add_argument("--full", action="store_true", help="CUDA: more compiled peers and cases than fit in 4 minutes")
+    parser.add_argument(
+        "--full", action="store_true", help="more compiled peers, families and cases than fit in 4 minutes"
+    )
     parser.add_argument("--turns", type=int, default=15, help="turns of each candidate (default 15)")
     parser.add_argument("--turn", type=float, help="seconds of a turn (default 0.03; CUDA 0.002)")
     parser.add_argument("--warm", action="store_true", help="time nothing: compile and run each candidate once")

@@ -1,8 +1,8 @@
 """Hugging Face families of different structure: `torch.compile` as it is, against the same with fi_ops enabled.
 
-Four layers each (so that all of them compile in a few minutes) and a small vocabulary; random weights, bfloat16,
-`fullgraph=True`. CPU: width 1024. CUDA: the width of the family's model of 7 to 9B (GPT-OSS: of 20B, with 4 experts).
-Three jobs of a decoder, and the first alone of an encoder:
+Two layers each (so that eight families compile in a few minutes; `--full` for all eleven) and a small vocabulary; random
+weights, bfloat16, `fullgraph=True`. CPU: width 1024. CUDA: the width of the family's model of 4 to 9B (GPT-OSS: of 20B,
+with 4 experts; encoders are "large"). Three jobs of a decoder, and the first alone of an encoder:
 
 forward   a prompt without a cache, up to the hidden states of all positions
 prefill   the same into an empty `StaticCache` of 4,096 (CUDA 8,192) slots, as `generate` does with such a cache
@@ -48,16 +48,16 @@ SIZES = {
     "cpu": Sizes(
         dict(
             hidden_size=1024, num_attention_heads=16, num_key_value_heads=4, intermediate_size=2816,
-            num_hidden_layers=4, vocab_size=8192, max_position_embeddings=4096,
+            num_hidden_layers=2, vocab_size=8192, max_position_embeddings=4096,
         ),
         slots=4096, prompt=512, in_cache=2000, batches=(1, 8), encoder_batch=1, turn=0.0,
     ),
     "cuda": Sizes(
         dict(
             hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336,
-            num_hidden_layers=4, vocab_size=32000, max_position_embeddings=8192,
+            num_hidden_layers=2, vocab_size=32000, max_position_embeddings=8192,
         ),
-        slots=8192, prompt=1024, in_cache=2000, batches=(1, 16), encoder_batch=16, turn=0.02,
+        slots=8192, prompt=1024, in_cache=2000, batches=(1, 16), encoder_batch=32, turn=0.02,
     ),
 }  # fmt: skip
 
@@ -111,7 +111,7 @@ FAMILIES = (
     Family("GPTNeoX", dict(rope_parameters=_partial_rope(0.25)), dict(intermediate_size=16384)),
     Family(
         "GptOss",
-        dict(head_dim=64, num_local_experts=4, num_experts_per_tok=4, pad_token_id=0),
+        dict(head_dim=64, intermediate_size=704, num_local_experts=4, num_experts_per_tok=4, pad_token_id=0),
         dict(hidden_size=2880, num_attention_heads=64, num_key_value_heads=8, intermediate_size=2880),
         implementation="eager",
     ),
@@ -121,7 +121,8 @@ FAMILIES = (
     Family("Bert", dict(LARGE, max_position_embeddings=512), head="Model"),
     Family("ViT", dict(LARGE, image_size=224, patch_size=16), head="Model", pixels=True),
 )  # fmt: skip
-QUICK = ("Llama-3.1", "Gemma2", "GPTNeoX", "GptOss")
+STANDARD = ("Llama-3.1", "Qwen3", "Gemma2", "GPTNeoX", "GptOss", "Bloom", "Bert", "ViT")
+QUICK = ("Llama-3.1", "Gemma2", "GptOss", "Bert")
 
 
 @dataclass(frozen=True)
@@ -279,10 +280,15 @@ def jobs(family: Family, options: Options, sizes: Sizes) -> list[Job]:
     return [forward, Job("prefill", 1, prompt), *(Job("decode", batch, in_cache) for batch in batches)]
 
 
+def families(options: Options) -> list[Family]:
+    if options.only:
+        return [f for f in FAMILIES if options.only.lower() in f.key.lower()]
+    return [f for f in FAMILIES if options.full or f.key in (QUICK if options.quick else STANDARD)]
+
+
 def cases(options: Options) -> Iterator[Case]:
     sizes = SIZES[options.device]
-    wanted = [f for f in FAMILIES if (options.only or "").lower() in f.key.lower()]
-    for family in wanted if options.only or not options.quick else [f for f in wanted if f.key in QUICK]:
+    for family in families(options):
         yield from _cases_of(family, sizes, options)
         torch.compiler.reset()  # what was compiled is done with, and may hold gigabytes
         gc.collect()
