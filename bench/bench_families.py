@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -328,7 +329,9 @@ def _candidate(subject: Subject, inputs: torch.Tensor, ours: bool, device: str) 
     mode = "reduce-overhead" if device == "cuda" and subject.job.phase == "decode" else None
     subject.restore()
     before = rewritten()
-    with torch._inductor.config.patch(fx_graph_cache=False):
+    # Transformers makes FlexAttention's block masks in a way that warns, at which stock torch breaks the graph.
+    quiet = torch._dynamo.config.patch(ignore_logging_functions={warnings.warn})
+    with torch._inductor.config.patch(fx_graph_cache=False), quiet:
         call = compiled_step(subject.step(), (inputs,), ours, mode)
     name = f"torch.compile + fi_ops: {_sites(rewritten() - before)}" if ours else "torch.compile"
 
