@@ -283,7 +283,7 @@ def apply_attention(plan: Plan, emitter: Emitter) -> list[Node]:
     options["query"] = query
     if plan.query_rope is not None:
         options.update(_emit_tables(plan.query_rope, emitter))
-    for name in ("mask", "cos", "sin", "sinks"):
+    for name in ("mask", "cos", "sin"):
         if options.get(name) is not None:
             keep_in_memory(options[name])
     if plan.key_write is None:
