@@ -227,10 +227,15 @@ class Subject:
         return lambda x: body(input_ids=x, use_cache=False)[0]
 
     def answer(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What the model says in eager mode."""
+        """What the model says in eager mode (where FlexAttention would be compiled, and is eager attention instead)."""
         self.restore()
         inputs = inputs.to(self.dtype) if inputs.is_floating_point() else inputs
-        return self.step()(inputs)
+        config, implementation = self.model.config, self.model.config._attn_implementation
+        config._attn_implementation = "eager" if implementation == "flex_attention" else implementation
+        try:
+            return self.step()(inputs)
+        finally:
+            config._attn_implementation = implementation
 
 
 def build(family: Family, sizes: Sizes, dtype: torch.dtype, device: str) -> torch.nn.Module:
