@@ -5,6 +5,7 @@ python -m bench single_decode --batch 8        # attention of one new token
 python -m bench linear --batch 1               # linear layers of few rows
 python -m bench single_prefill --dtype float32
 python -m bench models --quick                 # whole decode steps, stock torch.compile against fi_ops
+python -m bench families --only gemma          # forward, prefill and decode of Hugging Face families
 python -m bench ops                            # every op of the registry on its typical sample
 python -m bench models --device cuda --kernels     # which kernels a step spends its time in
 python -m bench all --quick --markdown bench/results/mine.md
@@ -32,6 +33,7 @@ BENCHES = {
     "sampling": "bench_sampling",
     "linear": "bench_linear",
     "models": "bench_models",
+    "families": "bench_families",
     "ops": "bench_ops",
     "decline": "bench_decline",
 }
@@ -50,9 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="torch's threads (default: as torch chooses)")
     parser.add_argument("--batch", type=int, help="only this batch size")
     parser.add_argument("--length", type=int, help="only this length (prefill, decode) or vocabulary (sampling)")
+    parser.add_argument("--only", metavar="TEXT", help="families: those whose name has this in it")
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and turns")
-    parser.add_argument("--full", action="store_true", help="CUDA: more compiled peers and cases than fit in 4 minutes")
+    parser.add_argument(
+        "--full", action="store_true", help="more compiled peers, families and cases than fit in 4 minutes"
+    )
     parser.add_argument("--turns", type=int, default=15, help="turns of each candidate (default 15)")
     parser.add_argument("--turn", type=float, help="seconds of a turn (default 0.03; CUDA 0.002)")
     parser.add_argument("--warm", action="store_true", help="time nothing: compile and run each candidate once")
@@ -76,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     options = harness.Options(
         device=args.device, dtype=DTYPES.get(args.dtype), threads=args.threads, quick=args.quick, full=args.full,
-        batch=args.batch, length=args.length, compiled=not args.no_compile, turns=args.turns,
+        batch=args.batch, length=args.length, only=args.only, compiled=not args.no_compile, turns=args.turns,
         turn=TURN[args.device] if args.turn is None else args.turn, warm=args.warm, kernels=args.kernels,
     )  # fmt: skip
     torch.manual_seed(0)

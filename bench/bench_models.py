@@ -10,28 +10,22 @@ The position stands still (gpt-fast: it is an argument) or is set back before ea
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import sys
-import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo.utils
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fi_ops
 from fi_ops.library import Cost
 
 from . import stock
 from .harness import Candidate, Case, Options, within_budget
+from .whole_models import compiled_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from gpt_fast_model import ModelArgs, Transformer
@@ -139,39 +133,6 @@ class HuggingFaceLlama:
             layer.cumulative_length.fill_(tokens)
 
 
-def _compiled(subject: Any, token: torch.Tensor, ours: bool, device: str) -> Callable[[], object]:
-    """The compiled step as a call without arguments; compiled here, so that fi_ops is enabled for that alone."""
-    mode = "reduce-overhead" if device == "cuda" else None
-    step = torch.compile(stock.own_code(subject.step()), dynamic=False, fullgraph=True, mode=mode)
-
-    def call():
-        torch.compiler.cudagraph_mark_step_begin()
-        return step(token)
-
-    how = "with fi_ops" if ours else "as it is"
-    skips, began = _graph_skips(), time.perf_counter()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fi_ops.enable")
-            with fi_ops.enabled() if ours else contextlib.nullcontext():
-                call()
-    except Exception as error:  # a row of the table, and the other one is still timed
-        traceback.print_exc()
-        return partial(_raise, error)
-    print(f"  compiled {how} in {time.perf_counter() - began:.0f} s", flush=True)
-    if _graph_skips() > skips:
-        print(f"  CUDA GRAPHS SKIPPED {how}: see torch's message", flush=True)
-    return call
-
-
-def _raise(error: Exception) -> None:
-    raise error
-
-
-def _graph_skips() -> int:
-    return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-
-
 def _logits(subject: Any, token: torch.Tensor, tokens: int) -> torch.Tensor:
     subject.set_position(tokens)
     return subject.step()(token)[1]
@@ -215,7 +176,8 @@ def _cases_of(kind: type, batch: int, options: Options) -> Iterator[Case]:
             cache[:, :, :tokens].normal_()
         subject.set_position(tokens)
         if not steps:  # the same code serves every position
-            steps = [_compiled(subject, token, ours, device) for ours in (False, True)]
+            mode = "reduce-overhead" if device == "cuda" else None
+            steps = [compiled_step(subject.step(), (token,), ours, mode) for ours in (False, True)]
         names = ("torch.compile", "torch.compile + fi_ops")
         live = 2 * sizes.layers * batch * sizes.kv_heads * tokens * sizes.head_dim * dtype.itemsize
         yield Case(

@@ -37,6 +37,7 @@ BENCHES = {
     "single_prefill": 120,
     "sampling": 120,
     "models": 300,
+    "families": 300,
     "decline": 120,
     "ops": 60,
     "linear": 60,
@@ -140,12 +141,14 @@ def run_sanitizers(out: Path, args: argparse.Namespace) -> list[Result]:
     return results
 
 
-def start_warming(args: argparse.Namespace, log: Path) -> Process | None:
-    """Compile the models into Inductor's cache on disk while the stages that time nothing run."""
-    if "models" not in args.benches or len(args.stages) < 2:
-        return None
-    command = [sys.executable, "-m", "bench", "models", "--device", "cuda", "--warm", *shlex.split(args.bench_args)]
-    return Process("warming models", command, log, 500)
+def start_warming(args: argparse.Namespace, parts: Path) -> list[Process]:
+    """Compile whole models into Inductor's cache on disk while the stages that time nothing run."""
+    running = []
+    for name in ("models", "families"):
+        if name in args.benches and len(args.stages) > 1:
+            command = [sys.executable, "-m", "bench", name, "--device", "cuda", "--warm", *shlex.split(args.bench_args)]
+            running.append(Process(f"warming {name}", command, parts / f"warming_{name}.log", 500))
+    return running
 
 
 def run_benches(out: Path, args: argparse.Namespace, parts: Path) -> list[Result]:
@@ -259,15 +262,14 @@ def main() -> int:
         (out / stale).unlink(missing_ok=True)
     parts = Path(tempfile.mkdtemp())
     results: list[Result] = []
-    warming = start_warming(args, parts / "warming.log") if "bench" in args.stages else None
+    warming = start_warming(args, parts) if "bench" in args.stages else []
     if "tests" in args.stages:
         results += run_tests(out, args)
     if "sanitize" in args.stages:
         results += run_sanitizers(out, args)
     rows: list[dict[str, str]] = []
     if "bench" in args.stages:
-        if warming:
-            results.append(warming.wait())
+        results += [process.wait() for process in warming]
         results += run_benches(out, args, parts)
         rows = merge(out, args.benches, parts)
         print_bench(rows)

@@ -67,6 +67,7 @@ class Options:
     full: bool = False
     batch: int | None = None
     length: int | None = None
+    only: str | None = None
     compiled: bool = True
     turns: int = 15
     turn: float = 0.03

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import __main__ as command_line
-from bench import harness, output, plot
+from bench import bench_families, harness, output, plot
 from bench.clock import HostClock
 
 
@@ -40,6 +41,26 @@ def test_bench(arguments, device, tmp_path, capsys):
     rows = table.read_text().splitlines()
     assert rows[0].startswith("bench,case,candidate,check") and len(rows) > 2
     assert "| fi_ops |" in page.read_text()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("family", ["GptOss", "ViT"])
+def test_families(family, device, tmp_path, monkeypatch, capsys):
+    """Small models: full layers, and sliding ones whose rings are full; an encoder."""
+    pytest.importorskip("transformers")
+    small = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, vocab_size=64)
+    config = dict(small, num_hidden_layers=2, max_position_embeddings=256, sliding_window=16, image_size=64)
+    sizes = dataclasses.replace(bench_families.SIZES[device], config=config, slots=48)
+    monkeypatch.setitem(bench_families.SIZES, device, sizes)
+    (found,) = (f for f in bench_families.FAMILIES if f.key == family)
+    own = {k: v for k, v in found.config.items() if k not in config}
+    monkeypatch.setattr(bench_families, "FAMILIES", (dataclasses.replace(found, config=own, cuda={}),))
+    table = tmp_path / "rows.csv"
+    options = ["--quick", "--turns", "1", "--turn", "0", "--length", "24", "--batch", "2", "--csv", str(table)]
+    assert command_line.main(["families", "--only", family, "--device", device, *options]) == 0, capsys.readouterr().err
+    rows = table.read_text().splitlines()[1:]
+    assert len(rows) == (2 if family == "ViT" else 6) and all(",ok," in row for row in rows)
+    assert sum("fi_ops: 2 of 2 attention" in row for row in rows) == len(rows) // 2
 
 
 def test_plot(tmp_path):

@@ -6,6 +6,7 @@ stock torch must not be there with the rewrites.
 
 from __future__ import annotations
 
+import ast
 import copy
 import math
 import re
@@ -228,3 +229,23 @@ def test_no_copy_of_a_cache_in_a_model():
     torch.testing.assert_close(output.logits, reference, rtol=1e-4, atol=1e-5)
     assert isinstance(cache, transformers.StaticCache)
     assert not large_buffers(codes, cache.layers[0].keys.numel())
+
+
+def test_layers_share_masks_and_tables():
+    """Mask, cos and sin are computed once; Inductor by itself would do so for every op that reads them."""
+    pytest.importorskip("transformers")
+    from test_inductor_models import LAYERS, build, new_cache
+
+    model = build("Llama")
+    cache = new_cache(model, "static")
+    ids = torch.randint(1, 64, (2, 5), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), fi_ops.enabled():
+        model(ids, past_key_values=cache)
+        _, (code, *_) = run_and_get_code(torch.compile(model.forward), ids[:, :1], past_key_values=cache)
+    calls = [
+        line.split("=", 1)[1].strip() for line in code.splitlines() if "= torch.ops.fi.rope_append_attention" in line
+    ]
+    schema = [argument.name for argument in torch.ops.fi.rope_append_attention.default._schema.arguments]
+    shared = [schema.index(name) for name in ("cos", "sin", "mask")]
+    read = [[ast.unparse(ast.parse(call, mode="eval").body.args[i]) for i in shared] for call in calls]
+    assert len(calls) == LAYERS and all(names == read[0] for names in read), read

@@ -40,7 +40,7 @@ from ..walk import (
     value,
 )
 from .decline import Facts, capability_of
-from .emit import Emitter, replace
+from .emit import Emitter, keep_in_memory, replace
 from .masks import emit_mask, emit_sinks, kind_of_mask
 
 KEY_TRANSPOSE = (0, 1, 3, 2)
@@ -283,6 +283,9 @@ def apply_attention(plan: Plan, emitter: Emitter) -> list[Node]:
     options["query"] = query
     if plan.query_rope is not None:
         options.update(_emit_tables(plan.query_rope, emitter))
+    for name in ("mask", "cos", "sin"):
+        if options.get(name) is not None:
+            keep_in_memory(options[name])
     if plan.key_write is None:
         key = plan.key_rope.x if plan.key_rope is not None else plan.key
         key_dims = plan.key_rope.dims if plan.key_rope is not None else plan.key_dims

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils._pytree import tree_map_only
 
-from ..walk import aten, copy_origin, same_shape, same_value, shape, value
+from ..walk import at_least, aten, copy_origin, same_shape, same_value, shape, value
 
 
 class Emitter:
@@ -98,6 +98,18 @@ class Emitter:
         args, kwargs = tree_map_only(Node, value, (args, kwargs))
         with without_guards(self.fake_mode):
             return target(*args, **kwargs)
+
+
+def keep_in_memory(node: Node) -> None:
+    """Have Inductor store what `node` is a view of, a value that the ops of many layers read, unless only a part of it is read.
+
+    What is cheap to compute, as masks and tables are, it would compute anew for each op, into a buffer of that op's own.
+    """
+    base = node
+    while is_view(base):
+        base = base.args[0]
+    if base.op == "call_function" and at_least(value(node).numel(), value(base).numel()):
+        base.meta["inductor_realize_to_strides"] = True
 
 
 @contextlib.contextmanager
