@@ -24,6 +24,7 @@ from .normalize.cache_update import inputs_sharing_storage
 from .normalize.eager import match_eager
 from .normalize.flex import FLEX, match_flex
 from .sites import GraphReport, Site, attempt, publish, take_set_aside
+from .subclasses import check_no_subclasses
 from .walk import aten, erase_dead, is_call, source_line
 
 
@@ -66,6 +67,7 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> N
             attention = flex.attention if flex is not None else _match(node)
             if attention is None:
                 continue
+            check_no_subclasses()
             plan = plan_attention(attention, order, sharing)
             check_worth(node.name, plan.facts)
             if flex is not None:
