@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 
 from . import anchors
 from .sites import Declined, Site, set_aside
+from .subclasses import check_no_subclasses, note_subclasses
 from .support import DTYPES, has_kernels
 from .walk import argument, is_call, source_line
 
@@ -95,12 +96,14 @@ def _has_autocast_region(graph: Graph) -> bool:
 
 def pin(graph: Graph) -> None:
     """Replace every SDPA call that a rewrite could take by an anchor; report the others."""
+    note_subclasses(graph)
     has_autocast_region = _has_autocast_region(graph)
     for node in list(graph.nodes):
         is_closed = calls_sdpa_inside(node)
         if not is_sdpa_call(node) and not is_closed:
             continue
         try:
+            check_no_subclasses()
             if is_closed:
                 _check_result(has_autocast_region, node, (_example(node) or (None,))[0])
             else:

@@ -20,10 +20,11 @@ from .fuse.flex import FlexMasks
 from .fuse.linear import rewrite_linears
 from .fuse.sampling import rewrite_samplers
 from .normalize.attention import Attention, from_anchor
-from .normalize.cache_update import inputs_sharing_storage
 from .normalize.eager import match_eager
 from .normalize.flex import FLEX, match_flex
+from .normalize.in_place import GraphInputs
 from .sites import GraphReport, Site, attempt, publish, take_set_aside
+from .subclasses import check_no_subclasses
 from .walk import aten, erase_dead, is_call, source_line
 
 
@@ -55,7 +56,7 @@ def _has_tensors(graph: Graph) -> bool:
 
 def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
-    sharing = inputs_sharing_storage(graph)
+    inputs = GraphInputs.of(graph)
     flex_masks = FlexMasks(emitter)
     for node in order:
         if node._erased or not is_call(node, anchors.SDPA, aten.bmm.default, FLEX):
@@ -66,14 +67,15 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> N
             attention = flex.attention if flex is not None else _match(node)
             if attention is None:
                 continue
-            plan = plan_attention(attention, order, sharing)
+            check_no_subclasses()
+            plan = plan_attention(attention, order, inputs)
             check_worth(node.name, plan.facts)
             if flex is not None:
                 flex_masks.make(plan, flex)
             unused = apply_attention(plan, emitter)
             erase_dead(graph, unused)
             site.grade, site.pieces, site.reason = plan.grade, tuple(plan.pieces), plan.reason
-            site.caches = tuple(w.cache.name for w in plan.writes if w.cache.op == "placeholder")
+            site.caches = tuple(dict.fromkeys(w.base.name for w in plan.writes if w.base.op == "placeholder"))
             rope_site = _rope_site(plan, site)
         report.sites.append(site)
         if rope_site is not None:

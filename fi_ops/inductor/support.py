@@ -6,6 +6,10 @@ import torch
 
 from .. import _load
 
+HAS_RELATIVE_OFFSETS = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 13)
+"""Inductor takes the offset of an input in its storage off the offset of an `as_strided` of it, as it has to be: generated code
+starts from where the input begins. torch 2.11 and 2.12 do not, and address other memory."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -20,7 +20,8 @@ import torch
 from torch.fx import Node
 
 from ..normalize.attention import Attention, check_attention, check_contiguous_last
-from ..normalize.cache_update import CacheWrite, check_in_place, match_cache_write, same_positions, start_of_one
+from ..normalize.cache_update import CacheWrite, match_cache_write, same_positions, start_of_one
+from ..normalize.in_place import GraphInputs, check_in_place, check_readers, join, storage_offset, updated_caches
 from ..normalize.masks import check_mask
 from ..normalize.repeat_kv import unrepeat_kv
 from ..normalize.rope import Rope, match_rope
@@ -30,8 +31,6 @@ from ..walk import (
     dim_of,
     erase_dead,
     is_call,
-    is_full_scatter,
-    permutation,
     prims,
     same_size,
     same_value,
@@ -40,7 +39,7 @@ from ..walk import (
     value,
 )
 from .decline import Facts, capability_of
-from .emit import Emitter, keep_in_memory, replace
+from .emit import Emitter, Written, keep_in_memory, replace
 from .masks import emit_mask, emit_sinks, kind_of_mask
 
 KEY_TRANSPOSE = (0, 1, 3, 2)
@@ -110,10 +109,10 @@ def permuted(tensor, dims: tuple[int, ...] | None):
     return tensor if dims is None else tensor.permute(dims)
 
 
-def plan_attention(attention: Attention, order: dict[Node, int], sharing: Collection[Node] = ()) -> Plan:
+def plan_attention(attention: Attention, order: dict[Node, int], inputs: GraphInputs) -> Plan:
     """The highest grade this attention reaches; raises `Declined` where not even attention alone can be taken.
 
-    `order`: the place of each node in the graph; `sharing`: the inputs that share a storage (`inputs_sharing_storage`).
+    `order`: the place of each node in the graph.
     """
     if attention.key_transposed:
         key, key_dims = strip(attention.key), KEY_TRANSPOSE
@@ -136,7 +135,7 @@ def plan_attention(attention: Attention, order: dict[Node, int], sharing: Collec
     if attention.sinks is not None:
         plan.pieces.append("sinks")
     try:
-        _plan_append(plan, order, sharing)
+        _plan_append(plan, order, inputs)
     except Declined as declined:
         plan.append_reason = str(declined)
     try:
@@ -154,7 +153,7 @@ def plan_attention(attention: Attention, order: dict[Node, int], sharing: Collec
     return plan
 
 
-def _plan_append(plan: Plan, order: dict[Node, int], sharing: Collection[Node]) -> None:
+def _plan_append(plan: Plan, order: dict[Node, int], inputs: GraphInputs) -> None:
     """Find the cache writes whose results key and value are, and see that the op can do them."""
     attention = plan.attention
     key_write = match_cache_write(plan.key, plan.key_dims)
@@ -168,8 +167,8 @@ def _plan_append(plan: Plan, order: dict[Node, int], sharing: Collection[Node]) 
         )
     if key_write.dims != value_write.dims:
         raise Declined(f"{value_write.node.name}: key and value caches differ in layout")
-    if key_write.cache is value_write.cache:
-        raise Declined(f"{key_write.cache.name}: key and value are written to one cache")
+    if not join(key_write, value_write) and key_write.base is value_write.base:
+        raise Declined(f"{key_write.base.name}: key and value are written to one cache")
     if (key_write.into_rows is None) != (value_write.into_rows is None):
         raise Declined(f"{value_write.node.name}: key and value caches have other numbers of sequences")
     if not same_positions(key_write, value_write):
@@ -180,13 +179,9 @@ def _plan_append(plan: Plan, order: dict[Node, int], sharing: Collection[Node]) 
     kept = {plan.query, key_write.new, value_write.new, key_write.positions, *attention.operands}
     replaced = exclusive_to(attention.node, keep=kept)
     for write in (key_write, value_write):
-        check_in_place(write, sharing)
-        whole = updated_caches(write)
-        for user in [*write.node.users, *(u for node in whole for u in node.users)]:
-            if is_call(user, aten.clone.default) and all(u in whole for u in user.users):
-                continue
-            if user not in replaced and user not in whole and order.get(user, -1) < order[attention.node]:
-                raise Declined(f"{user.name}: reads the updated cache before the attention does")
+        check_in_place(write, inputs)
+        write.offset = storage_offset(write, inputs)
+        check_readers(write, replaced, lambda user: order.get(user, -1) < order[attention.node])
         if value(write.new).dtype != value(write.cache).dtype:
             raise Declined(
                 f"{write.new.name}: writes {value(write.new).dtype} to a cache of {value(write.cache).dtype}"
@@ -194,25 +189,6 @@ def _plan_append(plan: Plan, order: dict[Node, int], sharing: Collection[Node]) 
         check_contiguous_last(write.cache.name, "cache", permuted(value(write.cache), write.cache_dims))
     check_contiguous_last(value_write.new.name, "new value", value(value_write.new))
     plan.key_write, plan.value_write = key_write, value_write
-
-
-def updated_caches(write: CacheWrite) -> list[Node]:
-    """The nodes besides the write that are the whole updated cache in its own layout: where the write goes through a
-    transpose or through whole slices of the cache, its result is transposed (`index_copy_`: cloned first) or scattered back."""
-    found = []
-    for user in write.node.users:
-        for node in user.users if is_call(user, aten.clone.default) else (user,):
-            back = permutation(node)
-            if write.through is not None and back is not None and back[1] == write.through:
-                found.append(node)
-    pending = [write.node] if write.through is None else list(found)
-    while pending:
-        node = pending.pop()
-        for user in node.users:
-            if is_full_scatter(user) and user.args[1] is node and user not in found:
-                found.append(user)
-                pending.append(user)
-    return found
 
 
 def _plan_rope(plan: Plan) -> None:
@@ -313,15 +289,22 @@ def _apply_append(plan: Plan, options: dict, emitter: Emitter) -> list[Node]:
     )
     rotates = plan.query_rope is not None
     op = torch.ops.fi.rope_append_attention.default if rotates else torch.ops.fi.append_attention.default
-    mutated = {
-        name: (write.cache, write.cache_dims, _seen_of_cache(write, value_write, emitter))
+    written = {
+        name: Written(
+            write.base,
+            write.cache_dims,
+            _seen_of_cache(write, value_write, emitter),
+            {} if write.part is None else write.part.indices,
+            write.offset,
+        )
         for name, write in (("k_cache", key_write), ("v_cache", value_write))
     }
-    result, new_key_cache, new_value_cache = emitter.mutating(op, mutated, **options)
+    result, new_key_cache, new_value_cache = emitter.mutating(op, written, **options)
     replace(plan.attention.node, result, emitter.fake_mode)
-    _replace_write(key_write, new_key_cache, emitter)
-    _replace_write(value_write, new_value_cache, emitter)
-    return [plan.attention.node, key_write.node, value_write.node]
+    unused = [plan.attention.node]
+    unused += _replace_write(key_write, new_key_cache, emitter)
+    unused += _replace_write(value_write, new_value_cache, emitter)
+    return unused
 
 
 def _seen_of_cache(write: CacheWrite, value_write: CacheWrite, emitter: Emitter) -> dict[int, object]:
@@ -347,8 +330,13 @@ def _emit_positions(write: CacheWrite, emitter: Emitter) -> Node:
     return emitter.shared(prims.iota.default, length, start=write.start, **options)
 
 
-def _replace_write(write: CacheWrite, updated: Node, emitter: Emitter) -> None:
-    """Let `updated` be the cache from here on. What brought a write through a view back into the cache's layout goes."""
+def _replace_write(write: CacheWrite, updated: Node, emitter: Emitter) -> list[Node]:
+    """Let `updated` be the cache, or the stack of caches, from here on; returns the nodes that are now unused. What brought a write
+    through a view back into the cache's layout goes."""
+    if write.part is not None:
+        for node in write.part.after:
+            replace(node, updated, emitter.fake_mode)
+        return write.part.after
     whole = updated_caches(write)
     for node in whole:
         node.replace_all_uses_with(updated)
@@ -356,6 +344,7 @@ def _replace_write(write: CacheWrite, updated: Node, emitter: Emitter) -> None:
     if write.through is not None:
         updated = emitter.call(aten.permute.default, updated, list(write.through))
     replace(write.node, updated, emitter.fake_mode)
+    return [write.node]
 
 
 def _positional(op, options: dict) -> list:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Graph, Node
@@ -19,6 +20,25 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils._pytree import tree_map_only
 
 from ..walk import at_least, aten, copy_origin, same_shape, same_value, shape, value
+
+
+@dataclass
+class Written:
+    """A tensor that an op writes to, and what the op sees of it."""
+
+    base: Node
+    dims: tuple[int, ...] | None = None
+    """The permutation through which the op sees it (what is left of it by `parts`)."""
+    sizes: dict[int, int | Node] = field(default_factory=dict)
+    """By dimension of that view, the sizes which are smaller than the tensor's."""
+    parts: dict[int, int] = field(default_factory=dict)
+    """By dimension of the tensor, the index of the part that the op sees, where the tensor is a stack."""
+    offset: int | Node = 0
+    """Where the tensor begins in its storage."""
+
+    @property
+    def is_view(self) -> bool:
+        return self.dims is not None or bool(self.sizes) or bool(self.parts)
 
 
 class Emitter:
@@ -61,30 +81,47 @@ class Emitter:
     def item(self, node: Node, index: int) -> Node:
         return self.call(operator.getitem, node, index)
 
-    def mutating(self, op, mutated: dict[str, tuple[Node, tuple[int, ...] | None, dict]], **kwargs) -> tuple[Node, ...]:
-        """A mutating op in functional form: (result, updated tensors...).
-
-        `mutated` has for each written argument the tensor, the permutation through which the op sees it, and the sizes by
-        dimension of that view which are smaller than the tensor's.
-        """
+    def mutating(self, op, written: dict[str, Written], **kwargs) -> tuple[Node, ...]:
+        """A mutating op in functional form: (result, updated tensors...), one for each written argument."""
         arguments = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
         arguments.update(kwargs)
-        for index, (name, (base, dims, sizes)) in enumerate(mutated.items()):
-            arguments[f"_{name}_base_index"] = index
-            if dims is not None or sizes:
-                base_value = value(base)
-                dims = dims or tuple(range(base_value.dim()))
-                arguments[f"_{name}_size"] = [
-                    sizes.get(i, self._number(base_value.shape[d], aten.sym_size.int, base, d))
-                    for i, d in enumerate(dims)
-                ]
-                arguments[f"_{name}_stride"] = [
-                    self._number(base_value.stride(d), aten.sym_stride.int, base, d) for d in dims
-                ]
-                arguments[f"_{name}_storage_offset"] = base_value.storage_offset()
-        arguments["_all_bases"] = [base for base, _, _ in mutated.values()]
-        call = self.call(torch.ops.higher_order.auto_functionalized_v2, op, **arguments)
-        return tuple(self.item(call, i) for i in range(1 + len(mutated)))
+        bases = list(dict.fromkeys(tensor.base for tensor in written.values()))
+        for name, tensor in written.items():
+            arguments[f"_{name}_base_index"] = bases.index(tensor.base)
+            if tensor.is_view:
+                size, stride, offset = self._geometry(tensor)
+                arguments.update({f"_{name}_size": size, f"_{name}_stride": stride, f"_{name}_storage_offset": offset})
+        call = self.call(torch.ops.higher_order.auto_functionalized_v2, op, **arguments, _all_bases=bases)
+        result, *updated = (self.item(call, i) for i in range(1 + len(bases)))
+        return result, *(updated[bases.index(tensor.base)] for tensor in written.values())
+
+    def _geometry(self, tensor: Written) -> tuple[list, list, int | Node]:
+        """(sizes, strides, storage offset) of what the op sees of a tensor, as arguments of a call."""
+        base, known = tensor.base, value(tensor.base)
+        left = [d for d in range(known.dim()) if d not in tensor.parts]
+        if tensor.dims is not None:
+            left = [left[d] for d in tensor.dims]
+        sizes = [self.size(base, d) for d in left]
+        for i, size in tensor.sizes.items():
+            sizes[i] = size
+        offset = tensor.offset
+        for d, index in tensor.parts.items():
+            if index > 0:
+                offset = self._sum(offset, self._product(index, self._stride(base, d)))
+        return sizes, [self._stride(base, d) for d in left], offset
+
+    def _stride(self, base: Node, dim: int) -> int | Node:
+        return self._number(value(base).stride(dim), aten.sym_stride.int, base, dim)
+
+    def _product(self, count: int, number: int | Node) -> int | Node:
+        if isinstance(number, int):
+            return count * number
+        return number if count == 1 else self.shared(operator.mul, number, count)
+
+    def _sum(self, a: int | Node, b: int | Node) -> int | Node:
+        if isinstance(a, int) and isinstance(b, int):
+            return a + b
+        return b if a == 0 else self.shared(operator.add, a, b)
 
     def size(self, node: Node, dim: int):
         """A size as an argument of a call."""

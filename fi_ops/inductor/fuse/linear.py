@@ -15,6 +15,7 @@ from torch.fx import Graph
 
 from ..normalize.linear import Linear, is_input, is_written, match_linear
 from ..sites import Declined, GraphReport, Site, attempt
+from ..subclasses import check_no_subclasses
 from ..support import has_kernels
 from ..walk import at_least, aten, divides, erase_dead, is_call, same_size, shape, source_line, value
 from .decline import capability_of
@@ -40,6 +41,7 @@ def rewrite_linears(graph: Graph, emitter: Emitter, report: GraphReport) -> None
             if linear is None or not reads_weights(linear):
                 continue
             site.pieces = (_size_text(linear),)
+            check_no_subclasses()
             check_linear(linear)
             arguments = [linear.input, linear.weight] + ([] if linear.bias is None else [linear.bias])
             replace(node, emitter.at(node).call(torch.ops.fi.linear.default, *arguments), emitter.fake_mode)

@@ -18,6 +18,7 @@ from torch.fx import Graph
 
 from ..normalize.sampler import Sampler, match_sampler
 from ..sites import Declined, GraphReport, Site, attempt
+from ..subclasses import check_no_subclasses
 from ..walk import argument, aten, erase_dead, is_call, prims, shape, source_line, value
 from .attention import exclusive_to
 from .emit import Emitter, replace
@@ -32,6 +33,7 @@ def rewrite_samplers(graph: Graph, emitter: Emitter, report: GraphReport) -> Non
             sampler = match_sampler(node)
             if sampler is None:
                 continue
+            check_no_subclasses()
             _check_exclusive(sampler)
             if inductor_config.fallback_random:
                 raise Declined(f"{node.name}: config.fallback_random asks for torch's own random numbers")

@@ -17,13 +17,11 @@ A cache of more sequences and slots than there are (Meta's llama, litgpt) is wri
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from ..sites import Declined
 from ..walk import (
@@ -33,7 +31,6 @@ from ..walk import (
     commuted,
     dim_of,
     is_call,
-    is_full_scatter,
     is_tensor,
     permutation,
     prims,
@@ -45,6 +42,7 @@ from ..walk import (
     strip,
     value,
 )
+from .stack import Part, part_of, part_written, written_to
 
 HEADS_FIRST = (0, 2, 1, 3)
 
@@ -68,6 +66,27 @@ class CacheWrite:
     """The write to the first sequences of `cache`, which `node` puts back; None where it is to all of them."""
     end: object = None
     """The slots that are attended to end here, if not with the cache."""
+    part: Part | None = None
+    """Where `cache` is in a stack of caches, if it is a part of one."""
+    offset: int | Node = 0
+    """Where `base` begins in its storage, for a view of it."""
+
+    @property
+    def nodes(self) -> set[Node]:
+        """What the op does instead."""
+        own = {self.node} if self.into_rows is None else {self.node, self.into_rows}
+        return own if self.part is None else own | self.part.nodes
+
+    @property
+    def base(self) -> Node:
+        """The tensor that the op writes to: the cache, or the stack that it is a part of."""
+        return self.cache if self.part is None else self.part.before
+
+    @property
+    def is_viewed(self) -> bool:
+        """The op sees another shape of `base` than it has."""
+        views = (self.cache_dims, self.into_rows, self.end, self.part)
+        return any(view is not None for view in views)
 
     @property
     def cache_dims(self) -> tuple[int, ...] | None:
@@ -85,12 +104,28 @@ def match_cache_write(node: Node, dims: tuple[int, ...] | None = None) -> CacheW
     if dims not in (None, HEADS_FIRST):
         return None
     write, ends = _whole(write, 2 if dims is None else 1)
+    part = part_of(write)
+    if part is not None:
+        written = written_to(*part)
+        if written is None:
+            return None
+        write, dims = _before_transpose(written, dims)
     rows = ends.pop(0, None)
     found = _match_rows(write, rows, dims) if rows is not None else _match_write(write, dims)
+    if found is not None:
+        found.part = part_written(found.node, found.cache, found.through)
     if found is not None and ends:
         (found.end,) = ends.values()
         _check_end(found)
     return found
+
+
+def _before_transpose(node: Node, dims: tuple[int, ...] | None) -> tuple[Node, tuple[int, ...] | None]:
+    """(x, dims): `node`, to be permuted by `dims`, is x to be permuted by those."""
+    found = permutation(node)
+    if found is None or found[1] != HEADS_FIRST:
+        return node, dims
+    return strip(found[0]), HEADS_FIRST if dims is None else None
 
 
 def _match_write(write: Node, dims: tuple[int, ...] | None) -> CacheWrite | None:
@@ -221,43 +256,6 @@ def with_leading_ones(node: Node, expected: list) -> Node:
     return node
 
 
-def inputs_sharing_storage(graph: Graph) -> set[Node]:
-    """The graph's inputs that lie in one storage with another: keys and values, or layers, cut out of one tensor."""
-    by_storage: dict[int, list[Node]] = {}
-    for node in graph.find_nodes(op="placeholder"):
-        if is_tensor(node) and value(node).layout is torch.strided:
-            by_storage.setdefault(value(node).untyped_storage()._cdata, []).append(node)
-    return {node for nodes in by_storage.values() if len(nodes) > 1 for node in nodes}
-
-
-def check_in_place(write: CacheWrite, sharing: Collection[Node]) -> None:
-    """The write may happen in the cache itself: it does in the program, and nobody looks at the cache as it was.
-
-    `sharing`: `inputs_sharing_storage`. Inductor does not see that such inputs do not overlap. It would hand an op that writes
-    to one a copy of the whole storage, which the writes that it generates itself need not.
-    """
-    cache = write.cache
-    if cache in sharing:
-        raise Declined(
-            f"{cache.name}: the cache shares its storage with another input, so that the op would be given a copy"
-        )
-    stored = False
-    for user in cache.users:
-        if is_call(user, aten.copy_.default) and user.args[0] is cache:
-            stored = True
-        elif not _only_for(user, (write.node, write.into_rows)) and not is_call(
-            user, aten.sym_size.int, aten.sym_stride.int
-        ):
-            raise Declined(f"{user.name}: reads {cache.name} as it was before the write {write.node.name}")
-    if not isinstance(value(cache).storage_offset(), int):
-        raise Declined(f"{cache.name}: the cache starts at a symbolic offset")
-    if cache.op in ("placeholder", "get_attr"):
-        if not stored:
-            raise Declined(f"{cache.name}: the updated cache {write.node.name} is not stored back into it")
-    elif not is_fresh(cache):
-        raise Declined(f"{cache.name}: the cache is {cache.target}, neither a graph input nor made in the graph")
-
-
 def may_be_negative(positions: Node) -> bool:
     """Constant positions below 0. Those that only come at run time are refused by the op, not wrapped around."""
     source = strip(positions)
@@ -282,27 +280,3 @@ def start_of_one(positions: Node) -> Node | None:
         if same_size(iota.args[0], 1) and begins_at_0 and value(start).dtype == value(positions).dtype:
             return start if value(start).dim() == 0 else None
     return None
-
-
-def _only_for(node: Node, writes: tuple) -> bool:
-    """The node is one of the writes, or a view of the cache that only they use."""
-    if node in writes or is_full_scatter(node):
-        return True
-    if is_call(node, aten.copy.default):  # `cache[...] = new` reads no more of the slice than its shape
-        return all(user in writes for user in node.users)
-    is_view = is_call(node, aten.slice.Tensor) or permutation(node) is not None
-    return is_view and all(_only_for(user, writes) for user in node.users)
-
-
-def is_fresh(node: Node) -> bool:
-    """The node made its tensor anew: no view, no graph input."""
-    if is_call(node, operator.getitem) and is_call(node.args[0], torch.ops.higher_order.auto_functionalized_v2):
-        return True
-    return is_call(
-        node,
-        aten.full.default,
-        aten.zeros.default,
-        aten.empty.memory_format,
-        aten.index_put.default,
-        aten.clone.default,
-    )
