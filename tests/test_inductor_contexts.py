@@ -293,6 +293,42 @@ def test_autocast(place, implementation):
         assert_within_budget(got, exact, plain)
 
 
+# ---- floats that dynamic=True makes inputs ----
+
+
+class Capped(nn.Module):
+    """Eager attention with a soft cap, as Gemma 2 has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.cap = 2.0
+
+    def forward(self, q, k, v):
+        scores = q @ k.transpose(2, 3) * 0.25
+        return (torch.tanh(scores / self.cap) * self.cap).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("specialized", [False, True])
+def test_soft_cap_that_may_change(specialized):
+    """Dynamo takes a float for an input, whose value an op could not follow: left alone, and right when it changes. Where
+    dynamo is told to guard on floats, it is a constant."""
+    model = Capped()
+    q, k, v = (3 * torch.randn(2, 2, LENGTH, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=specialized), recording() as reports:
+        for cap, compiles in ((2.0, 1), (5.0, 1 + specialized)):
+            model.cap = cap
+            with fi_ops.enabled():
+                check_capped(compiled(q, k, v), model, q, k, v)
+            sites = [site for report in reports for site in report.sites]
+            assert [site.grade for site in sites] == ["attention" if specialized else ""] * compiles
+    assert specialized or "specialize_float" in sites[0].reason
+
+
+def check_capped(got, model, *qkv):
+    assert_within_budget(got, model(*(t.double() for t in qkv)), model(*qkv))
+
+
 # ---- copies ----
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import cProfile
 import pstats
 import time
+from collections import Counter
 
 import pytest
 import torch
 from inductor_capture import Capture, compiled_for_capture
 
-from fi_ops.inductor import manager
+from fi_ops.inductor import graft, manager
 
 transformers = pytest.importorskip("transformers")
 
@@ -113,3 +114,34 @@ def decline(name, facts):
     from fi_ops.inductor.sites import Declined
 
     raise Declined(f"{name}: for this test")
+
+
+def attend_often(q, k, v, times):
+    """A graph of little but attention, so that what a site costs is most of what the passes do."""
+    for _ in range(times):
+        q = torch.nn.functional.scaled_dot_product_attention(q + 1, k, v, is_causal=True)
+    return q
+
+
+def counted(function, calls: Counter):
+    def call(*args):
+        calls[function.__name__] += 1
+        return function(*args)
+
+    return call
+
+
+def test_declined_sites_over_symbolic_sizes(monkeypatch):
+    """What is put back is traced anew, on the sizes that the graph has: every node is asked once for the size it computes."""
+    monkeypatch.setattr("fi_ops.inductor.rewrite.check_worth", decline)
+    asked = {}
+    for times in (SHALLOW, 2 * DEEP):
+        q, k, v = (torch.randn(2, 4, 10 + i, 16) for i in (0, 1, 1))
+        result, calls = Capture(), Counter()
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(graft, "_expression", counted(graft._expression, calls))
+            torch._dynamo.reset()
+            compiled_for_capture(attend_often, result, dynamic=True)(q, k, v, times)
+        assert result.grades() == [""] * times
+        asked[times] = calls.total()
+    assert 0 < asked[2 * DEEP] <= SLACK * 2 * DEEP / SHALLOW * asked[SHALLOW], asked

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from .graft import graft
+from .graft import KnownSizes, graft
 
 _library = torch.library.Library("fi_anchor", "DEF")
 _library.define(
@@ -51,11 +51,11 @@ def sdpa_arguments(node: Node) -> dict:
     return {**SDPA_DEFAULTS, **dict(zip(SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
 
 
-def lower(graph: Graph, node: Node) -> None:
+def lower(graph: Graph, node: Node, sizes: KnownSizes) -> None:
     """Put in place of an anchor exactly what AOTAutograd traces for the call it stands for."""
     traced = _trace(node)
     traced.graph.eliminate_dead_code()
-    result, copies = graft(graph, node, traced, node.all_input_nodes)
+    result, copies = graft(graph, node, traced, node.all_input_nodes, sizes)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     for copy in reversed(copies):

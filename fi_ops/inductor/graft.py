@@ -13,14 +13,46 @@ from torch.fx import Graph, GraphModule, Node
 from .walk import copy_origin
 
 
-def graft(graph: Graph, before: Node, traced: GraphModule, inputs: Sequence[Node]) -> tuple[Node, list[Node]]:
+class KnownSizes:
+    """The nodes of a graph that compute symbolic sizes, as far as the graph was looked at. Sites come in the graph's order, so that
+    each node is looked at once, however many sites there are."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self._looked_at: list[Node] = []
+        self._sizes: dict = {}
+
+    def in_front_of(self, end: Node) -> KnownSizes:
+        """Look at all nodes in front of `end` that are new."""
+        while self._looked_at and self._looked_at[-1]._erased:
+            self._looked_at.pop()
+        node = self._looked_at[-1].next if self._looked_at else next(iter(self.graph.nodes))
+        while node is not end:
+            if node.op == "root":  # `end` is in front of what was looked at
+                self._looked_at, self._sizes = [], {}
+                return self.in_front_of(end)
+            self._looked_at.append(node)
+            size = _expression(node)
+            if size is not None and self.get(size) is None:
+                self._sizes[size] = node
+            node = node.next
+        return self
+
+    def get(self, size) -> Node | None:
+        node = self._sizes.get(size)
+        return None if node is None or node._erased else node
+
+
+def graft(
+    graph: Graph, before: Node, traced: GraphModule, inputs: Sequence[Node], known: KnownSizes
+) -> tuple[Node, list[Node]]:
     """(the node of the first result, the copied nodes). `inputs` are in the places of `traced`'s placeholders.
 
     Symbolic sizes are taken from the nodes in front of `before` that compute them, as AOTAutograd would.
     """
     substitution = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    needs_sizes = any(_expression(inner) is not None for inner in traced.graph.nodes if inner.op == "call_function")
-    sizes = _known_sizes(before) if needs_sizes else {}
+    known.in_front_of(before)
+    sizes: dict = {}  # made here
     copies: list[Node] = []
     with graph.inserting_before(before):
         for inner in traced.graph.nodes:
@@ -31,8 +63,8 @@ def graft(graph: Graph, before: Node, traced: GraphModule, inputs: Sequence[Node
             if inner.op == "get_attr":
                 raise RuntimeError(f"fi_ops: tracing for {before} met a constant {inner.target}; please report this")
             size = _expression(inner)
-            if size is not None and size in sizes:
-                substitution[inner] = sizes[size]
+            if size is not None and (size in sizes or known.get(size) is not None):
+                substitution[inner] = sizes.get(size) or known.get(size)
                 continue
             copy = graph.node_copy(inner, substitution.__getitem__)
             copy_origin(copy, before)
@@ -47,15 +79,3 @@ def _expression(node: Node):
     """The symbolic expression of a node that computes a size."""
     size = node.meta.get("val")
     return size.node.expr if isinstance(size, torch.SymInt) else None
-
-
-def _known_sizes(end: Node) -> dict:
-    """The nodes in front of `end` that compute symbolic sizes."""
-    known: dict = {}
-    for node in end.graph.nodes:
-        if node is end:
-            break
-        size = _expression(node)
-        if size is not None:
-            known.setdefault(size, node)
-    return known

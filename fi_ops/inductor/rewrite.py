@@ -19,6 +19,7 @@ from .fuse.emit import Emitter
 from .fuse.flex import FlexMasks
 from .fuse.linear import rewrite_linears
 from .fuse.sampling import rewrite_samplers
+from .graft import KnownSizes
 from .normalize.attention import Attention, from_anchor
 from .normalize.eager import match_eager
 from .normalize.flex import FLEX, match_flex
@@ -31,15 +32,16 @@ from .walk import aten, erase_dead, is_call, source_line
 def rewrite(graph: Graph) -> None:
     report = GraphReport(take_set_aside())
     found = [n for n in graph.nodes if is_call(n, anchors.SDPA)]
+    sizes = KnownSizes(graph)
     if has_backward(graph):
         for node in found:
             report.sites.append(_site(node, reason=f"{node.name}: its graph has a backward part"))
-            anchors.lower(graph, node)
+            anchors.lower(graph, node, sizes)
         publish(report)
         return
     emitter = Emitter(graph) if _has_tensors(graph) else None
     if emitter is not None:
-        _rewrite_attention(graph, emitter, report)
+        _rewrite_attention(graph, emitter, sizes, report)
         rewrite_samplers(graph, emitter, report)
         rewrite_linears(graph, emitter, report)
     publish(report)
@@ -54,10 +56,10 @@ def _has_tensors(graph: Graph) -> bool:
     return any("val" in n.meta and hasattr(n.meta["val"], "untyped_storage") for n in graph.nodes)
 
 
-def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> None:
+def _rewrite_attention(graph: Graph, emitter: Emitter, sizes: KnownSizes, report: GraphReport) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     inputs = GraphInputs.of(graph)
-    flex_masks = FlexMasks(emitter)
+    flex_masks = FlexMasks(emitter, sizes)
     for node in order:
         if node._erased or not is_call(node, anchors.SDPA, aten.bmm.default, FLEX):
             continue
@@ -81,7 +83,7 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, report: GraphReport) -> N
         if rope_site is not None:
             report.sites.append(rope_site)
         if not site.grade and is_call(node, anchors.SDPA):
-            anchors.lower(graph, node)
+            anchors.lower(graph, node, sizes)
 
 
 def _match(node: Node) -> Attention | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from ..graft import graft
+from ..graft import KnownSizes, graft
 from ..normalize.flex import Blocks, Flex, Term, mask_elements
 from ..normalize.masks import Mask
 from ..sites import Declined
@@ -39,8 +39,9 @@ def check_mask_size(flex: Flex) -> None:
 class FlexMasks:
     """Makes masks in a graph; those of layers with the same mods, captured values and sizes are made once."""
 
-    def __init__(self, emitter: Emitter):
+    def __init__(self, emitter: Emitter, sizes: KnownSizes):
         self.emitter = emitter
+        self.sizes = sizes
         self._made: list[tuple[tuple, Node]] = []
 
     def make(self, plan: Plan, flex: Flex) -> None:
@@ -88,7 +89,7 @@ class FlexMasks:
         with torch.no_grad(), enable_python_dispatcher(), self.emitter.fake_mode:
             traced = make_fx(call, select_decomp_table(), tracing_mode="real")(*fakes)
         traced.graph.eliminate_dead_code()
-        result, _ = graft(self.emitter.graph, self.emitter.before, traced, inputs)
+        result, _ = graft(self.emitter.graph, self.emitter.before, traced, inputs, self.sizes)
         return result
 
 

@@ -331,7 +331,12 @@ def _take_soft_cap(attention: Attention, scores: Node) -> tuple[Node, float] | N
         if not is_call(tanh, aten.tanh.default):
             continue
         quotient = strip_casts(tanh.args[0])
-        cap = number(cap)
+        given, cap = cap, number(cap)
+        if cap is None and is_scalar(given):
+            raise Declined(
+                f"{strip_casts(given).name}: soft cap is a number that may change from call to call, and an op's may not; "
+                "dynamic=True makes one of each float of a model, unless torch._dynamo.config.specialize_float is set"
+            )
         if cap is None or cap <= 0:
             raise Declined(f"{scores.name}: soft cap is not a positive number")
         if is_call(quotient, aten.div.Tensor) and number(quotient.args[1]) == cap:
