@@ -298,3 +298,12 @@ def test_layers_share_masks_and_tables():
     shared = [schema.index(name) for name in ("cos", "sin", "mask")]
     read = [[ast.unparse(ast.parse(call, mode="eval").body.args[i]) for i in shared] for call in calls]
     assert len(calls) == LAYERS and all(names == read[0] for names in read), read
+
+
+def test_explain_says_why_a_quantised_cache_is_not_appended_to(capsys):
+    from snippets.unusual_caches import int8_with_scales, quantised
+
+    with torch.no_grad():
+        fi_ops.explain(int8_with_scales, *quantised())
+    printed = capsys.readouterr().out
+    assert "attention: 1 of 1 rewritten" in printed and "is not a write to a static cache" in printed
