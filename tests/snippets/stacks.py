@@ -139,6 +139,26 @@ def a_stack_that_begins_inside_another(q, k, v, both, positions, mask):
     return keys_and_values(q, k, v, both, positions, mask)
 
 
+def every_other_element():
+    q, k, v, both, positions, mask = pair()
+    return q, k, v, torch.cat((both, both), -1)[..., ::2], positions, mask
+
+
+@snippet(every_other_element, grade="", reason="stride")
+def a_stack_with_gaps(q, k, v, both, positions, mask):
+    return keys_and_values(q, k, v, both, positions, mask)
+
+
+def by_length_in_memory():
+    q, k, v, both, positions, mask = pair()
+    return q, k, v, both.permute(3, 1, 0, 2, 4).contiguous().permute(2, 1, 3, 0, 4), positions, mask
+
+
+@snippet(by_length_in_memory, grade=APPEND)
+def a_stack_in_another_order_in_memory(q, k, v, both, positions, mask):
+    return keys_and_values(q, k, v, both, positions, mask)
+
+
 @snippet(pair, grade=APPEND)
 def read_after(q, k, v, both, positions, mask):
     write(both[0], both[1], positions, k, v)

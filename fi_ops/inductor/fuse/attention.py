@@ -109,6 +109,14 @@ def permuted(tensor, dims: tuple[int, ...] | None):
     return tensor if dims is None else tensor.permute(dims)
 
 
+def part_of_value(write: CacheWrite):
+    """The cache as it lies in memory. (A stack after a write may have other strides in the functional graph.)"""
+    tensor = value(write.base)
+    for dim, index in sorted(write.part.indices.items(), reverse=True) if write.part is not None else ():
+        tensor = tensor.select(dim, index)
+    return tensor
+
+
 def plan_attention(attention: Attention, order: dict[Node, int], inputs: GraphInputs) -> Plan:
     """The highest grade this attention reaches; raises `Declined` where not even attention alone can be taken.
 
@@ -186,7 +194,7 @@ def _plan_append(plan: Plan, order: dict[Node, int], inputs: GraphInputs) -> Non
             raise Declined(
                 f"{write.new.name}: writes {value(write.new).dtype} to a cache of {value(write.cache).dtype}"
             )
-        check_contiguous_last(write.cache.name, "cache", permuted(value(write.cache), write.cache_dims))
+        check_contiguous_last(write.base.name, "cache", permuted(part_of_value(write), write.cache_dims))
     check_contiguous_last(value_write.new.name, "new value", value(value_write.new))
     plan.key_write, plan.value_write = key_write, value_write
 
