@@ -146,6 +146,10 @@ def stored_stacked(shape, make):
     return [make((2, *shape))], lambda state: (state[0][0], state[0][1])
 
 
+def stored_in_layers(shape, make):
+    return [make((2, *shape[:1], 2, *shape[1:]))], lambda state: (state[0][1][:, 0], state[0][1][:, 1])
+
+
 def stored_side_by_side(shape, make):
     return [make((*shape[:-1], 2 * D))], lambda state: (state[0][..., :D], state[0][..., D:])
 
@@ -169,6 +173,7 @@ def stored_in_more(shape, make):
 STORED = {
     "apart": stored_apart,
     "stacked": stored_stacked,
+    "in layers": stored_in_layers,
     "side by side": stored_side_by_side,
     "one storage": stored_in_one_storage,
     "interleaved": stored_interleaved,
