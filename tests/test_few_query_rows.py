@@ -17,7 +17,7 @@ from fi_ops.testing import assert_op_matches_reference
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def _mask(draw, device, batch, heads, qo_len, kv_len, dtype):
+def random_mask(draw, device, batch, heads, qo_len, kv_len, dtype):
     """A mask over a static cache: padding on either side, holes, whole tiles gone, now and then a row with nothing."""
     keys = torch.arange(kv_len, device=device)
     start = torch.tensor([draw.choice([0, 0, draw.randrange(kv_len)]) for _ in range(batch)], device=device)
@@ -75,7 +75,7 @@ def random_call(seed: int, device: str, qo_lens=FEW_ROWS[0], groups=FEW_ROWS[1])
     kind = draw.choice(["attention_with_lse", "attention_with_lse", "append", "rope", "rope_append"])
     if kind == "attention_with_lse" and draw.random() < 0.2:
         options["alibi_slopes"] = torch.rand(heads, device=device)
-    mask = _mask(draw, device, batch, heads, qo_len, kv_len, dtype) if draw.random() < 0.5 else None
+    mask = random_mask(draw, device, batch, heads, qo_len, kv_len, dtype) if draw.random() < 0.5 else None
     q, k, v = rand(batch, heads, qo_len, dim), rand(batch, kv_heads, kv_len, dim), rand(batch, kv_heads, kv_len, dim_vo)
 
     def tables(length):

@@ -6,9 +6,11 @@ blocks share.
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
-from test_few_query_rows import DEVICES, random_call
+from test_few_query_rows import DEVICES, random_call, random_mask
 
 from fi_ops.library import SPECS, Sample
 from fi_ops.testing import assert_op_matches_reference
@@ -46,3 +48,78 @@ def test_long_keys_with_values_that_only_count_alone(options, device):
     mask = torch.zeros(2, 1, 40, 1400, device=device, dtype=dtype).masked_fill((keys >= 300) & (keys < 1350), low)
     mask[1, :, 5] = low
     assert_op_matches_reference(SPECS["attention_with_lse"], Sample((q, k, v, mask), options, "finfo.min"))
+
+
+def prompt_call(seed, device, batches=(1, 2, 3), heads=(2, 4, 6), lengths=(64, 100, 129, 192, 300)):
+    """A prompt over a static cache as models call it, (op, arguments, keyword arguments): what Hopper's kernel takes.
+
+    Positions that ascend or don't, shared or each entry's; masks that padding, causality and chance make; windows.
+    """
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = draw.choice([torch.bfloat16, torch.float16])
+    dim, kv_heads, batch = draw.choice([64, 128, 256]), draw.choice([1, 2]), draw.choice(batches)
+    num_heads, qo_len = draw.choice(heads), draw.choice(lengths)
+    max_len = qo_len + draw.choice([0, 1, 28, 200, 700])
+
+    def rand(num, length):
+        return torch.randn(batch, num, length, dim, device=device).to(dtype)
+
+    options: dict = {}
+    if draw.random() < 0.6:
+        options["causal"] = True
+    if draw.random() < 0.3:
+        options["window_left"] = draw.choice([0, 50, 150])
+    starts = [draw.randrange(max_len - qo_len + 1) for _ in range(draw.choice([1, batch]))]
+    at = torch.stack([torch.arange(start, start + qo_len) for start in starts])
+    if draw.random() < 0.3:
+        at = torch.stack([torch.randperm(max_len)[:qo_len] for _ in starts])
+    mask = None
+    if draw.random() < 0.6:
+        mask = random_mask(draw, device, batch, num_heads, qo_len, max_len, dtype)
+    elif "causal" not in options:
+        mask = (torch.arange(max_len) <= at[:, None, :, None]).to(device)
+    positions = (at if len(at) > 1 else at[0]).to(device, draw.choice([torch.int32, torch.int64]))
+    q, k_cache, v_cache = rand(num_heads, qo_len), rand(kv_heads, max_len), rand(kv_heads, max_len)
+    kind = draw.choice(["attention_with_lse", "append_attention", "rope_append_attention"])
+    if kind == "attention_with_lse":
+        options["q_offset"] = starts[0]
+        return kind, (q, k_cache, v_cache, mask), options
+    cache = (k_cache, v_cache, positions, mask)
+    if kind == "append_attention":
+        return kind, (q, rand(kv_heads, qo_len), rand(kv_heads, qo_len), *cache), options
+    angles = torch.rand(1, qo_len, dim // 2, device=device) * 6.3
+    tables = angles.cos(), angles.sin()
+    return kind, (q, rand(kv_heads, qo_len), rand(kv_heads, qo_len), *tables, *cache), options
+
+
+PROMPTS = [("cpu", seed) for seed in range(6)] + [
+    pytest.param("cuda", seed, marks=pytest.mark.gpu) for seed in range(40)
+]
+
+
+@pytest.mark.parametrize(("device", "seed"), PROMPTS)
+def test_prompt(device, seed):
+    op, args, kwargs = prompt_call(seed, device)
+    assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"prompt {seed}"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(100, 130))
+def test_prompt_of_many_heads(seed):
+    """More tiles of 128 rows than a GPU has multiprocessors: tiles of 192 rows, and several of them a block."""
+    op, args, kwargs = prompt_call(seed, "cuda", (3, 4), (16, 48), (384, 500))
+    assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"prompt of many heads {seed}"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("qo_len", "head_dim"), [(100, 64), (100, 256), (256, 128)])
+def test_slots_after_the_last_position_do_not_count(qo_len, head_dim, device):
+    """A cache whose unused slots are NaN: a weight of 0 never meets them."""
+    torch.manual_seed(0)
+    q, new_k, new_v = (torch.randn(2, heads, qo_len, head_dim, device=device).bfloat16() for heads in (4, 2, 2))
+    k, v = torch.full((2, 2, 2, 700, head_dim), float("nan"), device=device).bfloat16()
+    positions = torch.arange(qo_len, device=device)
+    got = torch.ops.fi.append_attention(q, new_k, new_v, k, v, positions, causal=True)
+    expected = torch.ops.fi.attention(q, new_k, new_v, causal=True)
+    torch.testing.assert_close(got, expected)

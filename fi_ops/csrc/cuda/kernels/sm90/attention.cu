@@ -1,19 +1,24 @@
 // Attention of many query rows on Hopper: the predicate, and the choice of a kernel.
 #include "fi/cuda/sm90/attention.h"
 
+#include "fi/cuda/sm90/mask_bits.h"
+
 namespace fi::cuda {
 
 bool sm90_prefill_supports(const AttentionParams& p) {
   constexpr int64_t kMinRows = 64;  // fewer leave most of a tile empty
   // Rows, keys and tiles are counted in 32 bits.
   constexpr int64_t kMaxLength = int64_t{1} << 29;
-  const bool plain = p.mask == nullptr && p.logits_soft_cap == 0.0f && !p.alibi_slopes && !p.sinks &&
-                     !p.query_positions && p.rope.cos == nullptr && p.scale > 0.0f;
+  constexpr int64_t kMaxMaskBytes = int64_t{2} << 30;  // of scratch: a mask that is broadcast can need more
+  const bool plain =
+      p.logits_soft_cap == 0.0f && !p.alibi_slopes && !p.sinks && p.rope.cos == nullptr && p.scale > 0.0f;
+  const bool mask =
+      p.mask == nullptr || (p.mask_dtype == DType::boolean && sm90::mask_scratch_bytes(p) <= kMaxMaskBytes);
   const bool sizes = p.head_dim_qk == p.head_dim_vo &&
                      (p.head_dim_qk == 64 || p.head_dim_qk == 128 || p.head_dim_qk == 256) && p.batch > 0 &&
                      p.num_qo_heads > 0 && p.qo_len >= kMinRows && p.qo_len <= kMaxLength && p.kv_len > 0 &&
                      p.kv_len <= kMaxLength && p.batch * p.num_qo_heads < kMaxLength / (p.qo_len / 128 + 1);
-  return (p.dtype == DType::bf16 || p.dtype == DType::f16) && plain && sizes &&
+  return (p.dtype == DType::bf16 || p.dtype == DType::f16) && plain && mask && sizes &&
          sm90::tensor_map_takes(sm90::query_rows(p)) && sm90::tensor_map_takes(sm90::key_rows(p)) &&
          sm90::tensor_map_takes(sm90::value_rows(p)) && sm90::tensor_map_takes(sm90::out_rows(p));
 }

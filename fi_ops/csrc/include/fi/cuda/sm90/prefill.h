@@ -6,104 +6,18 @@
 // tile, then the output of the one before, and computes the softmax of the former while the latter runs.
 #pragma once
 
-#include "fi/cuda/sm90/mbarrier.h"
+#include "fi/cuda/sm90/prefill_producer.h"
 #include "fi/cuda/sm90/prefill_softmax.h"
-#include "fi/cuda/sm90/prefill_work.h"
-#include "fi/cuda/sm90/tensor_map.h"
-#include "fi/cuda/sm90/tma.h"
-#include "fi/cuda/sm90/warpgroup.h"
 #include "fi/cuda/sm90/wgmma.h"
 
 namespace fi::cuda::sm90 {
-
-// T: bf16 or f16. A query tile has 64 * kConsumers rows, a KV tile kBlockN. With kQInRegisters the queries
-// are read from shared memory once a tile rather than in every product.
-template <class T_, int kHeadDim_, int kConsumers_, int kBlockN_, int kStages_, bool kQInRegisters_>
-struct PrefillConfig {
-  using T = T_;
-  static constexpr int kHeadDim = kHeadDim_, kConsumers = kConsumers_, kBlockN = kBlockN_, kStages = kStages_;
-  static constexpr bool kQInRegisters = kQInRegisters_;
-  static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
-  static constexpr int kPanels = kHeadDim / kBoxColumns;
-  // Of 65536: what the producer gives up, the consumers share.
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
-  static_assert(kHeadDim % kBoxColumns == 0 && kBlockN % 16 == 0);
-  static_assert(kConsumers == 2 || kConsumers == 3);
-  static_assert(kStages >= 2, "a consumer holds on to one tile of values while it waits for the next");
-};
-
-template <class Config>
-struct PrefillSmem {
-  static constexpr int kQPanelBytes = Config::kBlockM * kBoxColumns * 2;
-  static constexpr int kKvPanelBytes = Config::kBlockN * kBoxColumns * 2;
-
-  unsigned char q[Config::kPanels * kQPanelBytes];
-  unsigned char k[Config::kStages][Config::kPanels * kKvPanelBytes];
-  unsigned char v[Config::kStages][Config::kPanels * kKvPanelBytes];
-  Barrier q_full, q_empty;
-  Barrier k_full[Config::kStages], k_empty[Config::kStages];
-  Barrier v_full[Config::kStages], v_empty[Config::kStages];
-};
-
-struct PrefillArgs {
-  PrefillShape shape;
-  float scale_log2;
-  void* out;  // [batch, num_qo_heads, qo_len, head_dim]
-  int64_t o_stride_b, o_stride_h, o_stride_n;
-  float* lse;  // [batch, num_qo_heads, qo_len] contiguous; null: not wanted
-};
-
-template <class Config>
-class PrefillProducer {
- public:
-  using Smem = PrefillSmem<Config>;
-
-  // By one thread.
-  FI_DEVICE_INLINE static void run(Smem& smem, const PrefillShape& shape, const CUtensorMap& q_map,
-                                   const CUtensorMap& k_map, const CUtensorMap& v_map) {
-    PrefillQueue<Config::kBlockM, Config::kBlockN> queue(shape);
-    PrefillWork work;
-    RingPosition<1> q_at;
-    RingPosition<Config::kStages> k_at, v_at;
-    while (queue.next(work)) {
-      if (work.tiles.size() == 0) continue;
-      const int kv_head = work.head / shape.group_size;
-      const auto load_k = [&](int tile) {
-        load(smem.k[k_at.stage], smem.k_full[k_at.stage], smem.k_empty[k_at.stage], k_at.parity, k_map,
-             tile * Config::kBlockN, kv_head, work.b, Smem::kKvPanelBytes);
-        k_at.advance();
-      };
-      load(smem.q, smem.q_full, smem.q_empty, q_at.parity, q_map, work.q_start, work.head, work.b,
-           Smem::kQPanelBytes);
-      q_at.advance();
-      load_k(work.tiles.end - 1);
-      for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; --tile) {
-        if (tile > work.tiles.begin) load_k(tile - 1);  // in the order in which they are needed
-        load(smem.v[v_at.stage], smem.v_full[v_at.stage], smem.v_empty[v_at.stage], v_at.parity, v_map,
-             tile * Config::kBlockN, kv_head, work.b, Smem::kKvPanelBytes);
-        v_at.advance();
-      }
-    }
-  }
-
- private:
-  FI_DEVICE_INLINE static void load(unsigned char* tile, Barrier& full, Barrier& empty, uint32_t parity,
-                                    const CUtensorMap& map, int row, int head, int b, int panel_bytes) {
-    barrier_wait(empty, parity ^ 1);
-    barrier_arrive_expect(full, Config::kPanels * panel_bytes);
-#pragma unroll
-    for (int panel = 0; panel < Config::kPanels; ++panel)
-      load_box(tile + panel * panel_bytes, map, panel * kBoxColumns, row, head, b, full);
-  }
-};
 
 template <class Config>
 class PrefillConsumer {
  public:
   using T = typename Config::T;
-  using Smem = PrefillSmem<Config>;
+  static constexpr bool kDeviceKeys = Config::kDeviceKeys;
+  using Smem = std::conditional_t<kDeviceKeys, DeviceKeysSmem<Config>, PrefillSmem<Config>>;
   static constexpr int kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
 
   FI_DEVICE_INLINE PrefillConsumer(Smem& smem, const PrefillArgs& args, int group)
@@ -120,12 +34,15 @@ class PrefillConsumer {
   }
 
  private:
+  using Tile = std::conditional_t<kDeviceKeys, ListedTile, int>;
+
   FI_DEVICE_INLINE void attend(const PrefillWork& work) {
     float o[kHeadDim / 2];
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
     OnlineSoftmax softmax(args_.scale_log2);
-    if (work.tiles.size() > 0) {
+    Tile tile = first_tile(work);
+    if (is_tile(tile, work)) {
       float s[kBlockN / 2], rescale[2];
       uint32_t p[kBlockN / 4];
       barrier_wait(smem_.q_full, q_at_.parity);
@@ -135,19 +52,22 @@ class PrefillConsumer {
       }
       barrier_wait(smem_.k_full[k_at_.stage], k_at_.parity);
       start_scores(s);
+      Tile next = tile_after(tile);
       wgmma_wait<0>();
       hold(s);
       release(smem_.k_empty[k_at_.stage]);
       k_at_.advance();
-      mask(s, work, work.tiles.end - 1);
+      mask(s, work, tile);
       softmax.weigh(s, rescale);
       pack(p, s);
       barrier_wait(smem_.v_full[v_at_.stage], v_at_.parity);
 
-      for (int tile = work.tiles.end - 2; tile >= work.tiles.begin; --tile) {
+      while (is_tile(next, work)) {
+        tile = next;
         barrier_wait(smem_.k_full[k_at_.stage], k_at_.parity);
         start_scores(s);
         start_output(o, p);
+        next = tile_after(tile);
         const int v_stage = v_at_.stage;
         v_at_.advance();
         wgmma_wait<1>();
@@ -178,9 +98,43 @@ class PrefillConsumer {
       hold(o);
       release(smem_.v_empty[v_at_.stage]);
       v_at_.advance();
+    } else if constexpr (kDeviceKeys) {
+      release(smem_.q_empty);
+      q_at_.advance();
     }
     store(o, softmax, work);
   }
+
+  // ---- which tiles there are ----
+  //
+  // Which one is next is known a step ahead. What lane 0 reads counts for its warp: it is the one that
+  // releases the place; and the compiler knows then that the warp's lanes go the same way.
+
+  FI_DEVICE_INLINE Tile first_tile(const PrefillWork& work) {
+    if constexpr (kDeviceKeys) {
+      barrier_wait(smem_.q_full, q_at_.parity);
+      return ListedTile(__shfl_sync(kAllLanes, smem_.rows[q_at_.parity].first_tile, 0));
+    } else {
+      return work.tiles.end - 1;
+    }
+  }
+  // Once the keys of `tile` have arrived, and before their place is released.
+  FI_DEVICE_INLINE Tile tile_after(Tile tile) const {
+    if constexpr (kDeviceKeys) {
+      return ListedTile(__shfl_sync(kAllLanes, smem_.tiles[k_at_.stage], 0));
+    } else {
+      return tile - 1;
+    }
+  }
+  FI_DEVICE_INLINE static bool is_tile(Tile tile, const PrefillWork& work) {
+    if constexpr (kDeviceKeys) {
+      return static_cast<bool>(tile);
+    } else {
+      return tile >= work.tiles.begin;
+    }
+  }
+
+  // ---- the products ----
 
   // This warp's 16 rows of q, as operands in registers.
   FI_DEVICE_INLINE void load_q() {
@@ -232,18 +186,65 @@ class PrefillConsumer {
     if (lane_ == 0) barrier_arrive(empty);
   }
 
-  FI_DEVICE_INLINE void mask(float (&s)[kBlockN / 2], const PrefillWork& work, int tile) const {
-    const PrefillShape& shape = args_.shape;
-    const int row = work.q_start + warp_row_ + lane_ / 4, key = tile * kBlockN + lane_ % 4 * 2;
-    if (tile >= work.whole.end) {
-      const int last[2] = {min(row + shape.last_key, shape.kv_len - 1),
-                           min(row + 8 + shape.last_key, shape.kv_len - 1)};
+  // ---- keys that a row doesn't see ----
+
+  // The ring of values is at the tile's.
+  FI_DEVICE_INLINE void mask(float (&s)[kBlockN / 2], const PrefillWork& work, Tile tile) {
+    if constexpr (kDeviceKeys) {
+      if (tile.cut()) mask_listed(s, work, tile);
+    } else {
+      const PrefillShape& shape = args_.shape;
+      const int row = work.q_start + warp_row_ + lane_ / 4, key = tile * kBlockN + lane_ % 4 * 2;
+      if (tile >= work.whole.end) {
+        const int last[2] = {min(row + shape.last_key, shape.kv_len - 1),
+                             min(row + 8 + shape.last_key, shape.kv_len - 1)};
+        mask_after(s, key, last);
+      }
+      if (tile < work.whole.begin) {
+        const int first[2] = {row + shape.first_key, row + 8 + shape.first_key};
+        mask_before(s, key, first);
+      }
+    }
+  }
+
+  FI_DEVICE_INLINE void mask_listed(float (&s)[kBlockN / 2], const PrefillWork& work, ListedTile tile) {
+    const uint32_t* columns = nullptr;
+    if (args_.mask.classes) {
+      const int index = args_.mask.list_of(work.b, work.head, work.q_start / Config::kBlockM) + tile.index();
+      const uint32_t* tile_bits = args_.mask.bits + static_cast<int64_t>(index) * (4 * (Config::kBlockM + 1));
+      columns = tile_bits + 4 * Config::kBlockM;
+      const uint32_t* rows = tile_bits + 4 * (warp_row_ + lane_ / 4) + lane_ % 4;
+      const uint32_t bits[2] = {rows[0], rows[4 * 8]};
+      mask_unset(s, bits);
+    } else {
+      const int row = warp_row_ + lane_ / 4, key = tile.index() * kBlockN + lane_ % 4 * 2;
+      const RowKeys<Config::kBlockM>& keys = smem_.rows[q_at_.parity];
+      const KeyRange a = keys.rows[row], b = keys.rows[row + 8];
+      const int first[2] = {a.begin, b.begin}, last[2] = {a.end - 1, b.end - 1};
       mask_after(s, key, last);
+      if (args_.p.window_left >= 0) mask_before(s, key, first);
     }
-    if (tile < work.whole.begin) {
-      const int first[2] = {row + shape.first_key, row + 8 + shape.first_key};
-      mask_before(s, key, first);
+    if (tile.has_unseen()) clear_unseen(tile, columns);
+  }
+
+  // Values of keys that no row sees become 0 once they have arrived: a weight of 0 times what lies there must
+  // not be NaN. Every warpgroup clears them for itself, to the same effect. `columns`: the last line of the
+  // tile's bits, or null.
+  FI_DEVICE_INLINE void clear_unseen(ListedTile tile, const uint32_t* columns) {
+    barrier_wait(smem_.v_full[v_at_.stage], v_at_.parity);
+    const int thread = threadIdx.x % kWarpgroupThreads, first = tile.index() * kBlockN;
+    const Range seen = smem_.rows[q_at_.parity].seen;
+#pragma unroll 1  // registers are short
+    for (int key = thread / 8; key < kBlockN; key += kWarpgroupThreads / 8) {
+      if (columns ? columns[key / 32] >> key % 32 & 1 : first + key >= seen.begin && first + key < seen.end)
+        continue;
+      unsigned char* v = smem_.v[v_at_.stage] + key * 128 + thread % 8 * 16;
+#pragma unroll
+      for (int panel = 0; panel < Config::kPanels; ++panel)
+        *reinterpret_cast<uint4*>(v + panel * Smem::kKvPanelBytes) = {0, 0, 0, 0};
     }
+    fence_for_products();
+    warpgroup_barrier(1 + group_row_ / 64);
   }
 
   FI_DEVICE_INLINE static void pack(uint32_t (&p)[kBlockN / 4], const float (&s)[kBlockN / 2]) {
@@ -306,7 +307,7 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     prefill_kernel(const __grid_constant__ PrefillArgs args, const __grid_constant__ CUtensorMap q_map,
                    const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
-  auto& smem = *reinterpret_cast<PrefillSmem<Config>*>(dynamic_smem());
+  auto& smem = *reinterpret_cast<typename PrefillConsumer<Config>::Smem*>(dynamic_smem());
   if (threadIdx.x == 0) {
     prefetch_tensor_map(q_map);
     prefetch_tensor_map(k_map);
@@ -329,7 +330,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroupThreads, 0);
   if (warpgroup == 0) {
     lower_registers<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) PrefillProducer<Config>::run(smem, args.shape, q_map, k_map, v_map);
+    if constexpr (Config::kDeviceKeys) {
+      if (threadIdx.x < 32) DeviceKeysProducer<Config>::run(smem, args, q_map, k_map, v_map);
+    } else {
+      if (threadIdx.x == 0) PrefillProducer<Config>::run(smem, args.shape, q_map, k_map, v_map);
+    }
   } else {
     raise_registers<Config::kConsumerRegisters>();
     PrefillConsumer<Config>(smem, args, warpgroup - 1).run();

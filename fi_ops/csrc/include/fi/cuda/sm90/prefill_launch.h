@@ -9,6 +9,13 @@
 
 namespace fi::cuda::sm90 {
 
+// Whether only the device knows which keys a row sees.
+inline bool keys_on_device(const AttentionParams& p) {
+  return p.mask || (p.query_positions && (p.causal || p.window_left >= 0));
+}
+
+// Where keys_on_device, the last and the first key are what a prompt at the start of its cache would have:
+// good enough to choose tile sizes by.
 inline PrefillShape prefill_shape(const AttentionParams& p, int num_sms) {
   // A section's keys and values stay in L2 (50 MB), or at least each is read by several blocks at a time.
   constexpr int64_t kSectionBytes = 24 << 20;
@@ -23,9 +30,12 @@ inline PrefillShape prefill_shape(const AttentionParams& p, int num_sms) {
   shape.kv_len = static_cast<int>(p.kv_len);
   shape.section_heads =
       static_cast<int>(std::min(p.batch * p.num_qo_heads, section_kv_heads * shape.group_size));
-  shape.last_key = p.causal ? bounded(p.q_offset) : shape.kv_len;
+  const bool guess = keys_on_device(p);
+  const bool causal = p.causal || (p.mask && p.mask_stride_q != 0);
+  const int64_t q_offset = guess ? 0 : p.q_offset;
+  shape.last_key = causal ? bounded(q_offset) : shape.kv_len;
   int64_t first_key = INT64_MIN;
-  if (p.window_left >= 0 && __builtin_sub_overflow(p.q_offset, p.window_left, &first_key))
+  if (p.window_left >= 0 && __builtin_sub_overflow(q_offset, p.window_left, &first_key))
     first_key = INT64_MIN;
   shape.first_key = bounded(first_key);
   return shape;
@@ -50,7 +60,7 @@ double prefill_cost(const PrefillShape& shape, int num_sms) {
 
 template <class Config>
 void launch_prefill(const AttentionParams& p, const PrefillShape& shape, const Gpu& gpu) {
-  PrefillArgs args;
+  PrefillArgs args{};
   args.shape = shape;
   args.scale_log2 = p.scale * 1.44269504088896340736f;
   args.out = p.out;
@@ -58,9 +68,13 @@ void launch_prefill(const AttentionParams& p, const PrefillShape& shape, const G
   args.o_stride_h = p.o_stride_h;
   args.o_stride_n = p.o_stride_n;
   args.lse = p.lse;
+  if constexpr (Config::kDeviceKeys) {
+    args.p = p;
+    if (p.mask) args.mask = scan_mask(p, gpu, Config::kBlockM, Config::kBlockN);
+  }
   const int64_t tiles = p.batch * p.num_qo_heads * shape.q_tiles(Config::kBlockM);
   launch(gpu, prefill_kernel<Config>, static_cast<unsigned>(std::min<int64_t>(tiles, gpu.num_sms)),
-         Config::kThreads, sizeof(PrefillSmem<Config>), /*overlap=*/true, args,
+         Config::kThreads, sizeof(typename PrefillConsumer<Config>::Smem), /*overlap=*/true, args,
          make_tensor_map(p.dtype, query_rows(p), Config::kBlockM),
          make_tensor_map(p.dtype, key_rows(p), Config::kBlockN),
          make_tensor_map(p.dtype, value_rows(p), Config::kBlockN));
@@ -69,29 +83,29 @@ void launch_prefill(const AttentionParams& p, const PrefillShape& shape, const G
 // The tiles of each head dim: 128 query rows, and 192 where the registers allow it. A block of 192 rows reads
 // each key for more rows and has a third warpgroup to fill gaps with: kWideSpeed times as fast per row and
 // key, where its coarser rounds don't cost more than that.
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kDeviceKeys>
 struct PrefillTiles;
 
-template <class T>
-struct PrefillTiles<T, 64> {
-  using Narrow = PrefillConfig<T, 64, 2, 128, 3, true>;
-  using Wide = PrefillConfig<T, 64, 3, 128, 2, false>;
+template <class T, bool kDeviceKeys>
+struct PrefillTiles<T, 64, kDeviceKeys> {
+  using Narrow = PrefillConfig<T, 64, 2, 128, 3, true, kDeviceKeys>;
+  using Wide = PrefillConfig<T, 64, 3, kDeviceKeys ? 112 : 128, 2, false, kDeviceKeys>;
   static constexpr double kWideSpeed = 1.15;
 };
-template <class T>
-struct PrefillTiles<T, 128> {
-  using Narrow = PrefillConfig<T, 128, 2, 128, 2, true>;
-  using Wide = PrefillConfig<T, 128, 3, 80, 3, false>;
+template <class T, bool kDeviceKeys>
+struct PrefillTiles<T, 128, kDeviceKeys> {
+  using Narrow = PrefillConfig<T, 128, 2, 128, 2, true, kDeviceKeys>;
+  using Wide = PrefillConfig<T, 128, 3, 80, 3, false, kDeviceKeys>;
   static constexpr double kWideSpeed = 1.06;
 };
-template <class T>
-struct PrefillTiles<T, 256> {
-  using Narrow = PrefillConfig<T, 256, 2, 80, 2, false>;
+template <class T, bool kDeviceKeys>
+struct PrefillTiles<T, 256, kDeviceKeys> {
+  using Narrow = PrefillConfig<T, 256, 2, 80, 2, false, kDeviceKeys>;
 };
 
-template <class T, int kHeadDim>
-void prefill(const AttentionParams& p, const Gpu& gpu) {
-  using Tiles = PrefillTiles<T, kHeadDim>;
+template <class T, int kHeadDim, bool kDeviceKeys>
+void prefill_with(const AttentionParams& p, const Gpu& gpu) {
+  using Tiles = PrefillTiles<T, kHeadDim, kDeviceKeys>;
   const PrefillShape shape = prefill_shape(p, gpu.num_sms);
   if constexpr (requires { typename Tiles::Wide; }) {
     using Wide = typename Tiles::Wide;
@@ -100,6 +114,11 @@ void prefill(const AttentionParams& p, const Gpu& gpu) {
       return launch_prefill<Wide>(p, shape, gpu);
   }
   launch_prefill<typename Tiles::Narrow>(p, shape, gpu);
+}
+
+template <class T, int kHeadDim>
+void prefill(const AttentionParams& p, const Gpu& gpu) {
+  keys_on_device(p) ? prefill_with<T, kHeadDim, true>(p, gpu) : prefill_with<T, kHeadDim, false>(p, gpu);
 }
 
 }  // namespace fi::cuda::sm90

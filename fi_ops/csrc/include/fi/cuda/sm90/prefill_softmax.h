@@ -31,6 +31,14 @@ FI_DEVICE_INLINE void mask_before(float (&s)[N], int key, const int (&first)[2])
     if (i / 4 * 8 + i % 2 < first[i / 2 % 2] - key) s[i] = -INFINITY;
 }
 
+// Scores of keys whose bit is not set: bit 2j + e of bits[r] is the key of score 4j + 2r + e.
+template <int N>
+FI_DEVICE_INLINE void mask_unset(float (&s)[N], const uint32_t (&bits)[2]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (!(bits[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
+}
+
 // Softmax of two rows as their scores come. Weights are 2^((s - origin) * scale_log2), where the origin
 // follows the row's maximum only once it lags behind by a factor of 2^kLag: any origin near the maximum gives
 // the same quotient, and one that stays spares the rescaling of everything summed so far.

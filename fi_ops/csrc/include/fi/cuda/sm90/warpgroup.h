@@ -17,4 +17,9 @@ FI_DEVICE_INLINE void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
 }
 
+// A barrier of one warpgroup; ids from 1 to 15.
+FI_DEVICE_INLINE void warpgroup_barrier(int id) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "n"(kWarpgroupThreads) : "memory");
+}
+
 }  // namespace fi::cuda::sm90

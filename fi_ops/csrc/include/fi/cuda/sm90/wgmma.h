@@ -15,6 +15,8 @@ namespace fi::cuda::sm90 {
 
 // Orders this warp's register accesses before the products that follow.
 FI_DEVICE_INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+// Makes what this thread stored in shared memory visible to products that start after a barrier.
+FI_DEVICE_INLINE void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 // Closes a group: the products issued since the last one.
 FI_DEVICE_INLINE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
 // Waits until at most `Pending` groups are in flight.
@@ -84,9 +86,10 @@ struct Wgmma;
 #define FI_WGMMA_REGISTERS_OF_64 FI_WGMMA_8(0), FI_WGMMA_8(8), FI_WGMMA_8(16), FI_WGMMA_8(24)
 #define FI_WGMMA_TEXT_OF_80 FI_WGMMA_TEXT_OF_64 ", " FI_WGMMA_TEXT_4
 #define FI_WGMMA_REGISTERS_OF_80 FI_WGMMA_REGISTERS_OF_64, FI_WGMMA_8(32)
-#define FI_WGMMA_TEXT_OF_128 \
-  FI_WGMMA_TEXT_OF_80 ", " FI_WGMMA_TEXT_5 ", " FI_WGMMA_TEXT_6 ", " FI_WGMMA_TEXT_7
-#define FI_WGMMA_REGISTERS_OF_128 FI_WGMMA_REGISTERS_OF_80, FI_WGMMA_8(40), FI_WGMMA_8(48), FI_WGMMA_8(56)
+#define FI_WGMMA_TEXT_OF_112 FI_WGMMA_TEXT_OF_80 ", " FI_WGMMA_TEXT_5 ", " FI_WGMMA_TEXT_6
+#define FI_WGMMA_REGISTERS_OF_112 FI_WGMMA_REGISTERS_OF_80, FI_WGMMA_8(40), FI_WGMMA_8(48)
+#define FI_WGMMA_TEXT_OF_128 FI_WGMMA_TEXT_OF_112 ", " FI_WGMMA_TEXT_7
+#define FI_WGMMA_REGISTERS_OF_128 FI_WGMMA_REGISTERS_OF_112, FI_WGMMA_8(56)
 #define FI_WGMMA_TEXT_OF_256                                                                                 \
   FI_WGMMA_TEXT_OF_128 ", " FI_WGMMA_TEXT_8 ", " FI_WGMMA_TEXT_9 ", " FI_WGMMA_TEXT_10 ", " FI_WGMMA_TEXT_11 \
                        ", " FI_WGMMA_TEXT_12 ", " FI_WGMMA_TEXT_13 ", " FI_WGMMA_TEXT_14                     \
@@ -147,6 +150,7 @@ struct Wgmma;
 
 FI_WGMMA(64, "%32", "%33", "%34", "%35", "%36", "%37")
 FI_WGMMA(80, "%40", "%41", "%42", "%43", "%44", "%45")
+FI_WGMMA(112, "%56", "%57", "%58", "%59", "%60", "%61")
 FI_WGMMA(128, "%64", "%65", "%66", "%67", "%68", "%69")
 FI_WGMMA(256, "%128", "%129", "%130", "%131", "%132", "%133")
 

@@ -1,0 +1,67 @@
+// What a Hopper attention kernel is made of: sizes, shared memory, arguments.
+#pragma once
+
+#include <type_traits>
+
+#include "fi/cuda/sm90/mbarrier.h"
+#include "fi/cuda/sm90/prefill_device_keys.h"
+#include "fi/cuda/sm90/prefill_work.h"
+#include "fi/cuda/sm90/tensor_map.h"
+#include "fi/cuda/sm90/warpgroup.h"
+
+namespace fi::cuda::sm90 {
+
+// T: bf16 or f16. A query tile has 64 * kConsumers rows, a KV tile kBlockN. With kQInRegisters the queries
+// are read from shared memory once a tile rather than in every product. With kDeviceKeys positions or a mask
+// say which keys a row sees, else a formula.
+template <class T_, int kHeadDim_, int kConsumers_, int kBlockN_, int kStages_, bool kQInRegisters_,
+          bool kDeviceKeys_ = false>
+struct PrefillConfig {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_, kConsumers = kConsumers_, kBlockN = kBlockN_, kStages = kStages_;
+  static constexpr bool kQInRegisters = kQInRegisters_, kDeviceKeys = kDeviceKeys_;
+  static constexpr int kBlockM = 64 * kConsumers;
+  static constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
+  static constexpr int kPanels = kHeadDim / kBoxColumns;
+  // What a block starts with is shared out anew: the producer needs few, one that lists tiles a few more.
+  // Together they must not ask for more than there was, else the consumers wait for it for ever.
+  static constexpr int kProducerRegisters = (kConsumers == 2 ? 24 : 32) + (kDeviceKeys ? 8 * kConsumers : 0);
+  static constexpr int kConsumerRegisters = (kConsumers == 2 ? 240 : 160) - (kDeviceKeys ? 8 : 0);
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                65536 / kThreads / 8 * 8 * (1 + kConsumers));
+  static_assert(kHeadDim % kBoxColumns == 0 && kBlockN % 16 == 0);
+  static_assert(kConsumers == 2 || kConsumers == 3);
+  static_assert(kStages >= 2, "a consumer holds on to one tile of values while it waits for the next");
+};
+
+template <class Config>
+struct PrefillSmem {
+  static constexpr int kQPanelBytes = Config::kBlockM * kBoxColumns * 2;
+  static constexpr int kKvPanelBytes = Config::kBlockN * kBoxColumns * 2;
+
+  unsigned char q[Config::kPanels * kQPanelBytes];
+  unsigned char k[Config::kStages][Config::kPanels * kKvPanelBytes];
+  unsigned char v[Config::kStages][Config::kPanels * kKvPanelBytes];
+  Barrier q_full, q_empty;
+  Barrier k_full[Config::kStages], k_empty[Config::kStages];
+  Barrier v_full[Config::kStages], v_empty[Config::kStages];
+};
+
+template <class Config>
+struct DeviceKeysSmem : PrefillSmem<Config> {
+  int tiles[Config::kStages];        // the ListedTile after the one whose keys are in k, full as k is
+  RowKeys<Config::kBlockM> rows[2];  // full as q is, by the parity of q's place; in use until the tile's end
+};
+
+struct PrefillArgs {
+  PrefillShape shape;
+  float scale_log2;
+  void* out;  // [batch, num_qo_heads, qo_len, head_dim]
+  int64_t o_stride_b, o_stride_h, o_stride_n;
+  float* lse;  // [batch, num_qo_heads, qo_len] contiguous; null: not wanted
+  // With kDeviceKeys:
+  AttentionParams p;
+  MaskBits mask;
+};
+
+}  // namespace fi::cuda::sm90
