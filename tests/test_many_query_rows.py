@@ -86,6 +86,9 @@ def prompt_call(seed, device, batches=(1, 2, 3), heads=(2, 4, 6), lengths=(64, 1
         options["q_offset"] = starts[0]
         return kind, (q, k_cache, v_cache, mask), options
     cache = (k_cache, v_cache, positions, mask)
+    if draw.random() < 0.3:  # rows that don't stand at their slots, some of them outside the cache
+        where = torch.randint(-5, max_len + 20, (draw.choice([1, batch]), qo_len), device=device)
+        options["query_positions"] = where if len(where) > 1 else where[0]
     if kind == "append_attention":
         return kind, (q, rand(kv_heads, qo_len), rand(kv_heads, qo_len), *cache), options
     angles = torch.rand(1, qo_len, dim // 2, device=device) * 6.3
@@ -123,3 +126,5 @@ def test_slots_after_the_last_position_do_not_count(qo_len, head_dim, device):
     got = torch.ops.fi.append_attention(q, new_k, new_v, k, v, positions, causal=True)
     expected = torch.ops.fi.attention(q, new_k, new_v, causal=True)
     torch.testing.assert_close(got, expected)
+    offset = torch.ops.fi.attention(q, k, v, causal=True, q_offset=0)  # the same, as the host knows it
+    torch.testing.assert_close(offset, expected)

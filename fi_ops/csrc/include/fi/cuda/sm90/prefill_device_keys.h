@@ -33,9 +33,10 @@ class ListedTile {
 // What consumers are told of a query tile.
 template <int kBlockM>
 struct RowKeys {
-  int first_tile;          // ListedTile::word
-  Range seen;              // keys outside are seen by no row } where positions decide
-  KeyRange rows[kBlockM];  //                                 }
+  int first_tile;  // ListedTile::word
+  // Where positions decide: keys outside of `seen` are seen by no row, those of rows[r] by row r.
+  Range seen;
+  KeyRange rows[kBlockM];
 };
 
 // The KV tiles that some row of a query tile sees, from the last one back. All lanes of a warp walk together.
