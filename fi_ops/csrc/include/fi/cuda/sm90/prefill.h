@@ -1,10 +1,10 @@
 // Attention of many query rows on Hopper: TMA loads, wgmma products, warpgroups with roles.
 //
-// A block has one producer warpgroup, of which one warp starts the copies (prefill_producer.h), and kConsumers
-// warpgroups of 64 query rows each. Blocks stay: each takes query tiles from PrefillQueue until none is left,
-// and the producer runs ahead into the next tile. A consumer has two products in flight: it starts the scores
-// of the next KV tile, then the output of the one before, and computes the softmax of the former while the
-// latter runs.
+// A block has one producer warpgroup, of which one warp starts the copies (prefill_producer.h), and
+// kConsumers warpgroups of 64 query rows each. Blocks stay: each takes query tiles from PrefillQueue until
+// none is left, and the producer runs ahead into the next tile. A consumer has two products in flight: it
+// starts the scores of the next KV tile, then the output of the one before, and computes the softmax of the
+// former while the latter runs.
 #pragma once
 
 #include "fi/cuda/sm90/prefill_producer.h"

@@ -1,5 +1,5 @@
-// The producers, which start the copies of a block: one thread where a formula says which tiles there are, one
-// warp where it finds them out first.
+// The producers, which start the copies of a block: one thread where a formula says which tiles there are,
+// one warp where it finds them out first.
 #pragma once
 
 #include "fi/cuda/sm90/prefill_config.h"
