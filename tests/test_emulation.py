@@ -19,16 +19,26 @@ SWEEP = Path(__file__).parent / "test_every_op.py"
 pytestmark = pytest.mark.skipif(not emulation.supported(), reason="the emulator runs on x86-64")
 
 
-def test_smoke(tmp_path):
-    """GEMM by cp.async, ldmatrix and mma; shuffles; the last block's turn; a deadlock found. In several orders of threads."""
-    program = tmp_path / "smoke"
+def _run_program(tmp_path, *sources: Path) -> None:
+    """Compile a program of emulated kernels; run it with the threads in several orders."""
+    program = tmp_path / "program"
     includes = [f"-I{emulation.HERE / 'include'}", f"-I{_build.CSRC / 'include'}"]
-    sources = [NATIVE / "emulation_smoke.cu", emulation.HERE / "block.cpp"]
+    sources = (*sources, emulation.HERE / "block.cpp")
     command = [_build.compiler()[0], *emulation.FLAGS, *includes, *map(str, sources), "-o", str(program)]
     subprocess.run(command, check=True)
     for seed in ("0", "1", "2"):
         run = subprocess.run([program], env={**os.environ, "FI_EMULATION_SEED": seed}, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_smoke(tmp_path):
+    """GEMM by cp.async, ldmatrix and mma; shuffles; the last block's turn; a deadlock found. In several orders of threads."""
+    _run_program(tmp_path, NATIVE / "emulation_smoke.cu")
+
+
+def test_mask_bits(tmp_path):
+    """The scan of a mask for Hopper's attention kernel, which itself has no twin here."""
+    _run_program(tmp_path, NATIVE / "mask_bits.cpp", _build.CSRC / "cuda" / "kernels" / "sm90" / "mask_bits.cu")
 
 
 def test_sweep():

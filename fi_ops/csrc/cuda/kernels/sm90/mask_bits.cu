@@ -12,6 +12,7 @@ struct ScanArgs {
   AttentionParams p;
   int64_t list_heads, list_q_tiles;
   int kv_tiles, block_m, block_n;
+  const uint8_t* mask_end;  // past the last of its bytes
   uint8_t* classes;
   uint32_t* bits;
 };
@@ -28,15 +29,14 @@ FI_DEVICE_INLINE uint32_t as_ones(uint32_t bytes) {
   return (((bytes & 0x7f7f7f7f) + 0x7f7f7f7f) | bytes) >> 7 & 0x01010101;
 }
 
-// Keys j .. j + 15 of a row, a byte each, 0 past the end.
+// Keys j .. j + 15 of a row, a byte each; past the row's end anything.
 template <Access kAccess>
-FI_DEVICE_INLINE void load_keys(uint32_t (&keys)[4], const uint8_t* row, int64_t j,
-                                const AttentionParams& p) {
+FI_DEVICE_INLINE void load_keys(uint32_t (&keys)[4], const uint8_t* row, int64_t j, const ScanArgs& args) {
+  const unsigned start = reinterpret_cast<uintptr_t>(row + j) % 4;
   if (kAccess == Access::kAligned) {
     const uint4 x = *reinterpret_cast<const uint4*>(row + j);
     keys[0] = x.x, keys[1] = x.y, keys[2] = x.z, keys[3] = x.w;
-  } else if (kAccess == Access::kWords && j + 20 <= p.kv_len) {
-    const unsigned start = reinterpret_cast<uintptr_t>(row + j) % 4;
+  } else if (kAccess == Access::kWords && row + j - start + 20 <= args.mask_end) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(row + j - start);
     uint32_t x[5];
 #pragma unroll
@@ -45,9 +45,13 @@ FI_DEVICE_INLINE void load_keys(uint32_t (&keys)[4], const uint8_t* row, int64_t
     for (int i = 0; i < 4; ++i) keys[i] = __funnelshift_r(x[i], x[i + 1], 8 * start);
   } else {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      if (i % 4 == 0) keys[i / 4] = 0;
-      if (j + i < p.kv_len && row[(j + i) * p.mask_stride_k]) keys[i / 4] |= 1u << 8 * (i % 4);
+    for (int w = 0; w < 4; ++w) {
+      keys[w] = 0;
+      // With kWords the mask's last few keys alone come this way, and registers are blocks that run at a
+      // time.
+#pragma unroll(kAccess == Access::kWords ? 1 : 4)
+      for (int i = 0; i < 4; ++i, ++j)
+        if (j < args.p.kv_len && row[j * args.p.mask_stride_k]) keys[w] |= 1u << 8 * i;
     }
   }
 }
@@ -100,7 +104,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) scan_kernel(const __grid_const
     const int begin = __shfl_sync(kAllLanes, mine.begin, r), end = __shfl_sync(kAllLanes, mine.end, r);
     uint32_t keys[4] = {0, 0, 0, 0};
     if (begin < end && 16 * part < end) {
-      load_keys<kAccess>(keys, mask + (first_row + r) * p.mask_stride_q, first_key + 16 * part, p);
+      load_keys<kAccess>(keys, mask + (first_row + r) * p.mask_stride_q, first_key + 16 * part, args);
 #pragma unroll
       for (int w = 0; w < 4; ++w) keys[w] = as_ones(keys[w]);
       if (begin > 0 || end < block_n) {
@@ -179,6 +183,9 @@ MaskBits scan_mask(const AttentionParams& p, const Gpu& gpu, int block_m, int bl
   args.kv_tiles = static_cast<int>((p.kv_len + block_n - 1) / block_n);
   args.block_m = block_m;
   args.block_n = block_n;
+  args.mask_end = static_cast<const uint8_t*>(p.mask) + (p.batch - 1) * p.mask_stride_b +
+                  (p.num_qo_heads - 1) * p.mask_stride_h + (p.qo_len - 1) * p.mask_stride_q +
+                  (p.kv_len - 1) * p.mask_stride_k + 1;
   const int64_t tiles = lists.count() * args.kv_tiles;
   args.classes = static_cast<uint8_t*>(allocate(tiles));
   args.bits = static_cast<uint32_t*>(allocate(tiles * (block_m + 1) * 16));
