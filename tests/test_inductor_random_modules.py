@@ -107,6 +107,13 @@ def rotate_by_half_tables(x, positions):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def rotate_by_wide_tables(x, positions):
+    """litgpt, where the halves of cos and of sin come from buffers: to the graph they are different ones."""
+    cos, sin = (t.unsqueeze(1).to(x.dtype) for t in tables_half(positions, x))
+    change = torch.linspace(0.5, 1.5, D, device=x.device, dtype=x.dtype)
+    return x * (cos * change) + rotate_half(x) * (sin * change)
+
+
 def rotate_complex(x, positions):
     """Meta's llama"""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -130,6 +137,7 @@ ROPES = {
     "partial": rotate_part,
     "last part": rotate_last_part,
     "half tables": rotate_by_half_tables,
+    "wide tables": rotate_by_wide_tables,
     "complex": rotate_complex,
     "backwards": rotate_backwards,
 }

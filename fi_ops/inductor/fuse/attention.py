@@ -378,9 +378,9 @@ def _emit_scale(attention: Attention, query: Node, emitter: Emitter) -> Node:
 
 
 def _emit_tables(rope: Rope, emitter: Emitter) -> dict:
-    """cos and sin as [1 or B, L, width], contiguous in their last dimension; made once for all layers."""
+    """cos and sin as [1 or B, L, R or 2R], contiguous in their last dimension; made once for all layers."""
     head_dim = 1 if rope.dims is None else 2
-    tables = {}
+    tables, halves_repeat = {}, rope.halves_repeat
     for name, table in (("cos", rope.cos), ("sin", rope.sin)):
         table = emitter.representative(strip(table))
         if value(table).is_complex():
@@ -392,6 +392,8 @@ def _emit_tables(rope: Rope, emitter: Emitter) -> dict:
             table = table.args[0]
         else:
             table = emitter.shared(aten.select.int, table, head_dim, 0)
+        if halves_repeat:
+            table = emitter.shared(aten.slice.Tensor, table, 2, 0, rope.rotary_dim // 2)
         if not same_size(value(table).stride(-1), 1):
             table = emitter.shared(aten.clone.default, table, memory_format=torch.contiguous_format)
         tables[name] = table
