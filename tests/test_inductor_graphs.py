@@ -256,8 +256,10 @@ return [%20]
 %7 = aten.view(%6, [1, 6, 16])
 %8 = aten.cos(%7)
 %9 = aten.sin(%7)
-%10 = fi.rope_attention(%1, %2, %3, %8, %9, None, causal=True, q_offset=0)
-return [%10]
+%10 = aten.slice.Tensor(%8, 2, 0, 8)
+%11 = aten.slice.Tensor(%9, 2, 0, 8)
+%12 = fi.rope_attention(%1, %2, %3, %10, %11, None, causal=True, q_offset=0)
+return [%12]
 """,
         )
 

@@ -107,6 +107,13 @@ def rotate_by_half_tables(x, positions):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def rotate_by_wide_tables(x, positions):
+    """litgpt, where the halves of cos and of sin come from buffers: to the graph they are different ones."""
+    cos, sin = (t.unsqueeze(1).to(x.dtype) for t in tables_half(positions, x))
+    change = torch.linspace(0.5, 1.5, D, device=x.device, dtype=x.dtype)
+    return x * (cos * change) + rotate_half(x) * (sin * change)
+
+
 def rotate_complex(x, positions):
     """Meta's llama"""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -130,6 +137,7 @@ ROPES = {
     "partial": rotate_part,
     "last part": rotate_last_part,
     "half tables": rotate_by_half_tables,
+    "wide tables": rotate_by_wide_tables,
     "complex": rotate_complex,
     "backwards": rotate_backwards,
 }
@@ -328,12 +336,30 @@ def by_einsum(q, k, v, mask, causal, f: Features):
     return torch.einsum("bhij,bhjd->bhid", masked_scores(scores, mask, causal, f).softmax(-1), v)
 
 
+def by_einsum_of_heads_behind(q, k, v, mask, causal, f: Features):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (f.scale if f.scale is not None else 1 / math.sqrt(D))
+    weights = masked_scores(scores, mask, causal, f).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", weights, v).transpose(1, 2)
+
+
+def by_products_of_merged_heads(q, k, v, mask, causal, f: Features):
+    """fairseq"""
+    q, k, v = (t.permute(2, 0, 1, 3).reshape(t.shape[2], -1, D).transpose(0, 1) for t in (q, k, v))
+    scores = torch.bmm(q * (f.scale if f.scale is not None else 1 / math.sqrt(D)), k.transpose(1, 2))
+    if mask is not None or causal:
+        scores = masked_scores(scores.unflatten(0, (f.batch, H)), mask, causal, f).flatten(0, 1)
+    return torch.bmm(scores.softmax(-1), v).unflatten(0, (f.batch, H))
+
+
 ATTENTIONS = {
     "sdpa": by_sdpa,
     "products": by_products,
     "float32 softmax": by_products_in_float32,
     "scaled query": by_scaled_query,
     "einsum": by_einsum,
+    "einsum, heads behind": by_einsum_of_heads_behind,
+    "merged heads": by_products_of_merged_heads,
 }
 
 TWISTS = (
@@ -473,7 +499,7 @@ class RandomModule(nn.Module):
             for cache in self.views(state):
                 self.write(cache, new[1] + 1, positions, start)
         if f.twist == "cache returned":
-            extra += [k + 1, v.clone()]
+            extra[:0] = [k + 1, v.clone()]  # the updated caches of `cat` stay last
         out = out.transpose(1, 2)
         return (out.transpose(1, 3) if f.twist == "output transposed" else out.flatten(2)), extra
 

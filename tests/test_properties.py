@@ -77,9 +77,7 @@ def append_calls(draw):
     q = draw(strided((batch, kv_heads * group, qo_len, dim), dtype))
     k, v = (draw(strided((batch, kv_heads, qo_len, dim), dtype)) for _ in range(2))
     k_cache, v_cache = (draw(strided((batch, kv_heads, max_len, dim), dtype)) for _ in range(2))
-    angles = torch.rand(draw(st.sampled_from([1, batch])), qo_len, pairs) * 6.3
-    if width == 2:
-        angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
+    angles = torch.rand(draw(st.sampled_from([1, batch])), qo_len, width * pairs) * 6.3
     per_request = draw(st.booleans())
     starts = torch.tensor(draw(st.lists(st.integers(0, max_len - qo_len), min_size=batch, max_size=batch)))
     positions = starts[:, None] + torch.arange(qo_len) if per_request else starts[0] + torch.arange(qo_len)

@@ -24,6 +24,7 @@ from .normalize.attention import Attention, from_anchor
 from .normalize.eager import match_eager
 from .normalize.flex import FLEX, match_flex
 from .normalize.in_place import GraphInputs
+from .normalize.products import Views
 from .sites import GraphReport, Site, attempt, publish, take_set_aside
 from .subclasses import check_no_subclasses
 from .walk import aten, erase_dead, is_call, source_line
@@ -63,10 +64,10 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, sizes: KnownSizes, report
     for node in order:
         if node._erased or not is_call(node, anchors.SDPA, aten.bmm.default, FLEX):
             continue
-        site, rope_site = _site(node), None
+        site, rope_site, views = _site(node), None, Views(emitter.at(node))
         with attempt(site):
             flex = match_flex(node) if is_call(node, FLEX) else None
-            attention = flex.attention if flex is not None else _match(node)
+            attention = flex.attention if flex is not None else _match(node, views)
             if attention is None:
                 continue
             check_no_subclasses()
@@ -79,6 +80,7 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, sizes: KnownSizes, report
             site.grade, site.pieces, site.reason = plan.grade, tuple(plan.pieces), plan.reason
             site.caches = tuple(dict.fromkeys(w.base.name for w in plan.writes if w.base.op == "placeholder"))
             rope_site = _rope_site(plan, site)
+        views.drop_unused()
         report.sites.append(site)
         if rope_site is not None:
             report.sites.append(rope_site)
@@ -86,8 +88,8 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, sizes: KnownSizes, report
             anchors.lower(graph, node, sizes)
 
 
-def _match(node: Node) -> Attention | None:
-    return from_anchor(node) if is_call(node, anchors.SDPA) else match_eager(node)
+def _match(node: Node, views: Views) -> Attention | None:
+    return from_anchor(node) if is_call(node, anchors.SDPA) else match_eager(node, views)
 
 
 def _site(node: Node, reason: str = "") -> Site:

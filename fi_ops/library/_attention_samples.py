@@ -98,12 +98,10 @@ def _long_mask_samples(device, dtype):
     yield Sample((*_qkv(device, dtype, 2, 2, 2, 40, 300), at[:300] >= starts), {"causal": True}, "left padding")
 
 
-def _tables(device, dtype, length, pairs, batch=1, full=True, interleaved=False):
-    angles = torch.rand(batch, length, pairs, device=device) * 6.3
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    if full:
-        cos, sin = ((t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1)) for t in (cos, sin))
-    return cos, sin
+def _tables(device, dtype, length, pairs, batch=1, full=True):
+    """cos and sin of random angles, one a pair or (full) one for each of its members."""
+    angles = torch.rand(batch, length, 2 * pairs if full else pairs, device=device) * 6.3
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rope_attention_samples(device, dtype):
@@ -111,8 +109,9 @@ def rope_attention_samples(device, dtype):
     kv_len, pairs = k.shape[2], q.shape[3] // 2
     yield Sample((q, k, v, *_tables(device, dtype, kv_len, pairs)), {"causal": True}, "rotate-half, full-width tables")
     yield Sample((q, k, v, *_tables(device, torch.float32, kv_len, pairs, 2, False)), name="float32 tables per request")
-    tables = _tables(device, dtype, kv_len, pairs, interleaved=True)
-    yield Sample((q, k, v, *tables), {"causal": True, "interleaved": True}, "interleaved, full width")
+    for full, width in ((True, "full"), (False, "half")):
+        tables = _tables(device, dtype, kv_len, pairs, full=full)
+        yield Sample((q, k, v, *tables), {"causal": True, "interleaved": True}, f"interleaved, {width} width")
     tables = _tables(device, dtype, kv_len, 16, full=False)
     yield Sample((q, k, v, *tables), {"rotary_dim": 32, "causal": True}, "partial rotary dim")
     prefill = _qkv(device, dtype, 1, 4, 2, 70, 70)
@@ -211,8 +210,10 @@ def rope_append_attention_samples(device, dtype):
     each = torch.tensor([[30], [7]], device=device, dtype=torch.int32)
     tables = _tables(device, torch.float32, 1, pairs, 2, False)
     yield Sample((*with_tables(decode, tables), each), {"causal": True}, "decode, everything per request")
+    tables = _tables(device, dtype, 1, pairs)
+    yield Sample((*with_tables(decode, tables), at), {"interleaved": True}, "decode, interleaved, full width")
     prefill = _append_parts(device, dtype, 1, 6, 2, 20, max_len, 64)
-    tables = _tables(device, dtype, 20, pairs, interleaved=True)
+    tables = _tables(device, dtype, 20, pairs, full=False)
     start = torch.arange(0, 20, device=device)
     yield Sample((*with_tables(prefill, tables), start), {"causal": True, "interleaved": True}, "prefill, interleaved")
     tables = _tables(device, dtype, 20, 16)

@@ -58,16 +58,16 @@ def attend(query, key, value, mask, positions, causal, window_left, scale, logit
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, rotary_dim: int) -> torch.Tensor:
     """RoPE on `x [batch, heads, len, head_dim]` by `cos`, `sin` `[batch or 1, len, R or 2R]`, 2R = rotary_dim (0: head_dim).
 
-    Pairs are (i, i + R) (rotate-half, NeoX) or (2i, 2i + 1) (interleaved, GPT-J); a table 2R wide has each value twice, at
-    the two places of its pair. Products in float32 (float64 for float64), rounded once to x's dtype.
+    Pairs (a, b) are (i, i + R) (rotate-half, NeoX) or (2i, 2i + 1) (interleaved, GPT-J) and become (a cos - b sin, b cos + a sin);
+    a table R wide has one value a pair, a table 2R wide one for each element. Products in float32 (float64 for float64),
+    rounded once to x's dtype.
     """
     dtype = accumulate_dtype(x)
     r = (rotary_dim or x.shape[-1]) // 2
-    if cos.shape[-1] != r:
-        cos, sin = (t[..., ::2] if interleaved else t[..., :r] for t in (cos, sin))
-    c, s = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+    if cos.shape[-1] == r:
+        cos, sin = (t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin))
     rotary, rest = x[..., : 2 * r].to(dtype), x[..., 2 * r :]
     a, b = (rotary[..., ::2], rotary[..., 1::2]) if interleaved else (rotary[..., :r], rotary[..., r:])
-    first, second = a * c - b * s, b * c + a * s
-    turned = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
+    partner = torch.stack((-b, a), -1).flatten(-2) if interleaved else torch.cat((-b, a), -1)
+    turned = rotary * cos.to(dtype)[:, None] + partner * sin.to(dtype)[:, None]
     return torch.cat((turned.to(x.dtype), rest), -1)

@@ -4,7 +4,8 @@ Shapes: query `[batch, num_qo_heads, len, head_dim]`, key `[batch, num_kv_heads,
 last dimension (ragged `[nnz, heads, head_dim]` is the view `x.transpose(0, 1)[None]`). cos and sin: `[1 or batch, len, R or 2R]`,
 or with `positions` (`[len]` or `[batch, len]`, int32 or int64) `[1 or batch, max_len, R or 2R]`, of which token (b, l) takes row
 `positions[b, l]`. 2R = rotary_dim (0: head_dim); the rest of each head passes through. Pairs are (i, i + R) (rotate-half,
-NeoX) or, interleaved, (2i, 2i + 1) (GPT-J). Products in float32, rounded once. Sources: RoFormer; FlashInfer's `rope` module.
+NeoX) or, interleaved, (2i, 2i + 1) (GPT-J). Tables R wide have one value a pair, tables 2R wide one for each element: there
+the halves, or neighbours, need not be the same. Products in float32, rounded once. Sources: RoFormer; FlashInfer's `rope` module.
 """
 
 from __future__ import annotations
@@ -117,11 +118,9 @@ def _cos_sin_fake(
 # ---- samples ----
 
 
-def _table(device, dtype, batch: int, length: int, pairs: int, *, width: int = 1, interleaved: bool = False):
-    """cos and sin of random angles, `[batch, length, width * pairs]`; width 2 repeats each value as Hugging Face does."""
-    angle = torch.randn(batch, length, pairs, device=device) * 3
-    if width == 2:
-        angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat((angle, angle), -1)
+def _table(device, dtype, batch: int, length: int, pairs: int, *, width: int = 1):
+    """cos and sin of random angles, `[batch, length, width * pairs]`; width 2 has other ones for the two members of a pair."""
+    angle = torch.randn(batch, length, width * pairs, device=device) * 3
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -134,17 +133,17 @@ def _rope_samples(device, dtype, dense_only: bool = False):
     def positions(*shape, high: int, index=torch.int64):
         return torch.randint(high, shape, device=device, dtype=index)
 
-    yield Sample(
-        (heads(2, 6, 5, 32), heads(2, 3, 5, 32), *_table(device, dtype, 1, 5, 16, width=2)),
-        name="Hugging Face: full-width tables",
-    )
+    repeated = [torch.cat((t, t), -1) for t in _table(device, dtype, 1, 5, 16)]
+    yield Sample((heads(2, 6, 5, 32), heads(2, 3, 5, 32), *repeated), name="Hugging Face: full-width tables")
+    halves = [t[..., :16] for t in repeated]
+    yield Sample((heads(2, 6, 5, 32), heads(2, 3, 5, 32), *halves), name="first halves of full-width tables")
     for interleaved in (False, True):
         kind = {"interleaved": interleaved}
         word = "interleaved" if interleaved else "rotate-half"
         for width in (1, 2):
-            table = _table(device, f32, 2, 7, 20, width=width, interleaved=interleaved)
+            table = _table(device, f32, 2, 7, 20, width=width)
             yield Sample((heads(2, 3, 7, 40), heads(2, 1, 7, 40), *table), kind, f"{word}, odd sizes, width {width}R")
-        table = _table(device, dtype, 1, 3, 12, width=2, interleaved=interleaved)
+        table = _table(device, dtype, 1, 3, 12, width=2)
         yield Sample(
             (heads(1, 2, 3, 80), heads(1, 2, 3, 80), *table), {**kind, "rotary_dim": 24}, f"{word}, partial rotary_dim"
         )
@@ -292,7 +291,7 @@ def _rope_cost(query, key, cos, sin, positions=None, *, interleaved=False, rotar
     rotary_dim = rotary_dim or query.shape[-1]
     moved = 2 * (query.nbytes + key.nbytes)
     rows = query.shape[2] * cos.shape[0] if positions is None else positions.numel()
-    tables = 2 * rows * (rotary_dim // 2) * cos.element_size()
+    tables = 2 * rows * cos.shape[-1] * cos.element_size()
     return Cost(bytes=moved + tables, flops=3 * (query.numel() + key.numel()) * rotary_dim // max(query.shape[-1], 1))
 
 

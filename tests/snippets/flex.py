@@ -99,9 +99,30 @@ def scores_turned_round(q, k, v):
     return flex_attention(q, k, v, lambda score, b, h, i, j: -1.0 * score)
 
 
-@snippet(qkv, grade="", reason="more than its output")
+@snippet(qkv)
 def log_sum_exp_returned(q, k, v):
     return flex_attention(q, k, v, return_lse=True)
+
+
+@snippet(grouped)
+def log_sum_exp_as_a_gate(q, k, v):
+    """GPT-OSS: sinks, from outside"""
+    mask = create_block_mask(causal, None, None, q.shape[2], k.shape[2], device=q.device)
+    soft_capped = lambda score, b, h, i, j: 20.0 * torch.tanh(score / 20.0)  # noqa: E731
+    out, lse = flex_attention(q, k, v, soft_capped, block_mask=mask, enable_gqa=True, return_lse=True)
+    return out * torch.sigmoid(lse - 0.3)[..., None].to(out.dtype)
+
+
+@snippet(lambda: (*qkv(), torch.arange(H) > 0))
+def log_sum_exp_of_rows_that_see_nothing(q, k, v, seeing):
+    mask = create_block_mask(lambda b, h, i, j: seeing[h] & (i >= j), None, H, q.shape[2], k.shape[2], device=q.device)
+    out, lse = flex_attention(q, k, v, block_mask=mask, return_lse=True)
+    return out, lse.exp()
+
+
+@snippet(qkv, grade="", reason="more than its output")
+def log_sum_exp_alone(q, k, v):
+    return flex_attention(q, k, v, return_lse=True)[1]
 
 
 def decoding():

@@ -75,7 +75,7 @@ def einsum_bf16(q, k, v, keep):
     return einsum_attention(q, k, v, keep, causal=False)
 
 
-@snippet(lambda: (*hidden(), torch.rand(B, L) > 0.2), grade="", reason="its result is not viewed as")
+@snippet(lambda: (*hidden(), torch.rand(B, L) > 0.2))
 def einsum_by_length(x, keep):
     """Heads where a projection leaves them."""
     q, k, v = (t.view(B, L, H, D) for t in x.chunk(3, dim=-1))

@@ -85,7 +85,37 @@ def cache_of_more_sequences(qkv, kc, vc, positions, mask):
     return cached(qkv, kc, vc, positions, mask)
 
 
+@snippet(lambda: (*step(), torch.rand(LMAX, D), torch.rand(LMAX, D)), grade=FULL, rotated=True)
+def tables_in_buffers(qkv, kc, vc, positions, mask, cos, sin):
+    """litgpt's own spelling. Nothing in the graph tells that both halves of such a table are the same."""
+    cos, sin = (t.index_select(0, positions)[None] for t in (cos, sin))
+    q, k, v = split(qkv)
+    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    k, v = store(kc, positions, k), store(vc, positions, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.index_select(2, positions), enable_gqa=True)
+
+
+@snippet(lambda: (*step(1), torch.rand(LMAX, 8), torch.rand(LMAX, 8)), grade=FULL, rotated=True)
+def tables_in_buffers_for_part_of_the_head(qkv, kc, vc, positions, mask, cos, sin):
+    cos, sin = (t.index_select(0, positions)[None] for t in (cos, sin))
+    q, k, v = split(qkv)
+    q, k = partly(q, cos, sin, 8), partly(k, cos, sin, 8)
+    k, v = store(kc, positions, k), store(vc, positions, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.index_select(2, positions), enable_gqa=True)
+
+
 # ---- near misses ----
+
+
+@snippet(
+    lambda: (*step(), torch.rand(LMAX, D), torch.rand(LMAX, D)), grade=APPEND, reason="cos of the key", rotated=False
+)
+def tables_of_query_and_key(qkv, kc, vc, positions, mask, cos, sin):
+    cos, sin = (t.index_select(0, positions)[None] for t in (cos, sin))
+    q, k, v = split(qkv)
+    q, k = apply_rope(q, cos, sin), apply_rope(k, sin, cos)
+    k, v = store(kc, positions, k), store(vc, positions, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.index_select(2, positions), enable_gqa=True)
 
 
 @snippet(lambda: (*step(), START + 3), reason="not known to be within the prefix", rotated=False)
@@ -97,21 +127,6 @@ def read_up_to_the_last_position(qkv, kc, vc, positions, mask, end):
     k, v = store(kc, positions, k)[:, :, :end], store(vc, positions, v)[:, :, :end]
     mask = mask.index_select(2, positions)[..., :end]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
-@snippet(
-    lambda: (*step(), torch.rand(LMAX, D), torch.rand(LMAX, D)),
-    grade=APPEND,
-    reason="not known to repeat",
-    rotated=None,
-)
-def tables_in_buffers(qkv, kc, vc, positions, mask, cos, sin):
-    """Both halves of such a table are the same in litgpt, but only its buffers could tell, which may hold anything."""
-    cos, sin = (t.index_select(0, positions)[None] for t in (cos, sin))
-    q, k, v = split(qkv)
-    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-    k, v = store(kc, positions, k), store(vc, positions, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.index_select(2, positions), enable_gqa=True)
 
 
 @snippet(prompt, reason="not the rest of the head", rotated=None)

@@ -42,19 +42,19 @@ def functional_with_padding(x, *w):
     return multihead(x, *w, need_weights=False, attn_mask=mask, key_padding_mask=ignored)[0]
 
 
-@snippet(sequence, grade="", reason="its result is not viewed as")
+@snippet(sequence)
 def weights_not_looked_at(x, *w):
     """With weights to be returned, torch multiplies [B * H, L, D] that were never [B, H, L, D]."""
     return multihead(x, *w, need_weights=True)[0]
 
 
-@snippet(sequence, grade="", reason="its result is not viewed as")
+@snippet(sequence)
 def weights_not_looked_at_causal(x, *w):
     mask = torch.full((L, L), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
     return multihead(x, *w, need_weights=True, attn_mask=mask)[0]
 
 
-@snippet(sequence, grade="", reason="its result is not viewed as")
+@snippet(sequence, grade="", reason="weights are used elsewhere")
 def weights_returned(x, *w):
     return multihead(x, *w, need_weights=True)
 
@@ -80,12 +80,12 @@ def module(x, *parameters):
     return call(ATTENTION, parameters, x, x, x, need_weights=False)[0]
 
 
-@snippet(of_module(ATTENTION), grade="", reason="its result is not viewed as")
+@snippet(of_module(ATTENTION))
 def module_weights_not_looked_at(x, *parameters):
     return call(ATTENTION, parameters, x, x, x)[0]
 
 
-@snippet(of_module(ATTENTION), grade="", reason="its result is not viewed as")
+@snippet(of_module(ATTENTION), grade="", reason="weights are used elsewhere")
 def module_weights_returned(x, *parameters):
     return call(ATTENTION, parameters, x, x, x)
 

@@ -132,16 +132,40 @@ def partial_rotary(q, k, v, positions):
     return attend(rotate(q), rotate(k), v)
 
 
-# ---- near misses: attention alone ----
-
-
-@snippet(qkv_positions, reason="not known to repeat", rotated=None)
-def cos_swapped_for_sin_in_one_half(q, k, v, positions):
-    """The two halves of the table differ: not a rotation that reads half a table."""
+@snippet(qkv_positions, grade=ROPE, rotated=True)
+def halves_of_cos_differ(q, k, v, positions):
+    """Not a rotation, but what the ops do with tables of the full width."""
     base = angles(positions, q)
     table = torch.cat((base.cos(), base.sin()), dim=-1).unsqueeze(1)
     sin = tables_half(positions, q)[1].unsqueeze(1)
     return attend(q * table + rotate_half(q) * sin, k * table + rotate_half(k) * sin, v)
+
+
+def qkv_tables():
+    return *qkv_positions()[:3], torch.rand(1, 1, L, D), torch.rand(1, 1, L, D)
+
+
+@snippet(qkv_tables, grade=ROPE, rotated=True)
+def tables_given(q, k, v, cos, sin):
+    """Nothing says what is in them."""
+    return attend(q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin, v)
+
+
+@snippet(qkv_tables, grade=ROPE, rotated=True)
+def tables_given_interleaved(q, k, v, cos, sin):
+    return attend(q * cos + rotate_every_two(q) * sin, k * cos + rotate_every_two(k) * sin, v)
+
+
+@snippet(lambda: (*qkv_positions()[:3], torch.rand(L, 8), torch.rand(L, 8)), grade=ROPE, rotated=True)
+def tables_given_for_part_of_the_head(q, k, v, cos, sin):
+    def rotate(x):
+        turned, rest = x[..., :8], x[..., 8:]
+        return torch.cat((turned * cos + rotate_half(turned) * sin, rest), dim=-1)
+
+    return attend(rotate(q), rotate(k), v)
+
+
+# ---- near misses: attention alone ----
 
 
 @snippet(qkv_positions, reason="cos of the key|sin of the key", rotated=False)
@@ -182,9 +206,10 @@ def rotated_key_is_returned(q, k, v, positions):
     return attend(q * cos + rotate_half(q) * sin, k, v), k
 
 
-@snippet(lambda: (*qkv_positions()[:3], torch.rand(1, H, L, D), torch.rand(1, 1, L, D)), reason="repeat", rotated=None)
-def tables_given(q, k, v, cos, sin):
-    """Tables from outside may hold anything in their second half."""
+@snippet(
+    lambda: (*qkv_tables()[:3], torch.rand(1, H, L, D), torch.rand(1, 1, L, D)), reason="between heads", rotated=None
+)
+def tables_of_each_head(q, k, v, cos, sin):
     return attend(q * cos + rotate_half(q) * sin, k * cos[:, :HKV] + rotate_half(k) * sin, v)
 
 

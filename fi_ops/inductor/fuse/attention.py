@@ -5,6 +5,8 @@
     rope + attention             %out = fi.rope_attention(q, k, v, cos, sin, mask, ...)
     attention                    %out = fi.attention(q, k, v, mask, ...)
 
+or without caches, where the log-sum-exp is used too, `%out, %lse = fi.rope_attention_with_lse(...)` or `fi.attention_with_lse`.
+
 A piece that does not fit lowers the grade and leaves its reason on the site; it never changes what the rest computes.
 """
 
@@ -23,6 +25,7 @@ from ..normalize.attention import Attention, check_attention, check_contiguous_l
 from ..normalize.cache_update import CacheWrite, match_cache_write, same_positions, start_of_one
 from ..normalize.in_place import GraphInputs, check_in_place, check_readers, join, storage_offset, updated_caches
 from ..normalize.masks import check_mask
+from ..normalize.products import like_product
 from ..normalize.repeat_kv import unrepeat_kv
 from ..normalize.rope import Rope, match_rope
 from ..sites import Declined
@@ -142,6 +145,8 @@ def plan_attention(attention: Attention, order: dict[Node, int], inputs: GraphIn
         plan.pieces.append("soft cap")
     if attention.sinks is not None:
         plan.pieces.append("sinks")
+    if attention.lse is not None:
+        plan.pieces.append("log-sum-exp")
     try:
         _plan_append(plan, order, inputs)
     except Declined as declined:
@@ -164,6 +169,8 @@ def plan_attention(attention: Attention, order: dict[Node, int], inputs: GraphIn
 def _plan_append(plan: Plan, order: dict[Node, int], inputs: GraphInputs) -> None:
     """Find the cache writes whose results key and value are, and see that the op can do them."""
     attention = plan.attention
+    if attention.lse is not None:
+        raise Declined(f"{attention.lse.name}: the log-sum-exp is used too")
     key_write = match_cache_write(plan.key, plan.key_dims)
     value_write = match_cache_write(plan.value, plan.value_dims)
     if key_write is None or value_write is None:
@@ -185,7 +192,7 @@ def _plan_append(plan: Plan, order: dict[Node, int], inputs: GraphInputs) -> Non
     if not same_size(new_len, query_len):
         raise Declined(f"{key_write.node.name}: {new_len} positions for {query_len} queries")
     kept = {plan.query, key_write.new, value_write.new, key_write.positions, *attention.operands}
-    replaced = exclusive_to(attention.node, keep=kept)
+    replaced = exclusive_to(attention.node, *(v for v in attention.views if v not in kept), keep=kept)
     for write in (key_write, value_write):
         check_in_place(write, inputs)
         write.offset = storage_offset(write, inputs)
@@ -223,7 +230,12 @@ def _plan_rope(plan: Plan) -> None:
         raise Declined(f"{plan.key.name}: more keys than queries, so their RoPE differs")
     kept = {query_rope.x, key_rope.x, query_rope.cos, query_rope.sin, *plan.attention.operands}
     kept |= {plan.value_write.new, plan.key_write.positions} if plan.writes else {plan.value}
-    replaced = exclusive_to(plan.attention.node, *(w.node for w in plan.writes), keep=kept)
+    ends = (
+        *plan.attention.results,
+        *(w.node for w in plan.writes),
+        *(v for v in plan.attention.views if v not in kept),
+    )
+    replaced = exclusive_to(*ends, keep=kept)
     for rope, which in ((query_rope, "query"), (key_rope, "key")):
         if strip(rope.node) not in replaced:
             user = next(u for u in strip(rope.node).users if u not in replaced)
@@ -254,7 +266,7 @@ def target_name(node: Node) -> str:
 def apply_attention(plan: Plan, emitter: Emitter) -> list[Node]:
     """Put the plan's op into the graph; returns the nodes it stands for, which are now unused."""
     attention = plan.attention
-    emitter.at(attention.node)
+    emitter.at(attention.place)
     options = dict(
         causal=attention.causal,
         scale=_constant_scale(attention),
@@ -278,10 +290,14 @@ def apply_attention(plan: Plan, emitter: Emitter) -> list[Node]:
         )
         # torch's is_causal is top-left aligned; rows of cos and sin start with the first query and the first key.
         options["q_offset"] = 0 if attention.causal or plan.query_rope is not None else None
-        op = torch.ops.fi.rope_attention.default if plan.query_rope is not None else torch.ops.fi.attention.default
+        name = "rope_attention" if plan.query_rope is not None else "attention"
+        op = getattr(torch.ops.fi, name if attention.lse is None else f"{name}_with_lse").default
         result = emitter.call(op, *_positional(op, options), **_keyword_only(op, options))
-        replace(attention.node, result, emitter.fake_mode)
-        return [attention.node]
+        if attention.lse is not None:
+            result, lse = (emitter.item(result, index) for index in (0, 1))
+            replace(attention.lse, lse, emitter.fake_mode)
+        _replace_attention(plan, result, emitter)
+        return list(attention.results)
     return _apply_append(plan, options, emitter)
 
 
@@ -308,7 +324,7 @@ def _apply_append(plan: Plan, options: dict, emitter: Emitter) -> list[Node]:
         for name, write in (("k_cache", key_write), ("v_cache", value_write))
     }
     result, new_key_cache, new_value_cache = emitter.mutating(op, written, **options)
-    replace(plan.attention.node, result, emitter.fake_mode)
+    _replace_attention(plan, result, emitter)
     unused = [plan.attention.node]
     unused += _replace_write(key_write, new_key_cache, emitter)
     unused += _replace_write(value_write, new_value_cache, emitter)
@@ -336,6 +352,13 @@ def _emit_positions(write: CacheWrite, emitter: Emitter) -> Node:
         length = emitter.call(aten.sym_size.int, write.new, length_dim)
     options = dict(step=1, dtype=torch.int64, device=value(write.new).device, requires_grad=False)
     return emitter.shared(prims.iota.default, length, start=write.start, **options)
+
+
+def _replace_attention(plan: Plan, result: Node, emitter: Emitter) -> None:
+    node = plan.attention.node
+    if plan.attention.spelling == "eager":
+        result = like_product(result, node, emitter.size(plan.query, 2), emitter)
+    replace(node, result, emitter.fake_mode)
 
 
 def _replace_write(write: CacheWrite, updated: Node, emitter: Emitter) -> list[Node]:
@@ -386,9 +409,9 @@ def _emit_scale(attention: Attention, query: Node, emitter: Emitter) -> Node:
 
 
 def _emit_tables(rope: Rope, emitter: Emitter) -> dict:
-    """cos and sin as [1 or B, L, width], contiguous in their last dimension; made once for all layers."""
+    """cos and sin as [1 or B, L, R or 2R], contiguous in their last dimension; made once for all layers."""
     head_dim = 1 if rope.dims is None else 2
-    tables = {}
+    tables, halves_repeat = {}, rope.halves_repeat
     for name, table in (("cos", rope.cos), ("sin", rope.sin)):
         table = emitter.representative(strip(table))
         if value(table).is_complex():
@@ -400,6 +423,8 @@ def _emit_tables(rope: Rope, emitter: Emitter) -> dict:
             table = table.args[0]
         else:
             table = emitter.shared(aten.select.int, table, head_dim, 0)
+        if halves_repeat:
+            table = emitter.shared(aten.slice.Tensor, table, 2, 0, rope.rotary_dim // 2)
         if not same_size(value(table).stride(-1), 1):
             table = emitter.shared(aten.clone.default, table, memory_format=torch.contiguous_format)
         tables[name] = table

@@ -47,7 +47,7 @@ class FlexMasks:
     def make(self, plan: Plan, flex: Flex) -> None:
         """Give the planned attention its masks."""
         check_mask_size(flex)
-        self.emitter.at(flex.attention.node)
+        self.emitter.at(flex.attention.place)
         masks = []
         if flex.mask is not None or flex.blocks is not None:
             masks.append(Mask(self._shared(flex, flex.mask, flex.blocks)))

@@ -38,7 +38,7 @@ def emit_mask(attention: Attention, emitter: Emitter) -> Node | None:
         if masks[0].inverted:
             mask = emitter.shared(aten.logical_not.default, mask)
         return _four_dimensional(mask, emitter)
-    heads = shape(attention.node)[1]
+    heads = shape(attention.query)[1]
     made: Node | None = None
     for mask in reversed(
         masks

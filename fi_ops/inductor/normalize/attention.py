@@ -28,6 +28,8 @@ class Attention:
     query: Node
     key: Node
     value: Node
+    lse: Node | None = None
+    """The node whose value is its base-2 log-sum-exp, where that is used too."""
     masks: tuple[Mask, ...] = ()
     """From the one that is applied last on."""
     causal: bool = False
@@ -42,7 +44,20 @@ class Attention:
     """One more logit a head, [1, H, 1, 1], that takes its share of the weights and has no value."""
     key_transposed: bool = False
     """`key` is [B, H, D, Lk]."""
+    heads: int | None = None
+    """Of the scores, where they say it and the operands may not."""
+    views: tuple[Node, ...] = ()
+    """What was put into the graph to have query, key and value as they are here."""
     spelling: str = "sdpa"
+
+    @property
+    def results(self) -> tuple[Node, ...]:
+        return (self.node,) if self.lse is None else (self.node, self.lse)
+
+    @property
+    def place(self) -> Node:
+        """What its op goes in front of: all that uses a result is behind."""
+        return self.node if self.lse is None else self.node.args[0]
 
     @property
     def operands(self) -> tuple[Node | None, ...]:

@@ -2,7 +2,7 @@
 
     bmm(q, k^T) -> [* scale] -> [tanh soft cap] -> [masks] -> [cat sinks] -> softmax -> [cast, drop sinks] -> bmm(., v)
 
-The operands of `bmm` are [B, H, L, D] tensors expanded and viewed as [B * H, L, D]; the scores may be viewed either way.
+The operands of `bmm` are [B, H, L, D] tensors in some form (`products.py`); the scores may be viewed as [B * H, L, S].
 Masks are any number of `+ mask` and `where(keep, ., fill)`, and the first operand of `baddbmm(bias, q, k^T)`; what is
 added before the scale is scaled with the scores.
 """
@@ -13,7 +13,6 @@ added before the scale is scaled with the scores.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -30,9 +29,7 @@ from ..walk import (
     is_scalar,
     is_tensor,
     keeps_order,
-    layout,
     number,
-    permutation,
     same_shape,
     same_size,
     shape,
@@ -43,92 +40,61 @@ from ..walk import (
 )
 from .attention import Attention
 from .masks import NEVER, Mask, Scale, check_fill, kept_by
+from .products import VIEWS, Views, key_of, operand_of, result_of
 from .softmax import match_softmax
 
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 PRODUCTS = (aten.bmm.default, aten.baddbmm.default)
 HALVES = (torch.bfloat16, torch.float16)
 REACH = 16
 """Steps from a softmax up to the product of queries and keys."""
 
 
-def match_eager(node: Node) -> Attention | None:
+def match_eager(node: Node, views: Views) -> Attention | None:
     """The attention that ends in `node`, a `bmm` of softmax weights with the values; None if it is another product."""
     if not is_call(node, aten.bmm.default):
         return None
-    weights = _batched_operand(node.args[0])
-    if weights is None:
-        return None
+    operand = operand_of(node.args[0])
+    weights = operand.source
+    while is_call(weights, *VIEWS) and _keeps_rows(weights):
+        weights = strip_casts(_before_views(weights))
     dropped = _without_last_column(weights)
-    scores = match_softmax(weights if dropped is None else dropped)
+    scores = match_softmax(weights if dropped is None else dropped) if operand.in_order else None
     if scores is None:
         return None
-    result = _single_view(node)
-    if result is None:
-        raise Declined(f"{node.name}: its result is not viewed as [B, H, L, D]")
     for step in _chain_to_softmax(node.args[0]):
         if len(step.users) != 1:
             raise Declined(f"{step.name}: the attention weights are used elsewhere too")
-    values = _batched_operand(node.args[1])
-    if values is None or len(shape(values)) != 4:
-        raise Declined(f"{node.name}: values are not [B, H, L, D] viewed as [B * H, L, D]")
-    attention = Attention(result, node, node, values, spelling="eager")
+    attention = Attention(node, node, node, node, spelling="eager")
     scores = _unshifted(scores)  # not below sinks: against those, a shift of the scores counts
     if dropped is not None:
         scores = _match_sinks(attention, scores)
     product = _match_logits(attention, scores)
-    query, key, transposed = _query_and_key(product, _narrow)
-    if any(operand is not None and value(operand).dtype != value(result).dtype for operand in (query, key)):
-        query, key, transposed = _query_and_key(product, strip)
-    if query is None or key is None or len(shape(query)) != 4 or len(shape(key)) != 4:
-        raise Declined(f"{product.name}: queries and keys are not [B, H, L, D] viewed as [B * H, L, D]")
-    if not same_shape(shape(result), (*shape(query)[:3], shape(values)[3])):
-        raise Declined(f"{result.name}: {tuple(shape(result))} is not the shape of queries and values")
-    attention.query, attention.key, attention.key_transposed = query, key, transposed
+    _match_operands(attention, product, views)
+    sizes = (*shape(attention.query)[:3], shape(attention.value)[3])
+    attention.node = result_of(node, sizes)
+    if len(shape(attention.node)) == 3 and not same_shape(shape(node), (sizes[0] * sizes[1], *sizes[2:])):
+        raise Declined(f"{node.name}: {tuple(shape(node))} is not the shape of queries and values")
+    attention.views = tuple(views.made)
     return attention
 
 
-def _batched_operand(node: Node, through: Callable[[Node], Node] = strip) -> Node | None:
-    """The tensor [..., x, y] that an operand [N, x, y] of a bmm was viewed from."""
-    node = through(node)
-    if not is_call(node, *VIEWS):
-        return node
-    source = through(node.args[0])
-    if len(shape(source)) == 5:  # einsum
-        source, dims = layout(source)
-        if dims != (0, 1, 2, 3):
-            return None
-    if len(shape(source)) != 4 or len(shape(node)) != 3:
-        return None
-    batch = shape(source)[0] * shape(source)[1]
-    return source if same_shape(shape(node), (batch, *shape(source)[2:])) else None
-
-
-def _query_and_key(product: Node, through: Callable[[Node], Node]) -> tuple[Node | None, Node | None, bool]:
-    """(Q [B, H, L, D], K [B, H, S, D], False), or (Q, K [B, H, D, S], True), of which the scores are the product."""
-    query = _batched_operand(product.args[-2], through)
-    found = permutation(through(product.args[-1]))
-    if found is not None and found[1] == (0, 2, 1):
-        return query, _batched_operand(found[0], through), False
-    key = _batched_operand(product.args[-1], through)
-    if key is None:
-        return query, _einsum_key(product.args[-1], through), False
-    found = permutation(key) if key is not None else None
-    if found is not None and found[1] == (0, 1, 3, 2):
-        return query, through(found[0]), False
-    return query, key, True
-
-
-def _einsum_key(node: Node, through: Callable[[Node], Node]) -> Node | None:
-    """K [B, H, S, D] of an operand [B * H, D, S] as `einsum` makes it."""
-    node = through(node)
-    if not is_call(node, *VIEWS) or len(shape(through(node.args[0]))) != 5:
-        return None
-    source, dims = layout(through(node.args[0]))
-    if dims != (0, 1, 3, 2):
-        return None
-    batch, heads, length, dim = shape(source)
-    return through(source) if same_shape(shape(node), (batch * heads, dim, length)) else None
+def _match_operands(attention: Attention, product: Node, views: Views) -> None:
+    """Query, key and value as [B, H, L, D]."""
+    last = attention.node
+    values = operand_of(last.args[1])
+    query, (key, transposed) = operand_of(product.args[-2], _narrow), key_of(product.args[-1], _narrow)
+    if any(value(operand.source).dtype != value(last).dtype for operand in (query, key)):
+        query, (key, transposed) = operand_of(product.args[-2]), key_of(product.args[-1], strip)
+    known = [operand.sizes[1] for operand in (query, key, values) if len(operand.dims) == 4]
+    heads = known[0] if known else 1 if attention.heads is None else attention.heads
+    if attention.heads is not None and not same_size(attention.heads, heads):
+        raise Declined(f"{product.name}: scores of {attention.heads} heads, queries of {heads}")
+    if not all(len(operand.dims) == 4 for operand in (query, key, values)) and not isinstance(heads, int):
+        raise Declined(f"{product.name}: the number of heads that are merged is symbolic")
+    attention.query, attention.key, attention.value = (
+        views.by_heads(operand.tensor(views), heads) for operand in (query, key, values)
+    )
+    attention.key_transposed = transposed
 
 
 def _narrow(node: Node) -> Node:
@@ -137,18 +103,6 @@ def _narrow(node: Node) -> Node:
     while is_cast(node) and value(node).dtype == torch.float32 and value(node.args[0]).dtype in HALVES:
         node = strip(node.args[0])
     return node
-
-
-def _single_view(node: Node) -> Node | None:
-    """The only use of a product [B * H, L, D]: a view of it with four dimensions."""
-    while len(node.users) == 1:
-        (user,) = node.users
-        if not is_call(user, *VIEWS) and not keeps_order(user):
-            break
-        if len(shape(user)) == 4:
-            return user
-        node = user
-    return None
 
 
 def _chain_to_softmax(node: Node) -> list[Node]:
@@ -177,7 +131,7 @@ def _unshifted(scores: Node) -> Node:
     scores = strip_casts(scores)
     if not is_call(scores, aten.sub.Tensor) or scores.kwargs or not is_tensor(scores.args[1]):
         return scores
-    inner, top = scores.args
+    inner, top = scores.args[0], strip(scores.args[1])
     if is_call(top, operator.getitem) and top.args[1] == 0:
         top = top.args[0]
     if not is_call(top, aten.amax.default, aten.max.dim) or top.args[0] is not inner:
@@ -214,6 +168,10 @@ def _match_logits(attention: Attention, scores: Node) -> Node:
     for _ in range(REACH):
         scores = strip_casts(scores)
         if is_call(scores, *VIEWS) and _keeps_rows(scores):
+            heads = _heads(scores)
+            if None not in (heads, attention.heads) and not same_size(heads, attention.heads):
+                raise Declined(f"{scores.name}: scores of {attention.heads} heads are those of {heads}")
+            attention.heads = attention.heads if heads is None else heads
             scores = _before_views(scores)
             continue
         masked = _take_mask(scores)
@@ -257,15 +215,23 @@ def _below(attention: Attention, scale: Scale, mask: Mask) -> Mask:
 
 
 def _keeps_rows(view: Node) -> bool:
-    """A view from [B, H, L, S] to [B * H, L, S] or back."""
+    """A view from [B, H, L, S] to [B * H, L, S] or back, or one of that kind and back."""
     before, after = shape(_before_views(view)), shape(view)
-    return {len(before), len(after)} == {3, 4} and same_shape(before[-2:], after[-2:])
+    return {len(before), len(after)} <= {3, 4} and same_shape(before[-2:], after[-2:])
+
+
+def _heads(view: Node):
+    """Of scores that are viewed as [B, H, L, S] or from that; None where they are [B * H, L, S] on both sides."""
+    sizes = [shape(node) for node in (view, _before_views(view))]
+    return next((size[1] for size in sizes if len(size) == 4), None)
 
 
 def _before_views(view: Node) -> Node:
     """What was viewed; through views with dimensions of size 1 put in, which `einsum` moves about."""
-    node = view.args[0]
-    while len(shape(node)) > 4 and (is_call(node, *VIEWS) or keeps_order(node)):
+    node, rows = view.args[0], shape(view)[-2:]
+    while is_call(node, *VIEWS) or keeps_order(node):
+        if len(shape(node)) <= 4 and same_shape(shape(node)[-2:], rows):
+            break
         node = node.args[0]
     return node
 

@@ -1,6 +1,6 @@
 """FlexAttention: a score mod and a mask mod, each a small graph over (batch, head, query index, key index).
 
-    flex_attention(q, k, v, score_mod, block_mask, scale, ...)[0]
+    flex_attention(q, k, v, score_mod, block_mask, scale, ...)         output, base-2 log-sum-exp, largest scores
 
 becomes an attention whose score mod is taken apart from its result up to the score (soft cap, biases, masks), and whose
 masks are *terms*: expressions over the four indices and captured tensors, evaluated for all of them at once when the site
@@ -91,13 +91,14 @@ def match_flex(node: Node) -> Flex:
         raise Declined(f"{node.name}: is called with {next(iter(node.kwargs))} by name")
     query, key, values, score_mod, block_mask, scale = node.args[:6]
     score_captured, mask_captured = (node.args[i] if len(node.args) > i else () for i in (7, 8))
-    outputs = list(node.users)
-    if len(outputs) != 1 or not is_call(outputs[0], operator.getitem) or outputs[0].args[1] != 0:
-        raise Declined(f"{node.name}: more than its output is used")
+    outputs = {user.args[1]: user for user in node.users if is_call(user, operator.getitem)}
+    if len(outputs) != len(node.users) or not {0} <= outputs.keys() <= {0, 1}:
+        raise Declined(f"{node.name}: more than its output and its log-sum-exp is used")
     if not isinstance(scale, (int, float)):
         raise Declined(f"{node.name}: scale is computed at run time")
     sources = tuple(n for n in (*block_mask[2:6], *score_captured, *mask_captured) if isinstance(n, Node))
-    attention = Attention(outputs[0], query, key, values, scale=float(scale), sources=sources, spelling="flex")
+    options = dict(lse=outputs.get(1), scale=float(scale), sources=sources, spelling="flex")
+    attention = Attention(outputs[0], query, key, values, **options)
     mask = _whole_term(_module(node, block_mask[-1]), tuple(mask_captured))
     flex = Flex(attention, node, mask, _blocks(block_mask))
     _match_score_mod(flex, _module(node, score_mod), tuple(score_captured))

@@ -7,8 +7,9 @@ in interleaved (GPT-J) order), both spellings become `Rope(x, cos, sin, interlea
     x * cos + join(-x2, x1) * sin                         cos, sin of the full width (Hugging Face)
     (x1 + i x2) * (cos + i sin)                           as complex numbers (Meta's llama)
 
-In the second, an op that reads half of cos and sin is right only if the other half repeats it: that is proven from how
-they were made, never assumed. `cat(rope(x[..., :r]), x[..., r:])` is RoPE on part of the head.
+In the second, the two members of a pair may have their own cos and sin, and the ops take them as they are; where the second
+half of rotate-half tables is proven to repeat the first, the first is enough. `cat(rope(x[..., :r]), x[..., r:])` is RoPE on
+part of the head.
 """
 
 # The arguments of fx calls have no types that mypy could follow.
@@ -62,6 +63,12 @@ class Rope:
     """How much of the head is rotated."""
     dims: tuple[int, ...] | None = None
     """The permutation after which x is [B, H, L, D], if it is not so already."""
+
+    @property
+    def halves_repeat(self) -> bool:
+        """The second halves of cos and sin hold what the first ones do."""
+        wide = not self.interleaved and same_size(shape(self.cos)[-1], self.rotary_dim)
+        return wide and repeats(self.cos) and repeats(self.sin)
 
 
 @dataclass(frozen=True)
@@ -182,11 +189,6 @@ def _match_rotated(top: Node):
             x, order = rotation
             for straight_x, cos in commuted(straight):
                 if is_tensor(straight_x) and is_tensor(cos) and same_value(strip_casts(straight_x), x):
-                    for table in (cos, sin):
-                        if not repeats(table, order):
-                            raise Declined(
-                                f"{table.name}: is not known to repeat its values for the two members of a pair"
-                            )
                     return straight_x, cos, sin, order, shape(x)[-1]
             raise Declined(f"{straight.name}: does not multiply {x.name}, which {turned.name} rotates")
     return None
@@ -337,67 +339,58 @@ _POINTWISE_UNARY = (aten.cos.default, aten.sin.default, aten.neg.default)
 _POINTWISE_BINARY = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
 
 
-def repeats(node: Node, order: str, depth: int = 24) -> bool:
-    """Along the last dimension, the two members of every pair (in `order`) hold the same value, by construction."""
+def repeats(node: Node, depth: int = 24) -> bool:
+    """Along the last dimension, the second half holds the values of the first, by construction."""
     if depth == 0 or not is_tensor(node) or not shape(node):
         return False
     node = strip(node)
     if node.op != "call_function":
         return False
-    if _repeats_directly(node, order):
+    if _repeats_directly(node):
         return True
     last = len(shape(node)) - 1
     source = node.args[0] if node.args else None
     if is_cast(node) or node.target in _POINTWISE_UNARY:
-        return repeats(source, order, depth - 1)
+        return repeats(source, depth - 1)
     if node.target in _POINTWISE_BINARY:
         operands = [n for n in node.args[:2] if is_tensor(n) and not is_scalar(n)]
         return bool(operands) and all(
-            (same_size(shape(n)[-1], 1) and not same_size(shape(node)[-1], 1)) or repeats(n, order, depth - 1)
+            (same_size(shape(n)[-1], 1) and not same_size(shape(node)[-1], 1)) or repeats(n, depth - 1)
             for n in operands
         )
     if node.target is aten.unsqueeze.default:
-        return dim_of(node, node.args[1]) != last and repeats(source, order, depth - 1)
+        return dim_of(node, node.args[1]) != last and repeats(source, depth - 1)
     if node.target in (aten.slice.Tensor, aten.select.int):
-        return dim_of(source, argument(node, 1, "dim", 0)) != len(shape(source)) - 1 and repeats(
-            source, order, depth - 1
-        )
+        return dim_of(source, argument(node, 1, "dim", 0)) != len(shape(source)) - 1 and repeats(source, depth - 1)
     if node.target is aten.squeeze.dim:
-        return dim_of(source, node.args[1]) != len(shape(source)) - 1 and repeats(source, order, depth - 1)
+        return dim_of(source, node.args[1]) != len(shape(source)) - 1 and repeats(source, depth - 1)
     if node.target is aten.expand.default:
-        return same_size(shape(source)[-1], shape(node)[-1]) and repeats(source, order, depth - 1)
+        return same_size(shape(source)[-1], shape(node)[-1]) and repeats(source, depth - 1)
     if node.target in VIEWS:
-        return same_size(shape(source)[-1], shape(node)[-1]) and repeats(source, order, depth - 1)
+        return same_size(shape(source)[-1], shape(node)[-1]) and repeats(source, depth - 1)
     found = permutation(node)
     if found is not None:
-        return found[1][-1] == last and repeats(source, order, depth - 1)
+        return found[1][-1] == last and repeats(source, depth - 1)
     if node.target is aten.index.Tensor:
-        return len(node.args[1]) < len(shape(source)) and repeats(source, order, depth - 1)
+        return len(node.args[1]) < len(shape(source)) and repeats(source, depth - 1)
     return False
 
 
-def _repeats_directly(node: Node, order: str) -> bool:
-    """cat([a, a], -1) or repeat in rotate-half order, repeat_interleave(2, -1) or stack([a, a], -1) in interleaved order."""
-    if order == HALF and is_call(node, aten.cat.default) and len(node.args[0]) == 2 and _over_last(node):
+def _repeats_directly(node: Node) -> bool:
+    """cat([a, a], -1) or repeat."""
+    if is_call(node, aten.cat.default) and len(node.args[0]) == 2 and _over_last(node):
         return same_value(*node.args[0])
-    if order == HALF and is_call(node, aten.repeat.default):
-        counts = node.args[1]
-        return counts[-1] == 2
+    if is_call(node, aten.repeat.default):
+        return node.args[1][-1] == 2
     if not is_call(node, *VIEWS):
         return False
-    wide = strip(node.args[0])
+    wide = strip(node.args[0])  # [..., 2, R], merged
     if len(shape(wide)) != len(shape(node)) + 1 or not same_shape(shape(wide)[:-2], shape(node)[:-1]):
         return False
-    if order == PAIR and same_size(shape(wide)[-1], 2):
-        members = _stacked_last(wide)
-        if members is not None:
-            return same_value(*members)
-    # [..., 2, R] merged is `cat([a, a])`; [..., R, 2] merged is `repeat_interleave(2)`.
-    copies = len(shape(wide)) - (2 if order == HALF else 1)
-    if not is_call(wide, aten.expand.default) or not same_size(shape(wide)[copies], 2):
+    if not is_call(wide, aten.expand.default) or not same_size(shape(wide)[-2], 2):
         return False
     source = wide.args[0]
-    return len(shape(source)) == len(shape(wide)) and same_size(shape(source)[copies], 1)
+    return len(shape(source)) == len(shape(wide)) and same_size(shape(source)[-2], 1)
 
 
 def _check_tables(rope: Rope) -> None:

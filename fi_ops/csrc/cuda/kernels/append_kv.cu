@@ -7,8 +7,10 @@
 namespace fi::cuda {
 namespace {
 
-template <class T, int N, bool interleaved>
-__global__ void __launch_bounds__(kMaxThreads, 4) append_kv_kernel(const __grid_constant__ AppendParams p) {
+// Two cos and sin a pair need more registers than 64.
+template <class T, int N, bool interleaved, bool per_member>
+__global__ void __launch_bounds__(kMaxThreads, per_member ? 3 : 4)
+    append_kv_kernel(const __grid_constant__ AppendParams p) {
   allow_next_kernel();
   wait_for_previous_kernel();
   const int64_t num_tokens = p.batch * p.new_len;
@@ -31,9 +33,9 @@ __global__ void __launch_bounds__(kMaxThreads, 4) append_kv_kernel(const __grid_
       T* y = static_cast<T*>(p.k_cache) + b * p.kc_stride_b + h * p.kc_stride_h + slot * p.kc_stride_n;
       const int64_t rotated = rope.cos ? rope.rotary_dim : 0;
       for (int64_t first = int64_t{threadIdx.x} * N; first < rotated / 2; first += int64_t{blockDim.x} * N) {
-        const auto angles = load_rope_angles<N, interleaved>(
+        const auto angles = load_rope_angles<N, interleaved, per_member>(
             rope.cos, b * rope.cos_stride_b + i * rope.cos_stride_row, rope.sin,
-            b * rope.sin_stride_b + i * rope.sin_stride_row, rope.dtype, rope.width, rotated, first);
+            b * rope.sin_stride_b + i * rope.sin_stride_row, rope.dtype, rotated, first);
         rotate_pairs<interleaved>(x, y, angles, rotated, first);
       }
       copy_elements<N>(x, y, rotated, p.head_dim_qk);
@@ -65,8 +67,10 @@ void append_kv(const AppendParams& p, const Gpu& gpu) {
     // Half a row a turn: with RoPE a thread takes two packs of a key.
     const Shape shape = shape_over_heads(gpu, num_tokens, num_heads, ceil_div(elements, 2 * N));
     dispatch_bool(p.rope.interleaved, [&](auto interleaved) {
-      launch(gpu, append_kv_kernel<decltype(t), N, interleaved.value>, shape.grid, shape.block, 0,
-             /*overlap=*/true, p);
+      dispatch_bool(p.rope.cos && p.rope.width == p.rope.rotary_dim, [&](auto per_member) {
+        launch(gpu, append_kv_kernel<decltype(t), N, interleaved.value, per_member.value>, shape.grid,
+               shape.block, 0, /*overlap=*/true, p);
+      });
     });
   });
 }

@@ -7,8 +7,10 @@
 namespace fi::cuda {
 namespace {
 
-template <class T, int N, bool interleaved>
-__global__ void __launch_bounds__(kMaxThreads, 4) rope_kernel(const __grid_constant__ RopeParams p) {
+// Two cos and sin a pair need more registers than 64.
+template <class T, int N, bool interleaved, bool per_member>
+__global__ void __launch_bounds__(kMaxThreads, per_member ? 3 : 4)
+    rope_kernel(const __grid_constant__ RopeParams p) {
   wait_for_previous_kernel();
   allow_next_kernel();
   const int64_t num_tokens = p.batch * p.len, num_heads = p.query.num_heads + p.key.num_heads;
@@ -35,9 +37,9 @@ __global__ void __launch_bounds__(kMaxThreads, 4) rope_kernel(const __grid_const
       }
     };
     for (int64_t first = int64_t{threadIdx.x} * N; first < pairs; first += int64_t{blockDim.x} * N) {
-      const auto angles = load_rope_angles<N, interleaved>(
+      const auto angles = load_rope_angles<N, interleaved, per_member>(
           p.cos, b * p.cos_strides[0] + angle_row * p.cos_strides[1], p.sin,
-          b * p.sin_strides[0] + angle_row * p.sin_strides[1], p.angle_dtype, p.width, p.rotary_dim, first);
+          b * p.sin_strides[0] + angle_row * p.sin_strides[1], p.angle_dtype, p.rotary_dim, first);
       for_each_head([&](const T* x, T* y) { rotate_pairs<interleaved>(x, y, angles, p.rotary_dim, first); });
     }
     if (p.rotary_dim == p.head_dim) continue;
@@ -85,8 +87,10 @@ void rope(const RopeParams& p, const Gpu& gpu) {
     constexpr int N = decltype(size)::value;
     const Shape shape = shape_over_heads(gpu, num_tokens, num_heads, p.rotary_dim / 2 / N);
     dispatch_bool(p.interleaved, [&](auto interleaved) {
-      launch(gpu, rope_kernel<decltype(t), N, interleaved.value>, shape.grid, shape.block, 0,
-             /*overlap=*/true, p);
+      dispatch_bool(p.width == p.rotary_dim, [&](auto per_member) {
+        launch(gpu, rope_kernel<decltype(t), N, interleaved.value, per_member.value>, shape.grid, shape.block,
+               0, /*overlap=*/true, p);
+      });
     });
   });
 }

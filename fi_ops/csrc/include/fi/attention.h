@@ -18,7 +18,7 @@ struct RopeTable {
   DType dtype = DType::f32;
   int64_t cos_stride_b = 0, cos_stride_row = 0;
   int64_t sin_stride_b = 0, sin_stride_row = 0;
-  int64_t width = 0;         // rotary_dim / 2, or rotary_dim: each value twice
+  int64_t width = 0;         // rotary_dim / 2, or rotary_dim: a pair's two members have their own
   int64_t rotary_dim = 0;    // of the head's leading elements, even
   bool interleaved = false;  // pairs (2i, 2i + 1), else (i, i + rotary_dim / 2)
 };

@@ -29,7 +29,7 @@ struct RopeParams {
   int64_t num_rows;     // of cos and sin
   int64_t batch, len, head_dim;
   int64_t rotary_dim;  // even, at most head_dim
-  int64_t width;       // rotary_dim / 2, or rotary_dim (each value twice)
+  int64_t width;       // rotary_dim / 2, or rotary_dim: the two members of a pair have their own
   DType dtype, angle_dtype;
   bool interleaved;
 };

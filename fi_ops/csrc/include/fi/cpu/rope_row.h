@@ -2,10 +2,10 @@
 // fused in.
 //
 // Two steps, because a token's angles serve all of its heads: load_rope_angles() turns a row of the caller's
-// cos and sin into fp32 in the form that the loop wants, rotate_row() applies it. With c, s of pair i
-// (rotary_dim / 2 pairs):
-//   rotate-half: (x[i], x[half + i])  -> (a c - b s, b c + a s)
-//   interleaved: (x[2i], x[2i + 1])   -> (a c - b s, b c + a s)
+// cos and sin into fp32 in the form that the loop wants, rotate_row() applies it. With a, b the two members
+// of pair i (rotary_dim / 2 pairs), x[i] and x[half + i] for rotate-half, x[2i] and x[2i + 1] interleaved:
+//   (a, b) -> (a c - b s, b c' + a s')
+// where c', s' are c, s in tables of one value a pair, and the values at b's place in tables of rotary_dim.
 // Products in fp32, one rounding to the output's type; elements past rotary_dim are copied.
 #pragma once
 
@@ -17,8 +17,9 @@ namespace fi::FI_ISA {
 FI_INLINE constexpr int64_t rope_angle_floats(int64_t rotary_dim) { return 2 * rotary_dim; }
 
 struct RopeAngles {
-  const float* cos;  // rotate-half: [half]; interleaved: [rotary_dim], each value twice
-  const float* sin;  // rotate-half: [half]; interleaved: [rotary_dim], -s and +s
+  const float* cos;  // rotate-half: [half], or [rotary_dim] in tables of that; interleaved: [rotary_dim]
+  const float* sin;  // as cos; interleaved: -s and +s'
+  bool per_member;   // rotate-half: [rotary_dim]
 };
 
 // Neighbouring lanes exchanged: 1 0 3 2 5 4 ...
@@ -29,17 +30,6 @@ FI_INLINE Vec swap_pairs(Vec x) {
   return _mm256_permute_ps(x, 0xB1);
 #else
   return Vec{x[1], x[0], x[3], x[2]};
-#endif
-}
-
-// The even lanes, each twice: 0 0 2 2 4 4 ...
-FI_INLINE Vec double_even(Vec x) {
-#if FI_ISA_LEVEL >= 2
-  return _mm512_maskz_moveldup_ps(0xFFFF, x);
-#elif FI_ISA_LEVEL == 1
-  return _mm256_moveldup_ps(x);
-#else
-  return Vec{x[0], x[0], x[2], x[2]};
 #endif
 }
 
@@ -57,19 +47,21 @@ FI_INLINE Vec double_low(Vec x) {
 // -x in the even lanes, x in the odd ones.
 FI_INLINE Vec negate_even(Vec x) { return as_float(as_int(x) ^ ((~iota_i() & 1) << 31)); }
 
-// `cos`, `sin`: the token's rows, of `dtype`, `width` wide: half (one value a pair) or rotary_dim (each value
-// twice: halves repeated for rotate-half, neighbours for interleaved). `scratch`:
-// rope_angle_floats(rotary_dim) floats; the result may point into it or at the caller's rows.
+// `cos`, `sin`: the token's rows, of `dtype`, `width` wide: half (one value a pair) or rotary_dim (one value
+// an element). `scratch`: rope_angle_floats(rotary_dim) floats; the result may point into it or at the
+// caller's rows.
 FI_INLINE RopeAngles load_rope_angles(const void* cos, const void* sin, DType dtype, int64_t width,
                                       int64_t rotary_dim, bool interleaved, float* scratch) {
   const int64_t half = rotary_dim / 2;
   if (!interleaved) {
-    if (dtype == DType::f32) return {static_cast<const float*>(cos), static_cast<const float*>(sin)};
-    for_each_vec(half, [&](int64_t i, int64_t count) {
+    const bool per_member = width != half;
+    if (dtype == DType::f32)
+      return {static_cast<const float*>(cos), static_cast<const float*>(sin), per_member};
+    for_each_vec(width, [&](int64_t i, int64_t count) {
       store_n(scratch + i, load_as(cos, dtype, i, count), count);
-      store_n(scratch + half + i, load_as(sin, dtype, i, count), count);
+      store_n(scratch + width + i, load_as(sin, dtype, i, count), count);
     });
-    return {scratch, scratch + half};
+    return {scratch, scratch + width, per_member};
   }
   float* sin_out = scratch + rotary_dim;
   for_each_vec(rotary_dim, [&](int64_t i, int64_t count) {
@@ -78,13 +70,25 @@ FI_INLINE RopeAngles load_rope_angles(const void* cos, const void* sin, DType dt
       c = double_low(load_as(cos, dtype, i / 2, count / 2));
       s = double_low(load_as(sin, dtype, i / 2, count / 2));
     } else {
-      c = double_even(load_as(cos, dtype, i, count));
-      s = double_even(load_as(sin, dtype, i, count));
+      c = load_as(cos, dtype, i, count);
+      s = load_as(sin, dtype, i, count);
     }
     store_n(scratch + i, c, count);
     store_n(sin_out + i, negate_even(s), count);
   });
-  return {scratch, sin_out};
+  return {scratch, sin_out, false};
+}
+
+template <bool per_member, class T, class O>
+FI_INLINE void rotate_halves(const T* x, O* y, const RopeAngles& angles, int64_t half) {
+  for_each_vec(half, [&](int64_t i, int64_t count) {
+    const Vec a = load_n(x + i, count), b = load_n(x + half + i, count);
+    const Vec c = load_n(angles.cos + i, count), s = load_n(angles.sin + i, count);
+    store_n(y + i, fma(a, c, -(b * s)), count);
+    const int64_t second = per_member ? half + i : i;
+    store_n(y + half + i, fma(b, load_n(angles.cos + second, count), a * load_n(angles.sin + second, count)),
+            count);
+  });
 }
 
 // y = the rotated x, head_dim elements; y may be x (then nothing past rotary_dim is touched). T, O: float,
@@ -101,12 +105,11 @@ FI_INLINE void rotate_row(const T* x, O* y, const RopeAngles& angles, int64_t ro
     });
   } else {
     const int64_t half = rotary_dim / 2;
-    for_each_vec(half, [&](int64_t i, int64_t count) {
-      const Vec a = load_n(x + i, count), b = load_n(x + half + i, count);
-      const Vec c = load_n(angles.cos + i, count), s = load_n(angles.sin + i, count);
-      store_n(y + i, fma(a, c, -(b * s)), count);
-      store_n(y + half + i, fma(b, c, a * s), count);
-    });
+    if (angles.per_member) {
+      rotate_halves<true>(x, y, angles, half);
+    } else {
+      rotate_halves<false>(x, y, angles, half);
+    }
   }
   if (static_cast<const void*>(x) == static_cast<const void*>(y)) return;
   for_each_vec(head_dim - rotary_dim, [&](int64_t i, int64_t count) {

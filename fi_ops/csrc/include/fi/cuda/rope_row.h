@@ -1,74 +1,84 @@
 // Rotary embedding of pieces of a head's row: what the rope ops and the cache append share.
 //
 // A thread takes N pairs: their cos and sin once a token, then the pairs of as many heads as it serves. With
-// c, s of pair i (rotary_dim / 2 pairs):
-//   rotate-half: (x[i], x[half + i])  -> (a c - b s, b c + a s)
-//   interleaved: (x[2i], x[2i + 1])   -> (a c - b s, b c + a s)
-// Products in fp32, one rounding to the output's type.
+// a, b the two members of pair i (rotary_dim / 2 pairs), x[i] and x[half + i] for rotate-half, x[2i] and
+// x[2i + 1] interleaved:
+//   (a, b) -> (a c - b s, b c' + a s')
+// where c', s' are c, s in tables of one value a pair, and the values at b's place in tables of rotary_dim
+// (`per_member`). Products in fp32, one rounding to the output's type.
 #pragma once
 
 #include "fi/cuda/pack.h"
 
 namespace fi::cuda {
 
+// Element j of 2N neighbours that lie in two packs.
 template <int N>
+FI_DEVICE_INLINE float of_two_packs(const float (&low)[N], const float (&high)[N], int j) {
+  return j < N ? low[j < N ? j : 0] : high[j < N ? 0 : j - N];
+}
+
+template <int N, bool per_member>
 struct RopeAngles {
-  float cos[N], sin[N];
+  float cos[per_member ? 2 : 1][N];  // of the first members (or both), of the second
+  float sin[per_member ? 2 : 1][N];
 };
 
 // The angles of pairs first .. first + N. `cos`, `sin`: the arrays, of `dtype`, the token's row starting at
-// cos_row, sin_row; `width` values wide: one a pair, or each twice (halves repeated for rotate-half,
-// neighbours for interleaved).
-template <int N, bool interleaved>
-FI_DEVICE_INLINE RopeAngles<N> load_rope_angles(const void* cos, int64_t cos_row, const void* sin,
-                                                int64_t sin_row, DType dtype, int64_t width,
-                                                int64_t rotary_dim, int64_t first) {
-  RopeAngles<N> angles;
-  if (interleaved && width == rotary_dim) {
-    float low[N], high[N];
-    auto every_second = [&](float (&x)[N], const void* p, int64_t row) {
+// cos_row, sin_row.
+template <int N, bool interleaved, bool per_member>
+FI_DEVICE_INLINE RopeAngles<N, per_member> load_rope_angles(const void* cos, int64_t cos_row, const void* sin,
+                                                            int64_t sin_row, DType dtype, int64_t rotary_dim,
+                                                            int64_t first) {
+  RopeAngles<N, per_member> angles;
+  auto load = [&](float (&x)[per_member ? 2 : 1][N], const void* p, int64_t row) {
+    if constexpr (!per_member) {
+      load_pack_as(x[0], p, dtype, row + first);
+    } else if constexpr (!interleaved) {
+      load_pack_as(x[0], p, dtype, row + first);
+      load_pack_as(x[1], p, dtype, row + rotary_dim / 2 + first);
+    } else {
+      float low[N], high[N];
       load_pack_as(low, p, dtype, row + 2 * first);
       load_pack_as(high, p, dtype, row + 2 * first + N);
 #pragma unroll
-      for (int i = 0; i < N; ++i)
-        x[i] = 2 * i < N ? low[2 * i < N ? 2 * i : 0] : high[2 * i < N ? 0 : 2 * i - N];
-    };
-    every_second(angles.cos, cos, cos_row);
-    every_second(angles.sin, sin, sin_row);
-  } else {
-    load_pack_as(angles.cos, cos, dtype, cos_row + first);
-    load_pack_as(angles.sin, sin, dtype, sin_row + first);
-  }
+      for (int i = 0; i < N; ++i) {
+        x[0][i] = of_two_packs(low, high, 2 * i);
+        x[1][i] = of_two_packs(low, high, 2 * i + 1);
+      }
+    }
+  };
+  load(angles.cos, cos, cos_row);
+  load(angles.sin, sin, sin_row);
   return angles;
 }
 
 // Pairs first .. first + N of the row x, rotated, into the row y, which may be x.
-template <bool interleaved, int N, class T>
-FI_DEVICE_INLINE void rotate_pairs(const T* x, T* y, const RopeAngles<N>& angles, int64_t rotary_dim,
-                                   int64_t first) {
+template <bool interleaved, int N, bool per_member, class T>
+FI_DEVICE_INLINE void rotate_pairs(const T* x, T* y, const RopeAngles<N, per_member>& angles,
+                                   int64_t rotary_dim, int64_t first) {
+  constexpr int second = per_member ? 1 : 0;
   const int64_t at_low = interleaved ? 2 * first : first;
   const int64_t at_high = interleaved ? 2 * first + N : rotary_dim / 2 + first;
   float low[N], high[N], new_low[N], new_high[N];
   load_pack(low, x + at_low);
   load_pack(high, x + at_high);
   if constexpr (interleaved) {
-    // The two packs are 2N neighbours; element j of them.
-    auto element = [&](int j) { return j < N ? low[j < N ? j : 0] : high[j < N ? 0 : j - N]; };
     auto put = [&](int j, float value) {
       (j < N ? new_low[j < N ? j : 0] : new_high[j < N ? 0 : j - N]) = value;
     };
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float a = element(2 * i), b = element(2 * i + 1), c = angles.cos[i], s = angles.sin[i];
-      put(2 * i, fmaf(a, c, -(b * s)));
-      put(2 * i + 1, fmaf(b, c, a * s));
+      const float a = of_two_packs(low, high, 2 * i), b = of_two_packs(low, high, 2 * i + 1);
+      put(2 * i, fmaf(a, angles.cos[0][i], -(b * angles.sin[0][i])));
+      put(2 * i + 1, fmaf(b, angles.cos[second][i], a * angles.sin[second][i]));
     }
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float a = low[i], b = high[i], c = angles.cos[i], s = angles.sin[i];
-      new_low[i] = fmaf(a, c, -(b * s));
-      new_high[i] = fmaf(b, c, a * s);
+      const float a = low[i], b = high[i];
+      new_low[i] = fmaf(a, angles.cos[0][i], -(b * angles.sin[0][i]));
+      new_high[i] = fmaf(b, angles.cos[second][i], a * angles.sin[second][i]);
     }
   }
   store_pack(y + at_low, new_low);

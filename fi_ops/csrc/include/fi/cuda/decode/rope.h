@@ -7,32 +7,29 @@
 
 namespace fi::cuda::decode {
 
-// One pair of a row: its two elements become (a c - b s, b c + a s).
-struct RopePair {
-  int first, second;
-  float cos, sin;
-
-  FI_DEVICE_INLINE float low(float a, float b) const { return fmaf(a, cos, -(b * sin)); }
-  FI_DEVICE_INLINE float high(float a, float b) const { return fmaf(b, cos, a * sin); }
-};
-
-// Pair `pair` of table row `row` of batch b.
-FI_DEVICE_INLINE RopePair rope_pair(const RopeTable& t, int b, int64_t row, int pair) {
+// The element that element d is paired with, and the column of cos and sin that d takes.
+FI_DEVICE_INLINE int rope_partner(const RopeTable& t, int d) {
   const int half = static_cast<int>(t.rotary_dim / 2);
-  const int column = t.interleaved && t.width != half ? 2 * pair : pair;
-  return {t.interleaved ? 2 * pair : pair, t.interleaved ? 2 * pair + 1 : half + pair,
-          load_float(t.cos, t.dtype, b * t.cos_stride_b + row * t.cos_stride_row + column),
-          load_float(t.sin, t.dtype, b * t.sin_stride_b + row * t.sin_stride_row + column)};
+  return t.interleaved ? d ^ 1 : d < half ? d + half : d - half;
+}
+FI_DEVICE_INLINE int rope_column(const RopeTable& t, int d) {
+  const int half = static_cast<int>(t.rotary_dim / 2);
+  return t.width != half ? d : t.interleaved ? d / 2 : d < half ? d : d - half;
+}
+
+// x[d] cos + x[partner] sin, the partner negated for the first of a pair, by table row `row` of batch b.
+FI_DEVICE_INLINE float rotated(const RopeTable& t, int b, int64_t row, float x, float partner, int d) {
+  const int column = rope_column(t, d);
+  const float cos = load_float(t.cos, t.dtype, b * t.cos_stride_b + row * t.cos_stride_row + column);
+  const float sin = load_float(t.sin, t.dtype, b * t.sin_stride_b + row * t.sin_stride_row + column);
+  return fmaf(x, cos, (d < rope_partner(t, d) ? -partner : partner) * sin);
 }
 
 // Element d of the row x after rotation, rounded to T.
 template <class T>
 FI_DEVICE_INLINE T rotated(const RopeTable& t, int b, int64_t row, const T* x, int d) {
   if (d >= t.rotary_dim) return x[d];
-  const int half = static_cast<int>(t.rotary_dim / 2);
-  const RopePair pair = rope_pair(t, b, row, t.interleaved ? d / 2 : d < half ? d : d - half);
-  const float a = to_float(x[pair.first]), b_ = to_float(x[pair.second]);
-  return from_float<T>(d == pair.first ? pair.low(a, b_) : pair.high(a, b_));
+  return from_float<T>(rotated(t, b, row, to_float(x[d]), to_float(x[rope_partner(t, d)]), d));
 }
 
 // Whether chunks of eight 16-bit elements hold what their rotation needs of tables that are read 16 bytes at
@@ -52,9 +49,8 @@ class RopeChunk {
  public:
   // Besides the chunk itself, from element d < rotary_dim on, of the row x of batch b and table row `row`.
   FI_DEVICE_INLINE void fetch(const RopeTable& t, int b, int64_t row, const T* x, int d) {
-    const int half = static_cast<int>(t.rotary_dim / 2);
-    if (!t.interleaved) other_ = load_16(x + (d < half ? d + half : d - half));
-    const int column = t.interleaved ? (t.width == half ? d / 2 : d) : d < half ? d : d - half;
+    if (!t.interleaved) other_ = load_16(x + rope_partner(t, d));
+    const int column = rope_column(t, d);
     fetch_values(cos_, t, t.cos, b * t.cos_stride_b + row * t.cos_stride_row + column);
     fetch_values(sin_, t, t.sin, b * t.sin_stride_b + row * t.sin_stride_row + column);
   }
@@ -69,8 +65,7 @@ class RopeChunk {
       const bool one_a_pair = t.width == t.rotary_dim / 2;
 #pragma unroll
       for (int e = 7; e >= 0; --e) {
-        cos[e] = one_a_pair ? cos[e / 2] : cos[e & ~1];
-        sin[e] = one_a_pair ? sin[e / 2] : sin[e & ~1];
+        if (one_a_pair) cos[e] = cos[e / 2], sin[e] = sin[e / 2];
         other[e] = e % 2 ? a[e ^ 1] : -a[e ^ 1];
       }
     } else {

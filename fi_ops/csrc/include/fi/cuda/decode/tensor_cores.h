@@ -358,12 +358,12 @@ class TensorCores {
     for (int row = 0; row < kSliceKeys && key + row < p_.kv_len; ++row) {
 #pragma unroll 1
       for (int i = lane_; i < half; i += 32) {
-        const RopePair pair = rope_pair(p_.rope, b, key + row, i);
-        T* low = element(keys, row, pair.first);
-        T* high = element(keys, row, pair.second);
-        const float a = to_float(*low), c = to_float(*high);
-        *low = from_float<T>(pair.low(a, c));
-        *high = from_float<T>(pair.high(a, c));
+        const int first = p_.rope.interleaved ? 2 * i : i, second = rope_partner(p_.rope, first);
+        T* low = element(keys, row, first);
+        T* high = element(keys, row, second);
+        const float x = to_float(*low), y = to_float(*high);
+        *low = from_float<T>(rotated(p_.rope, b, key + row, x, y, first));
+        *high = from_float<T>(rotated(p_.rope, b, key + row, y, x, second));
       }
     }
     __syncwarp();
