@@ -13,7 +13,8 @@ from __future__ import annotations
 from torch.fx import Graph, Node
 
 from . import anchors
-from .fuse.attention import apply_attention, plan_attention
+from .fuse.attention import apply_attention, plan_attention, prove_masks
+from .fuse.bounds import Proofs
 from .fuse.decline import check_worth
 from .fuse.emit import Emitter
 from .fuse.flex import FlexMasks
@@ -60,7 +61,7 @@ def _has_tensors(graph: Graph) -> bool:
 def _rewrite_attention(graph: Graph, emitter: Emitter, sizes: KnownSizes, report: GraphReport) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     inputs = GraphInputs.of(graph)
-    flex_masks = FlexMasks(emitter, sizes)
+    flex_masks, proofs = FlexMasks(emitter, sizes), Proofs()
     for node in order:
         if node._erased or not is_call(node, anchors.SDPA, aten.bmm.default, FLEX):
             continue
@@ -72,10 +73,12 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, sizes: KnownSizes, report
                 continue
             check_no_subclasses()
             plan = plan_attention(attention, order, inputs)
+            prove_masks(plan, proofs)
             check_worth(node.name, plan.facts)
             if flex is not None:
-                flex_masks.make(plan, flex)
-            unused = apply_attention(plan, emitter)
+                flex_masks.make(flex)
+                prove_masks(plan, proofs)
+            unused = apply_attention(plan, emitter, proofs)
             erase_dead(graph, unused)
             site.grade, site.pieces, site.reason = plan.grade, tuple(plan.pieces), plan.reason
             site.caches = tuple(dict.fromkeys(w.base.name for w in plan.writes if w.base.op == "placeholder"))
@@ -86,6 +89,7 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, sizes: KnownSizes, report
             report.sites.append(rope_site)
         if not site.grade and is_call(node, anchors.SDPA):
             anchors.lower(graph, node, sizes)
+    flex_masks.erase_unused()
 
 
 def _match(node: Node, views: Views) -> Attention | None:

@@ -22,7 +22,9 @@ import torch
 from torch.fx import Node
 
 from ..normalize.attention import Attention, check_attention, check_contiguous_last
+from ..normalize.bounds import Bounds
 from ..normalize.cache_update import CacheWrite, match_cache_write, same_positions, start_of_one
+from ..normalize.clause import Term
 from ..normalize.in_place import GraphInputs, check_in_place, check_readers, join, storage_offset, updated_caches
 from ..normalize.masks import check_mask
 from ..normalize.products import like_product
@@ -41,6 +43,7 @@ from ..walk import (
     strip,
     value,
 )
+from .bounds import Proofs, Rows, emit_bounds, emit_rest
 from .decline import Facts, capability_of
 from .emit import Emitter, Written, keep_in_memory, replace
 from .masks import emit_mask, emit_sinks, kind_of_mask
@@ -62,7 +65,12 @@ class Plan:
     value_write: CacheWrite | None = None
     query_rope: Rope | None = None
     key_rope: Rope | None = None
-    pieces: list[str] = field(default_factory=list)
+    bounds: Bounds = Bounds()
+    """The keys that a row may see, besides what the masks say."""
+    is_proven: bool = False
+    """The bounds are what masks were proven to say."""
+    rest: tuple[Term, ...] = ()
+    """What else such masks say."""
     query_is_rope: bool = False
     append_reason: str = ""
     rope_reason: str = ""
@@ -82,6 +90,32 @@ class Plan:
         missing = [("append", self.append_reason), ("rope", self.rope_reason)]
         return "; ".join(f"no {name}: {reason}" for name, reason in missing if reason)
 
+    @property
+    def rows(self) -> Rows:
+        query, key = value(self.query), permuted(value(self.key), self.key_dims)
+        return Rows((*query.shape[:3], key.shape[2]), self.key_write, self.query_rope is not None)
+
+    @property
+    def mask(self) -> str:
+        """What the op gets: none, bool or additive."""
+        return kind_of_mask(self.attention.masks, has_rest=bool(self.rest))
+
+    @property
+    def pieces(self) -> list[str]:
+        """What was recognised, in words."""
+        attention, words = self.attention, [self.attention.spelling]
+        if not same_size(permuted(value(self.key), self.key_dims).shape[1], value(self.query).shape[1]):
+            words.append("grouped heads")
+        if self.mask != "none":
+            words.append(f"{self.mask} mask")
+        if attention.causal:
+            words.append("causal")
+        elif self.is_proven:
+            words += self.bounds.pieces
+        words += ["soft cap"] * bool(attention.soft_cap)
+        words += ["sinks"] * (attention.sinks is not None)
+        return words + ["log-sum-exp"] * (attention.lse is not None)
+
     def facts(self) -> Facts:
         """What a measurement may ask about this site."""
         attention, query = self.attention, value(self.query)
@@ -100,11 +134,12 @@ class Plan:
             kv_len=key.shape[2],
             head_dim=query.shape[3],
             head_dim_vo=values.shape[3],
-            mask=kind_of_mask(attention),
-            causal=attention.causal,
+            mask=self.mask,
+            causal=self.bounds.causal,
             heads=heads,
             spelling=attention.spelling,
             grade=self.grade,
+            is_proven=self.is_proven,
         )
 
 
@@ -130,23 +165,11 @@ def plan_attention(attention: Attention, order: dict[Node, int], inputs: GraphIn
     else:
         key, key_dims = unrepeat_kv(attention.key)
     values, value_dims = unrepeat_kv(attention.value)
-    plan = Plan(attention, strip(attention.query), key, values, key_dims, value_dims, pieces=[attention.spelling])
+    plan = Plan(attention, strip(attention.query), key, values, key_dims, value_dims)
     q, k, v = value(plan.query), permuted(value(key), key_dims), permuted(value(values), value_dims)
     check_attention(attention, q, k, v)
-    if not same_size(k.shape[1], q.shape[1]):
-        plan.pieces.append("grouped heads")
     for mask in attention.masks:
         check_mask(mask, plan.query, k.shape[2])
-    if attention.masks:
-        plan.pieces.append(f"{kind_of_mask(attention)} mask")
-    if attention.causal:
-        plan.pieces.append("causal")
-    if attention.soft_cap:
-        plan.pieces.append("soft cap")
-    if attention.sinks is not None:
-        plan.pieces.append("sinks")
-    if attention.lse is not None:
-        plan.pieces.append("log-sum-exp")
     try:
         _plan_append(plan, order, inputs)
     except Declined as declined:
@@ -163,7 +186,18 @@ def plan_attention(attention: Attention, order: dict[Node, int], inputs: GraphIn
             check_contiguous_last(plan.key_write.new.name, "new key", value(plan.key_write.new))
     if plan.key_write is None:
         check_contiguous_last(values.name, "value", v)
+    if attention.causal:  # top-left aligned
+        plan.bounds = Bounds(plan.rows.first, causal=True)
     return plan
+
+
+def prove_masks(plan: Plan, proofs: Proofs) -> None:
+    """Let the op see to what the masks are proven to say."""
+    attention = plan.attention
+    proof = proofs.of(attention.masks, plan.rows) if attention.masks and not attention.causal else None
+    if proof is not None:
+        plan.bounds, plan.rest, plan.is_proven = proof.bounds, proof.rest, True
+        attention.masks = proof.masks
 
 
 def _plan_append(plan: Plan, order: dict[Node, int], inputs: GraphInputs) -> None:
@@ -176,10 +210,6 @@ def _plan_append(plan: Plan, order: dict[Node, int], inputs: GraphInputs) -> Non
     if key_write is None or value_write is None:
         missing = plan.key if key_write is None else plan.value
         raise Declined(f"{missing.name}: {target_name(missing)} is not a write to a static cache")
-    if attention.causal:
-        raise Declined(
-            f"{attention.node.name}: is_causal counts from the cache's start, not from the positions written"
-        )
     if key_write.dims != value_write.dims:
         raise Declined(f"{value_write.node.name}: key and value caches differ in layout")
     if not join(key_write, value_write) and key_write.base is value_write.base:
@@ -263,12 +293,14 @@ def target_name(node: Node) -> str:
     return f"{node.target}" if node.op == "call_function" else node.op
 
 
-def apply_attention(plan: Plan, emitter: Emitter) -> list[Node]:
+def apply_attention(plan: Plan, emitter: Emitter, proofs: Proofs) -> list[Node]:
     """Put the plan's op into the graph; returns the nodes it stands for, which are now unused."""
-    attention = plan.attention
+    attention, rows = plan.attention, plan.rows
     emitter.at(attention.place)
+    written = proofs.written(rows)
+    attention.masks, plan.rest = (*attention.masks, *emit_rest(plan.rest, emitter)), ()
     options = dict(
-        causal=attention.causal,
+        emit_bounds(plan.bounds, written, rows, plan.query, emitter),
         scale=_constant_scale(attention),
         logits_soft_cap=attention.soft_cap,
         mask=emit_mask(attention, emitter),
@@ -288,8 +320,6 @@ def apply_attention(plan: Plan, emitter: Emitter) -> list[Node]:
         options.update(
             key=_heads_first(key, key_dims, emitter), value=_heads_first(plan.value, plan.value_dims, emitter)
         )
-        # torch's is_causal is top-left aligned; rows of cos and sin start with the first query and the first key.
-        options["q_offset"] = 0 if attention.causal or plan.query_rope is not None else None
         name = "rope_attention" if plan.query_rope is not None else "attention"
         op = getattr(torch.ops.fi, name if attention.lse is None else f"{name}_with_lse").default
         result = emitter.call(op, *_positional(op, options), **_keyword_only(op, options))
@@ -298,6 +328,7 @@ def apply_attention(plan: Plan, emitter: Emitter) -> list[Node]:
             replace(attention.lse, lse, emitter.fake_mode)
         _replace_attention(plan, result, emitter)
         return list(attention.results)
+    proofs.refuses_negative(written)
     return _apply_append(plan, options, emitter)
 
 

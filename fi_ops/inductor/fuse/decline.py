@@ -40,6 +40,8 @@ class Facts:
     """sdpa, or eager: products and a softmax."""
     grade: str
     """What it would be rewritten to."""
+    is_proven: bool = False
+    """The op does without a mask, or with a smaller one, where stock torch makes and reads one."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Measured:
 
         return (
             facts.device == self.device
+            and not facts.is_proven  # what was measured is what stock does without that mask
             and (self.capability is None or facts.capability == self.capability)
             and one_of(self.dtypes, facts.dtype)
             and one_size_of(self.head_dims, facts.head_dim)

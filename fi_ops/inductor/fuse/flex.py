@@ -17,10 +17,8 @@ from ..graft import KnownSizes, graft
 from ..normalize.flex import Blocks, Flex, Term, mask_elements
 from ..normalize.masks import Mask
 from ..sites import Declined
-from ..walk import same_value, value
-from .attention import Plan
+from ..walk import erase_dead, same_value, value
 from .emit import Emitter
-from .masks import kind_of_mask
 
 LARGEST = 2**28
 """Elements of a mask: what is larger stays with FlexAttention, which never makes it."""
@@ -44,8 +42,8 @@ class FlexMasks:
         self.sizes = sizes
         self._made: list[tuple[tuple, Node]] = []
 
-    def make(self, plan: Plan, flex: Flex) -> None:
-        """Give the planned attention its masks."""
+    def make(self, flex: Flex) -> None:
+        """Give the attention its masks."""
         check_mask_size(flex)
         self.emitter.at(flex.attention.place)
         masks = []
@@ -55,8 +53,6 @@ class FlexMasks:
             node = self._shared(flex, term, None)
             masks.append(Mask(node, inverted=term.inverted, fill=term.fill, scale=term.scale))
         flex.attention.masks = tuple(masks)
-        if masks:
-            plan.pieces.append(f"{kind_of_mask(flex.attention)} mask")
 
     def _shared(self, flex: Flex, term: Term | None, blocks: Blocks | None) -> Node:
         attention = flex.attention
@@ -91,6 +87,10 @@ class FlexMasks:
         traced.graph.eliminate_dead_code()
         result, _ = graft(self.emitter.graph, self.emitter.before, traced, inputs, self.sizes)
         return result
+
+    def erase_unused(self) -> None:
+        """Erase the masks that were proven, of which no op reads anything."""
+        erase_dead(self.emitter.graph, [node for _, node in self._made if not node._erased])
 
 
 def _code(term: Term | None) -> str | None:

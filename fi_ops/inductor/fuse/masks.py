@@ -19,12 +19,12 @@ from ..walk import aten, prims, shape, value
 from .emit import Emitter
 
 
-def kind_of_mask(attention: Attention) -> str:
-    """What the op gets: none, bool or additive."""
-    masks = attention.masks
+def kind_of_mask(masks: tuple[Mask, ...], has_rest: bool = False) -> str:
+    """What the op gets: none, bool or additive. `has_rest`: what is left of other masks, which is bool, comes to them."""
     if not masks:
-        return "none"
-    return "bool" if len(masks) == 1 and masks[0].is_bool and masks[0].is_operand else "additive"
+        return "bool" if has_rest else "none"
+    is_bool = len(masks) == 1 and masks[0].is_bool and masks[0].is_operand and not has_rest
+    return "bool" if is_bool else "additive"
 
 
 def emit_mask(attention: Attention, emitter: Emitter) -> Node | None:
