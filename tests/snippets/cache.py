@@ -242,8 +242,9 @@ def cache_updated_out_of_place(q, k, v, kc, vc, positions, mask):
     return attend(q, kc.index_copy(2, positions, k), vc.index_copy(2, positions, v), mask)
 
 
-@snippet(step, reason="is_causal counts")
+@snippet(step, grade="append + attention")
 def is_causal_over_a_cache(q, k, v, kc, vc, positions, mask):
+    """Query i sees the slots up to i, wherever the new keys go."""
     kc.index_copy_(2, positions, k)
     vc.index_copy_(2, positions, v)
     return F.scaled_dot_product_attention(q, kc, vc, is_causal=True, enable_gqa=True)

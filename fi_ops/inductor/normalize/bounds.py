@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from ..walk import at_least
-from .affine import BATCH, HEAD, KEY, Affine, along, lowest, never_negative, same
+from .affine import BATCH, HEAD, KEY, QUERY, Affine, along, lowest, never_negative, same
 from .clause import Choice, Clause, Term
 from .masks import LOWEST, NEVER, Mask
 from .predicate import Predicates
@@ -122,15 +122,17 @@ def _is_always(term: Term, known: Predicates) -> bool:
 
 def _bounds(terms: list[Term], known: Predicates, place: Place) -> tuple[Bounds, list[Term]]:
     """(the bounds that terms say, the terms that they do not say)."""
-    lasts = {term: last for term in terms if (last := _last_key(term, place)) is not None}
-    firsts = {term: first for term in terms if (first := _first_key(term, place)) is not None}
+    lasts = {term: last for term in terms if (last := _last_key(term)) is not None and place.allows(last)}
+    firsts = {term: first for term in terms if (first := _first_key(term)) is not None}
     position = None
-    for last in lasts.values():  # the lowest of those that can be compared
+    for last in sorted(lasts.values(), key=lambda last: _rank(last, place)):
         if position is None or never_negative(position - last, known.sizes):
             position = last
     causal = position is not None
     if position is None:
-        position = next(iter(firsts.values()), None)
+        position = next((first for first in firsts.values() if place.allows(first)), None)
+    if position is None:
+        return Bounds(), terms
     window_left, said = -1, set()
     for term, last in lasts.items():
         if never_negative(last - position, known.sizes):
@@ -143,20 +145,27 @@ def _bounds(terms: list[Term], known: Predicates, place: Place) -> tuple[Bounds,
     return Bounds(position, causal, window_left), [term for term in terms if term not in said]
 
 
-def _last_key(term: Term, place: Place) -> Affine | None:
+def _rank(last: Affine, place: Place) -> int:
+    """Which of the bounds that can't be compared is worth most: what is left of the others is data."""
+    if place.written is not None and same(last, place.written):
+        return 0
+    return 1 if last.depends_on(QUERY) else 2
+
+
+def _last_key(term: Term) -> Affine | None:
     """The key up to which a term holds."""
     if term.compare is None or term.compare.axes[KEY] != -1:
         return None
     last = term.compare + along(KEY)
-    return last if _is_of_rows(last) and place.allows(last) else None
+    return last if _is_of_rows(last) else None
 
 
-def _first_key(term: Term, place: Place) -> Affine | None:
+def _first_key(term: Term) -> Affine | None:
     """The key from which on a term holds."""
     if term.compare is None or term.compare.axes[KEY] != 1:
         return None
     first = along(KEY) - term.compare
-    return first if _is_of_rows(first) and place.allows(first) else None
+    return first if _is_of_rows(first) else None
 
 
 def _is_of_rows(position: Affine) -> bool:

@@ -343,14 +343,15 @@ def _of_integers(function: Callable, a: Affine, b: Affine) -> Affine | None:
 
 def _of_choices(function: Callable, a: Choice, b: Choice) -> Choice | None:
     """Two additive masks added, or two masks of ones and zeros multiplied."""
-    both = a.where.joined(b.where, True)
-    if both is None:
-        return None
+    a, b = (Choice(c.where.inverse(), c.no, c.yes) if c.no == 0 and c.is_exact else c for c in (a, b))
     if function is operator.add and a.yes == b.yes == 0 and max(a.no, b.no) <= LOWEST:
-        is_never = a.no == b.no == float("-inf")
-        return Choice(both, 0.0, max(a.no, b.no), is_exact=is_never)
-    is_product = function is operator.mul and (a.yes, a.no, b.yes, b.no) == (1, 0, 1, 0)
-    return Choice(both, 1, 0) if is_product and a.is_exact and b.is_exact else None
+        both = a.where.joined(b.where, True)
+        is_exact = a.no == b.no == float("-inf")
+        return None if both is None else Choice(both, 0.0, max(a.no, b.no), is_exact)
+    if function is operator.mul and (a.yes, a.no, b.yes, b.no) == (0, 1, 0, 1) and a.is_exact and b.is_exact:
+        either = a.where.joined(b.where, False)
+        return None if either is None else Choice(either, 0, 1)
+    return None
 
 
 def _negated(known: Predicates, node: Node, index: Index) -> Value:
