@@ -38,6 +38,10 @@ def causal(q, k, v):
 
 
 def masked(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=k[:, :1, None, :, 0] < 9)
+
+
+def causal_by_its_mask(q, k, v):
     keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
 
@@ -88,6 +92,7 @@ def test_rows_carry_their_evidence():
         (dict(causal=False), causal, False),
         (dict(), masked, False),
         (dict(masks=("bool",)), masked, True),
+        (dict(masks=("none", "bool")), causal_by_its_mask, False),  # stock has a mask to make and to read there
         (dict(heads=("equal",)), causal, True),
         (dict(), eager, False),
         (dict(spellings=("eager",)), eager, True),

@@ -148,7 +148,7 @@ return [%8]
         )
 
     def test_append_at_a_count(self):
-        """The position of one token is the count: nothing computes it."""
+        """The position of one token is the count: nothing computes it. Nor a mask, which says that the token stands there."""
         self.assertExpectedInline(
             self.graph(cache.counting_cache, *cache.counted(1)),
             """\
@@ -158,23 +158,16 @@ return [%8]
 %3 = input float32[2, 2, 1, 16]
 %4 = input float32[2, 2, 12, 16]
 %5 = input float32[2, 2, 12, 16]
-%6 = prims.iota(1, start=0, step=1, dtype=int64, device=cpu, requires_grad=False)
-%7 = aten.add.Tensor(%6, %0)
-%8 = prims.iota(12, start=0, step=1, dtype=int64, device=cpu, requires_grad=False)
-%9 = aten.unsqueeze(%7, 1)
-%10 = aten.le.Tensor(%8, %9)
-%11 = aten.unsqueeze(%10, 0)
-%12 = aten.unsqueeze(%11, 0)
-%13 = aten.view(%0, [1])
-%14 = auto_functionalized_v2(fi.append_attention, mask=%12, causal=False, window_left=-1, logits_soft_cap=0, query=%1, key=%2, value=%3, positions=%13, _k_cache_base_index=0, _v_cache_base_index=1, _all_bases=[%4, %5])
-%15 = getitem(%14, 0)
-%16 = getitem(%14, 1)
-%17 = getitem(%14, 2)
-%18 = aten.add.Tensor(%0, 1)
-%19 = aten.copy_(%0, %18)
-%20 = aten.copy_(%4, %16)
-%21 = aten.copy_(%5, %17)
-return [%15]
+%6 = aten.view(%0, [1])
+%7 = auto_functionalized_v2(fi.append_attention, causal=True, window_left=-1, logits_soft_cap=0, query=%1, key=%2, value=%3, positions=%6, _k_cache_base_index=0, _v_cache_base_index=1, _all_bases=[%4, %5])
+%8 = getitem(%7, 0)
+%9 = getitem(%7, 1)
+%10 = getitem(%7, 2)
+%11 = aten.add.Tensor(%0, 1)
+%12 = aten.copy_(%0, %11)
+%13 = aten.copy_(%4, %9)
+%14 = aten.copy_(%5, %10)
+return [%8]
 """,
         )
 

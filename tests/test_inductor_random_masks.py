@@ -1,14 +1,20 @@
-"""Random chains of scales, masks, biases, soft caps, shifts and sinks between the two products: rewritten or not, right.
+"""Random chains of scales, masks, biases, soft caps, shifts and sinks between the two products; and random masks made in the
+graph from comparisons of places, of which some are proven to be causal or a window. Rewritten or not, right.
 
-A wrong answer is not acceptable, a decline is; that many are rewritten is asked for too.
+A wrong answer is not acceptable, a decline is; that many are rewritten, and many masks proven, is asked for too.
+
+    FI_OPS_RANDOM_MASKS=4000 pytest tests/test_inductor_random_masks.py -k places -n 4          as many masks as wanted (default 60)
 """
 
 from __future__ import annotations
 
+import operator
+import os
 import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from inductor_capture import capture
 
 from fi_ops.testing import assert_within_budget
@@ -109,3 +115,144 @@ def is_rewritten(seed: int) -> bool:
 def test_right_whether_rewritten_or_not(seed):
     rewritten = sum(is_rewritten(seed + i) for i in range(CASES // 3))
     assert rewritten > CASES / 3 / 4
+
+
+PLACES = int(os.environ.get("FI_OPS_RANDOM_MASKS", "60"))
+BLOCK = 20
+ROWS, KEYS, CACHE = 5, 7, 11
+COMPARISONS = (operator.le, operator.lt, operator.ge, operator.gt, operator.eq, operator.ne)
+USUAL = ("causal", "causal", "window", "padding", "length")
+ODD = ("compare", "distance", "tril", "triu", "block", "place", "constant")
+
+
+class Places:
+    """A random mask of places, how it is applied, and to what: keys that are there, or a cache that is written first."""
+
+    def __init__(self, seed: int):
+        choose = self.choose = random.Random(seed)
+        self.dtype = choose.choice([torch.float32, torch.float32, torch.bfloat16])
+        self.dynamic = choose.random() < 0.3
+        self.rows = choose.choice([1, ROWS, ROWS])
+        self.appends = choose.random() < 0.5
+        self.keys = CACHE if self.appends else choose.choice([self.rows, KEYS])
+        self.positions = torch.arange(self.rows) + choose.randint(0, 4)
+        self.others = torch.randint(0, self.keys, (choose.choice([1, B]), 1, self.rows, 1))
+        self.padding = torch.rand(B, 1, 1, self.keys) > 0.3
+        self.kind = choose.choice(["sdpa", "sdpa", "fill", "added", "product", "two"])
+        self.fill = choose.choice([float("-inf"), torch.finfo(torch.float32).min])
+        if self.kind == "product":
+            self.fill = torch.finfo(torch.float32).min
+        self.int_type = choose.choice([torch.int64, torch.int64, torch.int32])
+        parts = [self._leaf(choose.choice(USUAL)) for _ in range(choose.randint(1, 3))]
+        parts += [self._tree(2) for _ in range(choose.choice([0, 0, 1]))]
+        self.tree = ("and", *parts)
+        self.second = self._leaf(choose.choice(USUAL))
+
+    def _tree(self, depth: int) -> tuple:
+        name = self.choose.choice(["and", "or", "not", "leaf", "leaf"]) if depth else "leaf"
+        if name == "leaf":
+            return self._leaf(self.choose.choice(USUAL + ODD))
+        return (name, *(self._tree(depth - 1) for _ in range(1 if name == "not" else 2)))
+
+    def _leaf(self, name: str) -> tuple:
+        number = self.choose.randint(-2, 6)
+        if name == "causal":
+            return name, self.choose.choice(["static", "positions"]), self.choose.choice([0, 0, 0, 1, -1, number])
+        if name == "window":
+            return name, self.choose.choice(["static", "positions"]), self.choose.randint(1, 5)
+        if name == "compare":
+            return name, self.choose.choice(COMPARISONS), self.choose.choice([1, 2, -1]), self.choose.choice([1, 0, 2]), number
+        return name, self.choose.choice(COMPARISONS), number
+
+    def mask(self, tree: tuple, positions, others, padding, keys: int) -> torch.Tensor:
+        """[1 or B, 1, L or 1, S], or fewer dimensions"""
+        name, *rest = tree
+        j = torch.arange(keys, dtype=self.int_type)
+        i = torch.arange(positions.shape[0], dtype=self.int_type)[:, None]
+        if name in ("and", "or", "not"):
+            first, *more = (self.mask(part, positions, others, padding, keys) for part in rest)
+            if name == "not":
+                return ~first
+            for part in more:
+                first = first & part if name == "and" else first | part
+            return first
+        if name == "causal":
+            return j <= (i if rest[0] == "static" else positions[:, None]) + rest[1]
+        if name == "window":
+            return j > (i if rest[0] == "static" else positions[:, None]) - rest[1]
+        if name == "padding":
+            return padding
+        if name == "length":
+            return j < keys + min(rest[1], 0)
+        if name == "compare":
+            return rest[0](rest[1] * j, rest[2] * i + rest[3])
+        if name == "distance":
+            return rest[0]((i - j).abs(), abs(rest[1]))
+        if name == "tril":
+            return torch.ones(positions.shape[0], keys).tril(rest[1]) != 0
+        if name == "triu":
+            return torch.ones(positions.shape[0], keys, dtype=torch.bool).triu(rest[1])
+        if name == "block":
+            return rest[0](j // 3, i // 3)
+        if name == "place":
+            return rest[0](j, others)
+        return torch.full((1, 1), rest[1] > 0)
+
+    def __call__(self, q, k, v, kc, vc, positions, others, padding):
+        if self.appends:
+            kc.index_copy_(2, positions, k)
+            vc.index_copy_(2, positions, v)
+            k, v = kc, vc
+        keep, second = (self.mask(t, positions, others, padding, k.shape[2]) for t in (self.tree, self.second))
+        if self.kind == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=keep.expand(q.shape[0], 1, q.shape[2], k.shape[2]))
+        scores = q @ k.mT
+        if self.kind == "fill":
+            scores = scores.masked_fill(~keep, self.fill)
+        elif self.kind == "added":
+            scores = scores + torch.where(keep, 0.0, self.fill).to(q.dtype)
+        elif self.kind == "product":
+            scores = scores + ((1.0 - keep.float()) * self.fill).to(q.dtype)
+        else:
+            scores = scores.masked_fill(~keep, self.fill) + torch.where(second, 0.0, self.fill).to(q.dtype)
+        return scores.softmax(-1) @ v
+
+    def is_defined(self) -> bool:
+        """Every row sees a key, or is the mean of all: eager says NaN to a row that -inf leaves nothing."""
+        keep = self.mask(self.tree, self.positions, self.others, self.padding, self.keys)
+        if self.kind == "two":
+            keep = keep & self.mask(self.second, self.positions, self.others, self.padding, self.keys)
+        return self.kind == "sdpa" or self.fill != float("-inf") or bool(keep.any(-1).all())
+
+
+def is_proven(seed: int) -> bool | None:
+    """Whether the op needs less of a mask than there is; its answer is right either way. None for a mask of no meaning."""
+    torch.manual_seed(seed)
+    case = Places(seed)
+    if not case.is_defined():
+        return None
+    lengths = (case.rows, case.keys if not case.appends else case.rows) + (case.keys if not case.appends else case.rows,)
+    tensors = [(0.6 * torch.randn(B, H, length, D)).to(case.dtype) for length in (*lengths, case.keys, case.keys)]
+    rest = (case.positions, case.others, case.padding)
+
+    def copies(dtype):
+        return [t.to(dtype, copy=True) for t in tensors]
+
+    with torch.no_grad():
+        plain = case(*copies(case.dtype), *rest)
+        exact = case(*copies(torch.float64), *rest)
+    inputs = copies(case.dtype)
+    for tensor in inputs:
+        torch._dynamo.mark_static(tensor, 3)
+    got = capture(case, *inputs, *rest, dynamic=case.dynamic)
+    what = f"seed {seed}: {case.kind} {case.fill} {case.tree}, {case.second}, {got.sites}"
+    assert not any("internal error" in reason for reason in got.reasons()), what
+    assert_within_budget(got.output, exact, plain, what)
+    return any("by its mask" in piece for site in got.sites for piece in site.pieces)
+
+
+@pytest.mark.parametrize("block", range(0, PLACES, BLOCK))
+def test_masks_of_places(block):
+    found = [is_proven(block + i) for i in range(BLOCK)]
+    known = [one for one in found if one is not None]
+    assert sum(known) >= len(known) / 5, found
