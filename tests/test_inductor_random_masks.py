@@ -139,9 +139,8 @@ class Places:
         self.others = torch.randint(0, self.keys, (choose.choice([1, B]), 1, self.rows, 1))
         self.padding = torch.rand(B, 1, 1, self.keys) > 0.3
         self.kind = choose.choice(["sdpa", "sdpa", "fill", "added", "product", "two"])
-        self.fill = choose.choice([float("-inf"), torch.finfo(torch.float32).min])
-        if self.kind == "product":
-            self.fill = torch.finfo(torch.float32).min
+        lowest = torch.finfo(self.dtype).min
+        self.fill = lowest if self.kind == "product" else choose.choice([float("-inf"), lowest])
         self.int_type = choose.choice([torch.int64, torch.int64, torch.int32])
         parts = [self._leaf(choose.choice(USUAL)) for _ in range(choose.randint(1, 3))]
         parts += [self._tree(2) for _ in range(choose.choice([0, 0, 1]))]
