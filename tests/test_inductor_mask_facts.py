@@ -64,7 +64,11 @@ def made(got: Capture, rows: int, keys: int) -> list[str]:
     for graph in got.graphs:
         for node in graph.nodes:
             value = node.meta.get("val")
-            if node.op == "call_function" and isinstance(value, torch.Tensor) and tuple(value.shape[-2:]) == (rows, keys):
+            if (
+                node.op == "call_function"
+                and isinstance(value, torch.Tensor)
+                and tuple(value.shape[-2:]) == (rows, keys)
+            ):
                 names.append(str(node.target))
     return names
 
@@ -412,9 +416,7 @@ def test_rows_stand_where_they_are_written(dynamic):
 
 
 def test_window_from_where_rows_are_written():
-    call, _ = over_a_cache(
-        lambda kc, positions: (keys(kc) <= positions[:, None]) & (keys(kc) > positions[:, None] - 2)
-    )
+    call, _ = over_a_cache(lambda kc, positions: (keys(kc) <= positions[:, None]) & (keys(kc) > positions[:, None] - 2))
     assert facts(call) == dict(causal=True, window_left=1)
 
 
@@ -538,7 +540,9 @@ def test_huggingface(family, implementation, cache_kind, phase, padded, dynamic)
     case = (cache_kind, padded, phase)
     got = Capture()
     ours = logits(model, compiled_for_capture(model.forward, got, dynamic=dynamic), *case)
-    visible = slice(2, None) if padded and phase == "prefill" else slice(None)  # what comes out of padding means nothing
+    visible = (
+        slice(2, None) if padded and phase == "prefill" else slice(None)
+    )  # what comes out of padding means nothing
     plain, exact = (logits(m, m.forward, *case) for m in (model, precise))
     assert_within_budget(ours[:, visible], exact[:, visible], plain[:, visible])
     told = [facts(call) for call in calls(got)]

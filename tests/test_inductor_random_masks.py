@@ -160,7 +160,13 @@ class Places:
         if name == "window":
             return name, self.choose.choice(["static", "positions"]), self.choose.randint(1, 5)
         if name == "compare":
-            return name, self.choose.choice(COMPARISONS), self.choose.choice([1, 2, -1]), self.choose.choice([1, 0, 2]), number
+            return (
+                name,
+                self.choose.choice(COMPARISONS),
+                self.choose.choice([1, 2, -1]),
+                self.choose.choice([1, 0, 2]),
+                number,
+            )
         return name, self.choose.choice(COMPARISONS), number
 
     def mask(self, tree: tuple, positions, others, padding, keys: int) -> torch.Tensor:
@@ -230,8 +236,9 @@ def is_proven(seed: int) -> bool | None:
     case = Places(seed)
     if not case.is_defined():
         return None
-    lengths = (case.rows, case.keys if not case.appends else case.rows) + (case.keys if not case.appends else case.rows,)
-    tensors = [(0.6 * torch.randn(B, H, length, D)).to(case.dtype) for length in (*lengths, case.keys, case.keys)]
+    given = case.rows if case.appends else case.keys
+    lengths = (case.rows, given, given, case.keys, case.keys)
+    tensors = [(0.6 * torch.randn(B, H, length, D)).to(case.dtype) for length in lengths]
     rest = (case.positions, case.others, case.padding)
 
     def copies(dtype):

@@ -65,7 +65,7 @@ class Plan:
     value_write: CacheWrite | None = None
     query_rope: Rope | None = None
     key_rope: Rope | None = None
-    bounds: Bounds = Bounds()
+    bounds: Bounds = field(default_factory=Bounds)
     """The keys that a row may see, besides what the masks say."""
     is_proven: bool = False
     """The bounds are what masks were proven to say."""
@@ -311,7 +311,7 @@ def apply_attention(plan: Plan, emitter: Emitter, proofs: Proofs) -> list[Node]:
     options["query"] = query
     if plan.query_rope is not None:
         options.update(_emit_tables(plan.query_rope, emitter))
-    for name in ("mask", "cos", "sin"):
+    for name in ("mask", "cos", "sin", "query_positions"):
         if options.get(name) is not None:
             keep_in_memory(options[name])
     if plan.key_write is None:

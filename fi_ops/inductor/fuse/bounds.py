@@ -186,7 +186,7 @@ def _in_scores(node: Node, index: tuple[Affine, ...], emitter: Emitter) -> Node:
     for dim in reversed(range(len(index))):
         if index[dim] == ZERO:
             node = emitter.shared(aten.select.int, node, dim, 0)
-    axes = [place.axis for place in index if place != ZERO]
+    axes = [place.axes.index(1) for place in index if place != ZERO]
     if axes != sorted(axes):
         node = emitter.shared(aten.permute.default, node, tuple(axes.index(axis) for axis in sorted(axes)))
     for axis in range(4):

@@ -14,7 +14,7 @@ they are only taken where every row is known to see one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.fx import Node

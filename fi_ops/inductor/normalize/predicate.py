@@ -233,7 +233,9 @@ def _cat(known: Predicates, node: Node, index: Index) -> Value:
     axis = index[dim].axis
     earlier = known.of(first, index)
     if isinstance(later, Affine) and isinstance(earlier, Affine) and size == 1 and axis is not None:
-        at_0 = later - along(axis).times(later.axes[axis])  # the second's value, continued to the only index of the first
+        at_0 = later - along(axis).times(
+            later.axes[axis]
+        )  # the second's value, continued to the only index of the first
         return later if earlier == at_0 and not later.atoms_depend_on(axis) else None
     return _hidden_border(known, later, earlier, size) if axis == KEY else None
 
