@@ -1,7 +1,7 @@
 """Attention masks: what an op may take as `mask`.
 
-The fi ops take a 4-D mask that broadcasts to [B, H, Lq, Lk], bool (True attends) or additive. Where a mask came from is
-not asked: the kernels read it and skip what it excludes, so any mask is exact, and none is assumed to be causal.
+The fi ops take a 4-D mask that broadcasts to [B, H, Lq, Lk], bool (True attends) or additive. The kernels read it and skip
+what it excludes, so any mask is exact, and none is assumed to be causal: what a mask is proven to say, `bounds.py` finds out.
 Several masks at one site (a position bias and padding) become one (`fuse/masks.py`).
 """
 
