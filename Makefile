@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment, the dependencies, the native library.
 # PYTHON chooses the interpreter, VENV the environment's folder, PYTEST_ARGS what pytest gets, DEVICE whose library is built,
-# SUITE_ARGS what the GPU suite gets, JOBS how many models the zoo runs at a time, TORCH which releases of torch the matrix runs.
+# SUITE_ARGS what the GPU suite gets, JOBS how many models the zoo runs at a time, TORCH which releases of torch the matrix runs,
+# SUBSET=n one in n of the matrix's cases.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
@@ -8,6 +9,7 @@ DEVICE ?= cpu
 SUITE_ARGS ?=
 JOBS ?= 2
 TORCH ?=
+SUBSET ?= 1
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -39,7 +41,7 @@ test-gpu: $(VENV)/.ready     ## on a machine with a GPU: its tests, memcheck and
 	$(PY) bench/gpu_suite.py --stages tests,sanitize $(SUITE_ARGS)
 
 test-matrix:                 ## the rewrite tests and the op sweep under torch 2.11 to 2.15 (or TORCH="2.11.0 2.15.0"), each in its own .venvs/
-	$(PYTHON) tests/run_torch_versions.py $(TORCH) --pytest-args="$(PYTEST_ARGS)"
+	$(PYTHON) tests/run_torch_versions.py $(TORCH) --one-in=$(SUBSET) --pytest-args="$(PYTEST_ARGS)"
 
 lint: $(VENV)/.lint-ready    ## ruff, types, C++ format
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
