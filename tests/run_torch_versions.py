@@ -24,6 +24,7 @@ VERSIONS = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 ROOT = Path(__file__).resolve().parent.parent
 VENVS = ROOT / ".venvs"
 TESTS = ("test_inductor_*.py", "test_zoo.py", "test_every_op.py")
+LEFT_OUT = "tests/test_every_op.py::test_lower_isa_levels"  # slow, and about kernels: the release of torch is no matter
 NEEDED = ("ninja", "pytest>=8", "pytest-xdist", "expecttest>=0.2", "transformers>=5", "hypothesis>=6", "numpy")
 
 Counts = dict[str, collections.Counter[str]]  # of a test file: how many "passed", "failed", "skipped"
@@ -70,7 +71,8 @@ def test(version: str, pytest_args: list[str]) -> tuple[str | None, Counts]:
     build = [python(version), "-m", "fi_ops.build", "--device", "cpu"]
     if subprocess.run(build, cwd=ROOT, env=environment).returncode:
         return "the CPU library does not build", {}
-    command = [python(version), "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={results}", *files, *pytest_args]
+    command = [python(version), "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={results}"]
+    command += [f"--deselect={LEFT_OUT}", *files, *pytest_args]
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     return (None if code == 0 else f"pytest exited with {code}"), counts(results)
 
