@@ -40,7 +40,7 @@ test-gpu: $(VENV)/.ready     ## on a machine with a GPU: its tests, memcheck and
 	$(PY) -m fi_ops.build --device all
 	$(PY) bench/gpu_suite.py --stages tests,sanitize $(SUITE_ARGS)
 
-test-matrix:                 ## the rewrite tests and the op sweep under torch 2.11 to 2.15 (or TORCH="2.11.0 2.15.0"), each in its own .venvs/
+test-matrix:                 ## the rewrite tests and the op sweep under torch 2.11 to 2.15 (or TORCH="2.11.0 2.15.0"), each in its own .venvs/; SUBSET=6: a sixth
 	$(PYTHON) tests/run_torch_versions.py $(TORCH) --one-in=$(SUBSET) --pytest-args="$(PYTEST_ARGS)"
 
 lint: $(VENV)/.lint-ready    ## ruff, types, C++ format
