@@ -280,8 +280,9 @@ def test_no_copy_of_a_cache_in_a_model():
     assert not large_buffers(codes, cache.layers[0].keys.numel())
 
 
-def test_layers_share_masks_and_tables():
-    """Mask, cos and sin are computed once; Inductor by itself would do so for every op that reads them."""
+@pytest.mark.parametrize("padded", [False, True], ids=["proven", "padded"])
+def test_layers_share_masks_and_tables(padded):
+    """cos, sin and what stands for the mask are computed once; Inductor by itself would do so for every op that reads them."""
     pytest.importorskip("transformers")
     from test_inductor_models import LAYERS, build, new_cache
 
@@ -290,14 +291,19 @@ def test_layers_share_masks_and_tables():
     ids = torch.randint(1, 64, (2, 5), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), fi_ops.enabled():
         model(ids, past_key_values=cache)
-        _, (code, *_) = run_and_get_code(torch.compile(model.forward), ids[:, :1], past_key_values=cache)
-    calls = [
-        line.split("=", 1)[1].strip() for line in code.splitlines() if "= torch.ops.fi.rope_append_attention" in line
-    ]
+        mask = torch.tensor([[True] * 6, [False] * 2 + [True] * 4]) if padded else None
+        step = torch.compile(model.forward)
+        _, (code, *_) = run_and_get_code(step, ids[:, :1], past_key_values=cache, attention_mask=mask)
     schema = [argument.name for argument in torch.ops.fi.rope_append_attention.default._schema.arguments]
-    shared = [schema.index(name) for name in ("cos", "sin", "mask")]
-    read = [[ast.unparse(ast.parse(call, mode="eval").body.args[i]) for i in shared] for call in calls]
+    calls = []
+    for line in code.splitlines():
+        if "= torch.ops.fi.rope_append_attention" in line:
+            call = ast.parse(line.split("=", 1)[1].strip(), mode="eval").body
+            values = dict(zip(schema, call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
+            calls.append({name: ast.unparse(node) for name, node in values.items()})
+    read = [[call.get(name) for name in ("cos", "sin", "mask")] for call in calls]
     assert len(calls) == LAYERS and all(names == read[0] for names in read), read
+    assert (read[0][2] not in (None, "None")) == padded, read
 
 
 def test_explain_says_why_a_quantised_cache_is_not_appended_to(capsys):

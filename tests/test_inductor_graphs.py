@@ -250,9 +250,11 @@ return [%20]
 %8 = aten.cos(%7)
 %9 = aten.sin(%7)
 %10 = aten.slice.Tensor(%8, 2, 0, 8)
-%11 = aten.slice.Tensor(%9, 2, 0, 8)
-%12 = fi.rope_attention(%1, %2, %3, %10, %11, None, causal=True, q_offset=0)
-return [%12]
+%11 = aten.clone(%10, memory_format=contiguous_format)
+%12 = aten.slice.Tensor(%9, 2, 0, 8)
+%13 = aten.clone(%12, memory_format=contiguous_format)
+%14 = fi.rope_attention(%1, %2, %3, %11, %13, None, causal=True, q_offset=0)
+return [%14]
 """,
         )
 

@@ -45,7 +45,7 @@ from ..walk import (
 )
 from .bounds import Proofs, Rows, emit_bounds, emit_rest
 from .decline import Facts, capability_of
-from .emit import Emitter, Written, keep_in_memory, replace
+from .emit import Emitter, Written, is_computed, keep_in_memory, replace
 from .masks import emit_mask, emit_sinks, kind_of_mask
 
 KEY_TRANSPOSE = (0, 1, 3, 2)
@@ -456,7 +456,8 @@ def _emit_tables(rope: Rope, emitter: Emitter) -> dict:
             table = emitter.shared(aten.select.int, table, head_dim, 0)
         if halves_repeat:
             table = emitter.shared(aten.slice.Tensor, table, 2, 0, rope.rotary_dim // 2)
-        if not same_size(value(table).stride(-1), 1):
+        if not same_size(value(table).stride(-1), 1) or (halves_repeat and is_computed(table)):
+            # half of a computed table: stored by itself, so that the other half is not computed and layers share it
             table = emitter.shared(aten.clone.default, table, memory_format=torch.contiguous_format)
         tables[name] = table
     width = value(rope.x).shape[-1]

@@ -142,11 +142,20 @@ def keep_in_memory(node: Node) -> None:
 
     What is cheap to compute, as masks and tables are, it would compute anew for each op, into a buffer of that op's own.
     """
-    base = node
-    while is_view(base):
-        base = base.args[0]
-    if base.op == "call_function" and at_least(value(node).numel(), value(base).numel()):
-        base.meta["inductor_realize_to_strides"] = True
+    if is_computed(node) and at_least(value(node).numel(), value(viewed(node)).numel()):
+        viewed(node).meta["inductor_realize_to_strides"] = True
+
+
+def viewed(node: Node) -> Node:
+    """What `node` is a view of, or itself."""
+    while is_view(node):
+        node = node.args[0]
+    return node
+
+
+def is_computed(node: Node) -> bool:
+    """`node` is, or is a view of, something that the graph computes."""
+    return viewed(node).op == "call_function"
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from ..walk import (
     dim_of,
     is_call,
     is_tensor,
+    may_be_same_size,
     permutation,
     prims,
     same_shape,
@@ -233,12 +234,20 @@ def _match_index_put(write: Node, dims: tuple[int, ...] | None) -> CacheWrite:
     expected = list(shape(cache))
     expected[length_dim] = index.shape[0]
     new = with_leading_ones(new, expected)
-    if not is_tensor(new) or not same_shape(shape(new), expected):
+    if not is_tensor(new) or not _fills(shape(new), expected):
         raise Declined(f"{write.name}: writes {tuple(shape(new))} where {tuple(expected)} is the shape of the slots")
     found = permutation(strip(cache))
     if found is not None and found[1] == HEADS_FIRST:
         return CacheWrite(write, strip(found[0]), new, positions, 0, dims, HEADS_FIRST)
     return CacheWrite(write, strip(cache), new, positions, 0, dims)
+
+
+def _fills(written, expected) -> bool:
+    """Values of the shape `written` are not broadcast over `expected`: sizes are equal, or must be as they are not 1."""
+    return len(written) == len(expected) and all(
+        same_size(a, b) or (may_be_same_size(a, b) and not may_be_same_size(a, 1))
+        for a, b in zip(written, expected, strict=True)
+    )
 
 
 def with_leading_ones(node: Node, expected: list) -> Node:
