@@ -40,14 +40,15 @@ def _philox_numbers(seed, offset, rows: int, columns: int, device) -> torch.Tens
         if not isinstance(value, torch.Tensor):
             value = (value + 2**63) % 2**64 - 2**63  # a Python int, as the 64 bits of an int64
             value = torch.full((1,), value, dtype=torch.int64, device=device)
-        value = value.to(torch.int64)[:, None].expand(rows, columns)
+        value = value.to(torch.int64)[:, None].expand(rows, columns).reshape(-1)
         return value & _MASK, (value >> 32) & _MASK
 
     stream = torch.arange(columns, device=device).expand(rows, columns)
     if not per_row:
         stream = stream + columns * torch.arange(rows, device=device)[:, None]
+    stream = stream.reshape(-1)
     word = _philox_4x32_10([*words(offset), stream & _MASK, torch.zeros_like(stream)], [*words(seed)])[0]
-    return (word >> 8).float() * 2.0**-24
+    return ((word >> 8).float() * 2.0**-24).view(rows, columns)
 
 
 def philox_uniform(

@@ -126,10 +126,7 @@ def sampling_from_probs(
 
     Source: FlashInfer `sampling_from_probs`.
     """
-    filters = {}
-    return _draw(
-        "sampling_from_probs", probs, indices, filters, check_nan, generator, seed, offset, uniform, return_valid
-    )
+    return _draw("sampling_from_probs", probs, indices, {}, check_nan, generator, seed, offset, uniform, return_valid)
 
 
 @_refuse_uniform_samples
@@ -149,10 +146,7 @@ def sampling_from_logits(
 
     Source: FlashInfer `sampling_from_logits`.
     """
-    filters = {}
-    return _draw(
-        "sampling_from_logits", logits, indices, filters, check_nan, generator, seed, offset, uniform, return_valid
-    )
+    return _draw("sampling_from_logits", logits, indices, {}, check_nan, generator, seed, offset, uniform, return_valid)
 
 
 @_refuse_uniform_samples
