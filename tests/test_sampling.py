@@ -28,6 +28,7 @@ FILTERS = {
     "large top_k top_p": {"top_k": 2900, "top_p": 0.97},
     "all": {"top_k": 120, "top_p": 0.95, "min_p": 0.01, "temperature": 0.8},
     "all, large top_k": {"top_k": 2500, "top_p": 0.95, "min_p": 0.01, "temperature": 1.5},
+    "all, min-p first": {"top_k": 120, "top_p": 0.9, "min_p": 0.01, "min_p_first": True},
     "joint": {"top_k": 60, "top_p": 0.7, "min_p": 0.01, "top_k_first": False},
     "joint, large top_k": {"top_k": 2900, "top_p": 0.7, "min_p": 0.01, "top_k_first": False},
 }

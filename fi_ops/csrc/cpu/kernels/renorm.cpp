@@ -29,6 +29,35 @@ void for_each_kept(const Row& row, Cut cut, const F& f) {
   });
 }
 
+// Without top-k and top-p the weights are written as they are summed, and made probabilities after.
+template <class Source>
+void renorm_all(WeightRow<Source>& row, const SamplingDraw& d, float* output) {
+  row.set_weights(d.temperature);
+  row.source.set_min_p(d.min_p, d.temperature);
+  const Source source = row.source;
+  row.for_each_part(true, [&](int64_t part) {
+    FixedSum sum;
+    row.for_each_block(part, [&](int64_t, int64_t begin, int64_t end) {
+      row.for_each_vec(begin, end, [&](int64_t i, Vec x, int64_t count) {
+        const Vec w = select(source.is_eligible(x), source.fraction(x), zero());
+        sum.add(w * source.unit_scale());
+        store_n(output + i, w, count);
+      });
+    });
+    row.scratch.part_sizes[part] = sum.total();
+  });
+  int64_t mass = 0;
+  for (int64_t part = 0; part < row.num_parts(); ++part) mass += row.scratch.part_sizes[part];
+  const float scale = float(double(source.unit_scale()) / double(mass));
+  row.for_each_part(true, [&](int64_t part) {
+    row.for_each_block(part, [&](int64_t, int64_t begin, int64_t end) {
+      for_each_vec(end - begin, [&](int64_t i, int64_t count) {
+        store_n(output + begin + i, load_n(output + begin + i, count) * scale, count);
+      });
+    });
+  });
+}
+
 }  // namespace
 
 void renorm_probs(const RenormParams& p, const Parallel& parallel) {
@@ -38,6 +67,8 @@ void renorm_probs(const RenormParams& p, const Parallel& parallel) {
     with_source<true>(p, d, [&](const auto& source) {
       using Source = std::remove_cvref_t<decltype(source)>;
       with_row(source, p.vocab_size, threads, [&](WeightRow<Source>& row, RowScratch& scratch) {
+        const bool filters = (d.top_k > 0 && d.top_k < row.n) || d.top_p < 1.0 || d.temperature == 0.0f;
+        if (!filters && !row.invalid && row.max > -kInf) return renorm_all(row, d, output);
         const Kept kept = FilterSearch<Source>{p, d, row, scratch}.run();
         if (kept.keeps == Keeps::nothing) return fill(output, row.n, __builtin_nanf(""));
         if (kept.keeps == Keeps::first) {
@@ -46,7 +77,7 @@ void renorm_probs(const RenormParams& p, const Parallel& parallel) {
           return;
         }
         // Weights before they are cut to integers: small probabilities keep their digits.
-        const float scale = float(1.0 / (row.source.unit() * double(kept.mass)));
+        const float scale = float(double(row.source.unit_scale()) / double(kept.mass));
         for_each_kept(row, kept.cut, [&](int64_t at, Vec, Vec x, VecI in, int64_t count) {
           const Vec probs = row.source.fraction(x) * scale;
           store_n(output + at, select(in & row.source.is_eligible(x), probs, zero()), count);

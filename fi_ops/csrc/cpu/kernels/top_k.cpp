@@ -120,7 +120,7 @@ void logprobs_row(const LogprobsParams& p, int64_t i, const Parallel& parallel) 
     if (sums) {
       weighed.set_weights(1.0f);
       weighed.sum_kept(Cut{});
-      lse = __builtin_log(double(weighed.total_of_chunks()) * weighed.source.unit());
+      lse = __builtin_log(double(weighed.total_of_chunks()) / double(weighed.source.unit_scale()));
     }
     auto logprob = [&](int64_t token) {
       if (!sums) return nan;

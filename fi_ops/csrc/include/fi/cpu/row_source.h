@@ -89,7 +89,7 @@ struct Logits {
   [[gnu::always_inline]] bool is_eligible(float x) const { return max - x <= eligible; }
   [[gnu::always_inline]] VecI is_eligible(Vec x) const { return max - x <= eligible; }
 
-  // The weights as a fraction of the maximum's, min-p or not.
+  // The weights before they become integers, min-p or not: fractions of the maximum's.
   [[gnu::always_inline]] Vec fraction(Vec x) const {
     const Vec distance = max - x;
     return exp2_nonpositive(-(distance * exponent_scale));
@@ -99,8 +99,8 @@ struct Logits {
     if (!kWeighs) return zero();
     return select(is_eligible(x), fraction(x) * fixed_scale, zero());
   }
-  // What a weight of 1 is, as a fraction of the maximum's.
-  double unit() const { return 1.0 / double(fixed_scale); }
+  // The weight of a fraction of 1.
+  float unit_scale() const { return fixed_scale; }
 
   static float coordinate(float x) { return x; }
   [[gnu::always_inline]] static Vec distance(float from, Vec x) { return from - x; }
@@ -148,13 +148,12 @@ struct Probs {
   [[gnu::always_inline]] bool is_eligible(float x) const { return x >= floor; }
   [[gnu::always_inline]] VecI is_eligible(Vec x) const { return x >= floor; }
 
+  // Here in units of 1, as the integers.
   [[gnu::always_inline]] Vec fraction(Vec x) const {
     return select(x > 0.0f, x * scale.first * scale.second, zero());
   }
-  [[gnu::always_inline]] Vec weigh(Vec x) const {
-    return select(is_eligible(x), x * scale.first * scale.second, zero());
-  }
-  double unit() const { return 1.0; }
+  [[gnu::always_inline]] Vec weigh(Vec x) const { return select(is_eligible(x), fraction(x), zero()); }
+  float unit_scale() const { return 1.0f; }
 
   static int32_t coordinate(float x) { return int32_t(float_bits(x)); }
   // (-inf has bits just so that the difference doesn't overflow.)
