@@ -35,6 +35,12 @@ FI_INLINE float exponent_scale_of(float temperature) {
   return float(scale > 0x1p127 ? 0x1p127 : scale < 0x1p-126 ? 0x1p-126 : scale);
 }
 
+// Likewise for probabilities: no more than every device can sum, so that all have the same weights.
+FI_INLINE int prob_fraction_bits(int64_t n) {
+  const int bits = weight_fraction_bits(n);
+  return bits < 45 ? bits : 45;
+}
+
 // What makes probabilities of at most `max` (> 0, finite) weights below 2^fraction_bits: a power of two, so
 // that only digits under 1 are lost, on every device the same. In two factors, either of which a float can
 // hold.

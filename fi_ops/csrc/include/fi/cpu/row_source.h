@@ -78,8 +78,8 @@ struct Logits {
     return raw + 0.0f;
   }
 
-  void set_weights(int fraction_bits, float temperature) {
-    fixed_scale = float(int64_t{1} << fraction_bits);
+  void set_weights(int64_t n, float temperature) {
+    fixed_scale = float(int64_t{1} << weight_fraction_bits(n));
     exponent_scale = exponent_scale_of(temperature);
   }
   // p >= min_p * max(p), as a distance from the largest logit.
@@ -140,7 +140,8 @@ struct Probs {
     return select(raw > 0.0f, raw, set1(-kInf));
   }
 
-  void set_weights(int fraction_bits, float) {
+  void set_weights(int64_t n, float) {
+    const int fraction_bits = prob_fraction_bits(n);
     fixed_scale = float(int64_t{1} << fraction_bits);
     scale = prob_scale_of(max, fraction_bits);
   }

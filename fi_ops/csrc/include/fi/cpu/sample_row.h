@@ -209,7 +209,7 @@ struct WeightRow {
 
   // ---- weights ----
 
-  void set_weights(float temperature) { source.set_weights(weight_fraction_bits(n), temperature); }
+  void set_weights(float temperature) { source.set_weights(n, temperature); }
 
   [[gnu::always_inline]] Vec weigh(Vec x) const { return source.weigh(x); }
 
