@@ -92,7 +92,7 @@ SMALL_SPILL = 16  # bytes stored a thread, 4 registers: ptxas spills a few to fi
 
 @needs_nvcc
 def test_whole_library():
-    """Every CUDA source compiles for every architecture, no kernel spills to speak of, and the library has every op of its device."""
+    """Every CUDA source compiles for every architecture, no kernel spills to speak of, and the library has all ops for CUDA."""
     library = _build_cuda.build_cuda()
     uses = _build_cuda.plan_uses(_build_cuda.cuda_plan())
     spills = [use for use in uses if use.spill_stores > SMALL_SPILL]
