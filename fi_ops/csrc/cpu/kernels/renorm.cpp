@@ -39,7 +39,7 @@ void renorm_all(WeightRow<Source>& row, const SamplingDraw& d, float* output) {
     FixedSum sum;
     row.for_each_block(part, [&](int64_t, int64_t begin, int64_t end) {
       row.for_each_vec(begin, end, [&](int64_t i, Vec x, int64_t count) {
-        const Vec w = select(source.is_eligible(x), source.fraction(x), zero());
+        const Vec w = select(source.is_eligible(x), source.real_weight(x), zero());
         sum.add(w * source.unit_scale());
         store_n(output + i, w, count);
       });
@@ -79,7 +79,7 @@ void renorm_probs(const RenormParams& p, const Parallel& parallel) {
         // Weights before they are cut to integers: small probabilities keep their digits.
         const float scale = float(double(row.source.unit_scale()) / double(kept.mass));
         for_each_kept(row, kept.cut, [&](int64_t at, Vec, Vec x, VecI in, int64_t count) {
-          const Vec probs = row.source.fraction(x) * scale;
+          const Vec probs = row.source.real_weight(x) * scale;
           store_n(output + at, select(in & row.source.is_eligible(x), probs, zero()), count);
         });
       });

@@ -89,17 +89,17 @@ struct Logits {
   [[gnu::always_inline]] bool is_eligible(float x) const { return max - x <= eligible; }
   [[gnu::always_inline]] VecI is_eligible(Vec x) const { return max - x <= eligible; }
 
-  // The weights before they become integers, min-p or not: fractions of the maximum's.
-  [[gnu::always_inline]] Vec fraction(Vec x) const {
+  // The weights before they become integers, min-p or not, in units of unit_scale(): here fractions of the
+  // maximum's.
+  [[gnu::always_inline]] Vec real_weight(Vec x) const {
     const Vec distance = max - x;
     return exp2_nonpositive(-(distance * exponent_scale));
   }
   // The weights, integers as floats: 2^fraction_bits for the maximum.
   [[gnu::always_inline]] Vec weigh(Vec x) const {
     if (!kWeighs) return zero();
-    return select(is_eligible(x), fraction(x) * fixed_scale, zero());
+    return select(is_eligible(x), real_weight(x) * fixed_scale, zero());
   }
-  // The weight of a fraction of 1.
   float unit_scale() const { return fixed_scale; }
 
   static float coordinate(float x) { return x; }
@@ -149,11 +149,11 @@ struct Probs {
   [[gnu::always_inline]] bool is_eligible(float x) const { return x >= floor; }
   [[gnu::always_inline]] VecI is_eligible(Vec x) const { return x >= floor; }
 
-  // Here in units of 1, as the integers.
-  [[gnu::always_inline]] Vec fraction(Vec x) const {
+  // The weights before they become integers, min-p or not.
+  [[gnu::always_inline]] Vec real_weight(Vec x) const {
     return select(x > 0.0f, x * scale.first * scale.second, zero());
   }
-  [[gnu::always_inline]] Vec weigh(Vec x) const { return select(is_eligible(x), fraction(x), zero()); }
+  [[gnu::always_inline]] Vec weigh(Vec x) const { return select(is_eligible(x), real_weight(x), zero()); }
   float unit_scale() const { return 1.0f; }
 
   static int32_t coordinate(float x) { return int32_t(float_bits(x)); }
