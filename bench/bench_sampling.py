@@ -13,7 +13,7 @@ import torch
 
 import fi_ops
 from fi_ops.library import SPECS, Cost
-from fi_ops.library.sampling import kept_probs
+from fi_ops.library._sampling import kept_probs
 
 from . import stock
 from .harness import Candidate, Case, Options, copies_beyond_caches

@@ -20,6 +20,7 @@ from .activation import *  # noqa: F403
 from .cascade import *  # noqa: F403
 from .decode import *  # noqa: F403
 from .gemm import *  # noqa: F403
+from .logits import *  # noqa: F403
 from .norm import *  # noqa: F403
 from .prefill import *  # noqa: F403
 from .quantization import *  # noqa: F403

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -31,3 +33,8 @@ def return_in(function: str, out: torch.Tensor | None, result: torch.Tensor) -> 
         f"{out.device}; leave it out to have it made",
     )
     return out.copy_(result)
+
+
+def array_or_number(value, default) -> tuple[torch.Tensor | None, Any]:
+    """A parameter that is a number or a tensor with one for each row, as the two arguments that ops have for it."""
+    return (value, default) if isinstance(value, torch.Tensor) else (None, value)

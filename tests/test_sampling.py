@@ -15,7 +15,7 @@ import torch
 
 import fi_ops
 from fi_ops import _build
-from fi_ops.library.sampling import kept_probs
+from fi_ops.library._sampling import kept_probs
 
 OP = torch.ops.fi.top_k_top_p_sampling_from_logits.default
 FILTERS = {
@@ -28,6 +28,7 @@ FILTERS = {
     "large top_k top_p": {"top_k": 2900, "top_p": 0.97},
     "all": {"top_k": 120, "top_p": 0.95, "min_p": 0.01, "temperature": 0.8},
     "all, large top_k": {"top_k": 2500, "top_p": 0.95, "min_p": 0.01, "temperature": 1.5},
+    "all, min-p first": {"top_k": 120, "top_p": 0.9, "min_p": 0.01, "min_p_first": True},
     "joint": {"top_k": 60, "top_p": 0.7, "min_p": 0.01, "top_k_first": False},
     "joint, large top_k": {"top_k": 2900, "top_p": 0.7, "min_p": 0.01, "top_k_first": False},
 }
@@ -228,7 +229,7 @@ def test_rows_without_a_distribution(device):
 def test_philox_is_the_published_one():
     """Known answers of Random123's philox4x32-10."""
     words = [torch.full((1,), 0xFFFFFFFF)] * 4
-    from fi_ops.sampling import _philox_4x32_10
+    from fi_ops._random import _philox_4x32_10
 
     assert [int(w) for w in _philox_4x32_10(words, words[:2])] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     zero = [torch.zeros(1, dtype=torch.int64)] * 4

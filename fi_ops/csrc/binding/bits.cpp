@@ -1,32 +1,12 @@
 // Bindings of the bit packing ops: check, params, dispatch.
 #include "fi/bits.h"
 
-#include <string>
-
 #include "binding/device.h"
 #include "binding/indices.h"
+#include "binding/string_argument.h"
 
 namespace fi::binding {
 namespace {
-
-// A string argument, owned. (The stable ABI's own conversion to std::string leaks one string a call in
-// torch 2.13.)
-class StringArgument {
- public:
-  explicit StringArgument(StringHandle handle) : handle_(handle) {}
-  StringArgument(const StringArgument&) = delete;
-  ~StringArgument() { torch_delete_string(handle_); }
-  std::string text() const {
-    size_t length;
-    const char* data;
-    TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
-    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &data));
-    return {data, length};
-  }
-
- private:
-  StringHandle handle_;
-};
 
 bool check_bits(const char* op, const Tensor& x, const std::string& bitorder) {
   check_dtype(op, "x", x, std::array{ScalarType::Bool, ScalarType::Byte});

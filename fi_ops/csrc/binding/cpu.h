@@ -25,6 +25,7 @@ void run(void (*kernel)(const Params&, const Parallel&), const Tensor&, const Pa
   kernel(params, torch_parallel());
 }
 
+constexpr bool checks_values() { return true; }
 inline std::optional<Tensor> values_to_check(const Tensor& t) { return t; }
 
 }  // namespace fi::binding

@@ -2,6 +2,7 @@
 // behind these names.
 //
 //   run(FI_KERNEL_OF(name), like, params)   run a kernel where the tensor `like` is
+//   checks_values()                         whether tensors' contents are to be checked
 //   values_to_check(t)                      a tensor's contents on the host, where they are to be checked
 //   FI_DEVICE                               the dispatch key: STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m)
 #pragma once

@@ -40,7 +40,7 @@ using RowSlice = Slice<T, kSampleThreads, kKept, uint32_t(sizeof(SampleScratch))
 // This block's part of a row.
 template <class Row>
 __device__ Row slice_of(const SamplingParams& p, int64_t row, const Team<kSampleThreads>& team) {
-  return {static_cast<const typename Row::Logit*>(p.logits) + row * p.row_stride, p.vocab_size, team.rank,
+  return {static_cast<const typename Row::Logit*>(p.input) + row * p.row_stride, p.vocab_size, team.rank,
           team.size};
 }
 
@@ -140,7 +140,8 @@ struct Sampler {
     if (team.size > 1) cluster_wait();  // the others have started
     ShortDraw<Row> short_draw{slice, s.weights, team, s.select};
     const bool try_short = s.use_top_k && short_draw.fits(s.draw.top_k, team.size) &&
-                           (p.top_k_first || !s.use_top_p) && s.draw.temperature > 0.0f;
+                           (!s.use_top_p || (p.top_k_first && (p.min_p_first || s.draw.min_p <= 0.0))) &&
+                           s.draw.temperature > 0.0f;
     if (try_short) short_draw.publish(high);
     const Range range = range_of_row(nan ? __uint_as_float(0x7fffffff) : high, low);
     float max = range.max, min = range.min;
@@ -162,7 +163,7 @@ struct Sampler {
 
     if (threadIdx.x == 0) {
       s.weights.max = max;
-      s.weights.eligible = p.top_k_first || !s.use_top_p ? s.min_p_distance : kInfinity;
+      s.weights.eligible = p.min_p_first || !s.use_top_p ? s.min_p_distance : kInfinity;
     }
     if (try_short && range.max < kInfinity) {
       // Of logits far below the maximum one more or less in a step does no harm.

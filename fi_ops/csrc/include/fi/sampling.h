@@ -1,4 +1,4 @@
-// Sampling from logits.
+// Rows of logits or probabilities under filters: sampling from them, and writing out what is left of them.
 #pragma once
 
 #include "fi/kernel.h"
@@ -12,7 +12,7 @@ struct SamplingDraw {
   int64_t top_k;      // <= 0 or >= vocab_size: no filter
   double top_p;       // >= 1: no filter; 0: argmax
   double min_p;       // 0: no filter
-  float temperature;  // 0: argmax
+  float temperature;  // 0: argmax; 1 for probabilities
   float uniform;      // in [0, 1)
 };
 
@@ -39,20 +39,22 @@ struct IntegerPerDraw {
   }
 };
 
-struct SamplingParams {
-  const void* logits;      // rows x vocab_size, of `dtype`
+// Rows and what of them is kept.
+struct FilterParams {
+  const void*
+      input;  // rows x vocab_size, of `dtype`: logits, or non-negative weights (`from_probs`, float32)
   IntegerPerDraw indices;  // the row of each draw; no data: draw i is from row i
   IntegerPerDraw top_k;
-  NumberPerDraw top_p, min_p, temperature, uniform;
-  void* samples;  // [batch], int32 or int64 by `sample_dtype`
-  bool* valid;    // [batch]
+  NumberPerDraw top_p, min_p, temperature;
+  NumberPerDraw uniform;  // no data where nothing is drawn
   int64_t batch;
   int64_t rows;
   int64_t vocab_size;
-  int64_t row_stride;  // elements between rows of logits
+  int64_t row_stride;  // elements between rows of the input
   DType dtype;
-  DType sample_dtype;
-  bool top_k_first;  // top-p's mass is that of what top-k and min-p left; else that of the whole row
+  bool from_probs;
+  bool top_k_first;  // top-p's mass is without what top-k removed
+  bool min_p_first;  // top-p's mass is without what min-p removed
   bool exact_ties;   // top-k keeps exactly k, lowest ids first; else all that equal the k-th
 
   FI_HD SamplingDraw draw(int64_t i) const {
@@ -63,6 +65,12 @@ struct SamplingParams {
             static_cast<float>(temperature.at(i)),
             static_cast<float>(uniform.at(i))};
   }
+};
+
+struct SamplingParams : FilterParams {
+  void* samples;  // [batch], int32 or int64 by `sample_dtype`
+  bool* valid;    // [batch]
+  DType sample_dtype;
 
   FI_HD void write(int64_t i, int64_t id, bool is_valid) const {
     valid[i] = is_valid;
@@ -74,6 +82,13 @@ struct SamplingParams {
   }
 };
 
+struct RenormParams : FilterParams {
+  void*
+      output;  // [batch, vocab_size], packed: float32 probabilities, or (top_k_mask_logits) logits of `dtype`
+};
+
 }  // namespace fi
 
 FI_KERNEL(top_k_top_p_sample, fi::SamplingParams)
+FI_KERNEL(renorm_probs, fi::RenormParams)
+FI_KERNEL(top_k_mask_logits, fi::RenormParams)

@@ -1,8 +1,11 @@
 // How samplers order and weigh tokens, on every device.
 //
-// Tokens are ordered larger logit first, lower id first among equals. Weights are exp((logit - max) /
-// temperature) as integers (fixed point), so that sums are exact: their order doesn't matter.
+// Tokens are ordered larger first, lower id first among equals. Weights are exp((logit - max) / temperature),
+// or probabilities times a power of two, as integers (fixed point), so that sums are exact: their order
+// doesn't matter.
 #pragma once
+
+#include <math.h>
 
 #include "fi/scalar.h"
 
@@ -30,6 +33,32 @@ FI_INLINE int weight_fraction_bits(int64_t n) {
 FI_INLINE float exponent_scale_of(float temperature) {
   const double scale = 1.4426950408889634 / double(temperature);
   return float(scale > 0x1p127 ? 0x1p127 : scale < 0x1p-126 ? 0x1p-126 : scale);
+}
+
+// Likewise for probabilities: no more than every device can sum, so that all have the same weights.
+FI_INLINE int prob_fraction_bits(int64_t n) {
+  const int bits = weight_fraction_bits(n);
+  return bits < 45 ? bits : 45;
+}
+
+// What makes probabilities of at most `max` (> 0, finite) weights below 2^fraction_bits: a power of two, so
+// that only digits under 1 are lost, on every device the same. In two factors, either of which a float can
+// hold.
+struct ProbScale {
+  float first, second;
+};
+FI_INLINE ProbScale prob_scale_of(float max, int fraction_bits) {
+  int exponent = 0;
+  frexpf(max, &exponent);
+  const int shift = fraction_bits - exponent;
+  return {ldexpf(1.0f, shift / 2), ldexpf(1.0f, shift - shift / 2)};
+}
+
+// The smallest probability that min_p keeps beside `max`.
+FI_INLINE float min_p_floor_of(double min_p, float max) {
+  const double limit = min_p * double(max);
+  const float floor = float(limit);
+  return double(floor) < limit ? bits_float(float_bits(floor) + 1) : floor;
 }
 
 // The weight that a prefix must reach, for top_p in (0, 1).

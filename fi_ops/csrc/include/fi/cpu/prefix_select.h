@@ -23,6 +23,11 @@ struct Cut {
   uint32_t key = 0xffffffffu;
   int32_t last_id = 0x7fffffff;
 
+  // The value at `key`; where all are kept, below all.
+  [[gnu::always_inline]] float lowest() const {
+    return key == 0xffffffffu ? -__builtin_inff() : key_logit(key);
+  }
+  [[gnu::always_inline]] bool keeps_all() const { return key == 0xffffffffu; }
   [[gnu::always_inline]] bool keeps(uint32_t k, int32_t id) const {
     return k < key || (k == key && id <= last_id);
   }

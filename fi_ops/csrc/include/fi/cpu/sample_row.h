@@ -1,61 +1,22 @@
-// Passes over one row of logits, for samplers: what they share is how a row is cut up, weighed and put in
-// buckets.
+// Passes over one row of logits or probabilities: what samplers and filters share is how a row is cut up,
+// weighed and put in buckets.
 //
-// A row is cut into blocks of 128 logits (whose maxima are kept: most later passes can skip most blocks),
+// A row is cut into blocks of 128 tokens (whose maxima are kept: most later passes can skip most blocks),
 // chunks of 1024 (whose kept weight is summed: the draw looks into one) and parts of 32768 (a task each).
-// Weights are exp((logit - max) / temperature) in fixed point, so sums are exact: they depend neither on how
-// the row is cut nor on which thread adds first.
+// Weights are integers (fi/cpu/row_source.h), so sums are exact: they depend neither on how the row is cut
+// nor on which thread adds first.
 #pragma once
 
 #include "fi/cpu/parallel.h"
 #include "fi/cpu/prefix_select.h"
-#include "fi/cpu/simd.h"
+#include "fi/cpu/row_source.h"
 
 namespace fi::FI_ISA {
 
 inline constexpr int64_t kBlock = 128, kChunk = 1024, kPart = 32768;
 inline constexpr int kBuckets = 2048;
+inline constexpr float kMaxFinite = 3.402823466e+38f;
 inline constexpr int64_t kCrowded = 8192;  // candidates worth another pass over the row to avoid
-
-FI_INLINE uint32_t mask_bits(VecI m) {
-#if FI_ISA_LEVEL >= 2
-  return _mm512_movepi32_mask((__m512i)m);
-#elif FI_ISA_LEVEL == 1
-  return uint32_t(_mm256_movemask_ps((__m256)m));
-#else
-  return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u);
-#endif
-}
-
-// Truncates to integers: values in [0, 2^62].
-FI_INLINE void store_fixed(int64_t* p, Vec x) {
-#if FI_ISA_LEVEL >= 2
-  _mm512_storeu_si512(p, _mm512_cvttps_epi64(_mm512_castps512_ps256(x)));
-  _mm512_storeu_si512(p + 8, _mm512_cvttps_epi64(_mm512_extractf32x8_ps(x, 1)));
-#else
-  for (int i = 0; i < kLanes; ++i) p[i] = int64_t(x[i]);
-#endif
-}
-
-// A running sum of fixed-point vectors.
-struct FixedSum {
-#if FI_ISA_LEVEL >= 2
-  __m512i low = _mm512_setzero_si512(), high = _mm512_setzero_si512();
-  [[gnu::always_inline]] void add(Vec x) {
-    low = _mm512_add_epi64(low, _mm512_cvttps_epi64(_mm512_castps512_ps256(x)));
-    high = _mm512_add_epi64(high, _mm512_cvttps_epi64(_mm512_extractf32x8_ps(x, 1)));
-  }
-  [[gnu::always_inline]] int64_t total() const {
-    return _mm512_reduce_add_epi64(_mm512_add_epi64(low, high));
-  }
-#else
-  int64_t sum[4] = {};
-  [[gnu::always_inline]] void add(Vec x) {
-    for (int i = 0; i < kLanes; ++i) sum[i % 4] += int64_t(x[i]);
-  }
-  [[gnu::always_inline]] int64_t total() const { return (sum[0] + sum[1]) + (sum[2] + sum[3]); }
-#endif
-};
 
 FI_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -67,7 +28,7 @@ struct RowScratch {
   int64_t* masses;        // [histograms, kBuckets], weight in a bucket
   int32_t* counts;        // [histograms, kBuckets], tokens in a bucket
   float* part_min;        // [parts]
-  int32_t* part_nan;      // [parts]
+  int32_t* part_bad;      // [parts]
   int64_t* part_sizes;    // [parts], candidates found in a part
   Candidates candidates;  // capacity: the row; a part writes at its own offset, then they are moved together
   void* memory;
@@ -99,7 +60,7 @@ struct RowScratch {
     masses = reinterpret_cast<int64_t*>(base + offsets[3]);
     counts = reinterpret_cast<int32_t*>(base + offsets[4]);
     part_min = reinterpret_cast<float*>(base + offsets[5]);
-    part_nan = reinterpret_cast<int32_t*>(base + offsets[6]);
+    part_bad = reinterpret_cast<int32_t*>(base + offsets[6]);
     part_sizes = reinterpret_cast<int64_t*>(base + offsets[7]);
     candidates.keys = reinterpret_cast<uint32_t*>(base + offsets[8]);
     candidates.ids = reinterpret_cast<int32_t*>(base + offsets[9]);
@@ -110,23 +71,22 @@ struct RowScratch {
   void release() { __builtin_free(memory); }
 };
 
-template <class T>
-struct LogitRow {
-  const T* logits;
+template <class Source>
+struct WeightRow {
+  using Coordinate = typename Source::Coordinate;
+
+  Source source;
   int64_t n;
   const Parallel& parallel;  // the threads that may share this row
   RowScratch& scratch;
 
   // Found by scan().
-  float max = -kInf, min = kInf;  // of the finite logits
-  bool has_nan = false;
-  bool infinite = false;  // some logit is +inf: those count as 0, all others as -inf
+  float max = -kInf, min = kInf;  // of the finite values that may weigh something
+  bool invalid = false;           // some value can't be
 
-  // Set by set_weights() and set_buckets().
-  float exponent_scale = 0;  // log2(e) / temperature
-  float fixed_scale = 0;     // 2^fraction_bits
-  float eligible = kInf;     // logits below max - eligible weigh nothing (min-p)
-  float bucket_top = 0, bucket_scale = 0;
+  // Set by set_buckets().
+  Coordinate bucket_top = 0;
+  float bucket_scale = 0;
 
   int64_t num_blocks() const { return ceil_div(n, kBlock); }
   int64_t num_chunks() const { return ceil_div(n, kChunk); }
@@ -136,23 +96,23 @@ struct LogitRow {
     return p.num_threads > 1 ? ceil_div(n, kPart) : 1;
   }
 
-  // ---- logits ----
+  // ---- values ----
 
-  // -0 becomes +0 (and, where the CPU flushes denormals, they become 0 here as in every comparison).
-  [[gnu::always_inline]] Vec canonical(Vec x) const {
-    if (__builtin_expect(infinite, 0)) return select(x == kInf, zero(), set1(-kInf));
-    return x + 0.0f;
+  // f(i, raw, count) for each vector of [begin, end); in the last one lanes from `count` on are nothing.
+  template <class F>
+  [[gnu::always_inline]] void for_each_raw(int64_t begin, int64_t end, const F& f) const {
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) f(i, source.load(i), int64_t{kLanes});
+    if (i < end) {
+      const Vec x = source.load_partial(i, end - i);
+      f(i, select(iota_i() < int32_t(end - i), x, set1(Source::kNothing)), end - i);
+    }
   }
 
-  // f(i, x, count) for each vector of [begin, end); in the last one lanes from `count` on are -inf.
+  // f(i, x, count) likewise, x canonical.
   template <class F>
   [[gnu::always_inline]] void for_each_vec(int64_t begin, int64_t end, const F& f) const {
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) f(i, canonical(load(logits + i)), int64_t{kLanes});
-    if (i < end) {
-      const Vec x = canonical(load_partial(logits + i, end - i));
-      f(i, select(iota_i() < int32_t(end - i), x, set1(-kInf)), end - i);
-    }
+    for_each_raw(begin, end, [&](int64_t i, Vec raw, int64_t count) { f(i, source.canonical(raw), count); });
   }
 
   // f(block, begin, end) for the blocks of a part.
@@ -171,35 +131,52 @@ struct LogitRow {
     for_each_task(worth ? parallel : alone, num_parts(), f);
   }
 
-  // The first pass: maxima of all blocks, minimum, NaN. At the size of today's vocabularies one thread is
-  // done (10 us) before a second has woken up.
+  // The first pass: maxima of all blocks, minimum, what can't be. At the size of today's vocabularies one
+  // thread is done (10 us) before a second has woken up.
   void scan() {
     for_each_part(n >= 8 * kPart, [&](int64_t part) {
-      VecI nan{};
+      VecI bad{};
       Vec low = set1(kInf);
       for_each_block(part, [&](int64_t block, int64_t begin, int64_t end) {
         Vec high = set1(-kInf);
-        for_each_vec(begin, end, [&](int64_t, Vec x, int64_t) {
-          nan |= x != x;
+        for_each_raw(begin, end, [&](int64_t, Vec raw, int64_t) {
+          bad |= source.invalid(raw);
+          const Vec x = source.canonical(raw);
           high = fi::FI_ISA::max(high, x);
           low = fi::FI_ISA::min(low, select(x > -kInf, x, set1(kInf)));
         });
         scratch.block_max[block] = reduce_max(high);
       });
       scratch.part_min[part] = reduce_min(low);
-      scratch.part_nan[part] = any(nan);
+      scratch.part_bad[part] = any(bad);
     });
     for (int64_t part = 0; part < num_parts(); ++part) {
-      has_nan |= scratch.part_nan[part] != 0;
+      invalid |= scratch.part_bad[part] != 0;
       min = scratch.part_min[part] < min ? scratch.part_min[part] : min;
     }
     max = max_block(num_blocks());
-    if (max == kInf && !has_nan) {
-      infinite = true;
-      max = min = 0;
-      for (int64_t block = 0; block < num_blocks(); ++block) {
-        scratch.block_max[block] = scratch.block_max[block] == kInf ? 0.0f : -kInf;
-      }
+    if (max == kInf && !invalid) has_infinite();
+    source.max = max;
+  }
+
+  // What a row of the same values in the same scratch, none of them +inf, has found.
+  template <class Other>
+  void adopt(const WeightRow<Other>& other) {
+    max = source.max = other.max;
+    min = other.min;
+    invalid = other.invalid;
+  }
+
+  void has_infinite() {
+    if (!Source::kHasWeights) {
+      max = kMaxFinite;
+      min = min < kInf ? min : kMaxFinite;
+      return;
+    }
+    source.infinite = true;
+    max = min = Source::kInfinite;
+    for (int64_t block = 0; block < num_blocks(); ++block) {
+      scratch.block_max[block] = scratch.block_max[block] == kInf ? Source::kInfinite : -kInf;
     }
   }
 
@@ -214,14 +191,15 @@ struct LogitRow {
     return result;
   }
 
-  // The lowest id whose logit is the maximum.
+  // The lowest id whose value is the maximum.
   int64_t argmax() const {
+    const float highest = max_block(num_blocks());
     for (int64_t block = 0; block < num_blocks(); ++block) {
-      if (scratch.block_max[block] != max) continue;
+      if (scratch.block_max[block] < highest) continue;
       int64_t found = -1;
       for_each_vec(block * kBlock, (block + 1) * kBlock < n ? (block + 1) * kBlock : n,
                    [&](int64_t i, Vec x, int64_t) {
-                     const uint32_t equal = mask_bits(x == max);
+                     const uint32_t equal = mask_bits(x >= highest);
                      if (equal != 0 && found < 0) found = i + __builtin_ctz(equal);
                    });
       return found;
@@ -231,38 +209,36 @@ struct LogitRow {
 
   // ---- weights ----
 
-  void set_weights(float temperature) {
-    fixed_scale = float(int64_t{1} << weight_fraction_bits(n));
-    exponent_scale = exponent_scale_of(temperature);
-  }
+  void set_weights(float temperature) { source.set_weights(n, temperature); }
+
+  [[gnu::always_inline]] Vec weigh(Vec x) const { return source.weigh(x); }
 
   // Beyond this distance from the maximum weights are 0 in fixed point.
-  double weightless() const { return (__builtin_log2(double(fixed_scale)) + 1) / double(exponent_scale); }
-
-  // The weights of logits, integers as floats: 2^fraction_bits for the maximum.
-  [[gnu::always_inline]] Vec weigh(Vec x) const {
-    const Vec distance = max - x;
-    const Vec w = exp2_nonpositive(-(distance * exponent_scale)) * fixed_scale;
-    return select(distance <= eligible, w, zero());
+  double weightless() const {
+    if (!Source::kHasWeights) return 0;
+    return (__builtin_log2(double(source.fixed_scale)) + 1) / double(source.exponent_scale);
   }
 
-  // ---- buckets: logits in kBuckets even steps from `top` down to `low`; the first and the last also take
-  // all beyond ----
+  // ---- buckets: kBuckets even steps on the source's axis from `top` down to `low`; the first and the last
+  // also take all beyond ----
 
-  void set_buckets(float top, float low) {
+  void set_buckets(Coordinate top, Coordinate low) {
     double range = double(top) - double(low);
-    if (!(range < weightless())) range = weightless();
+    if (Source::kHasWeights && !(range < weightless())) range = weightless();
     const double scale = kBuckets / range;  // range 0: all logits are in bucket 0 whatever the scale
     bucket_top = top;
     bucket_scale = float(scale > 0x1p127 ? 0x1p127 : scale < 0x1p-126 ? 0x1p-126 : scale);
   }
 
+  void set_buckets_of_row() { set_buckets(Source::coordinate(max), Source::coordinate(min)); }
+
   // New buckets for what is now bucket b (a little more: edges are rounded). False where it is too narrow for
   // that.
   bool zoom_into(int32_t b) {
     const double width = 1.0 / double(bucket_scale);
-    const float high = b == 0 ? max : float(double(bucket_top) - (b - 0.01) * width);
-    const float low = b == kBuckets - 1 ? min : float(double(bucket_top) - (b + 1.01) * width);
+    const auto high = b == 0 ? Source::coordinate(max) : Coordinate(double(bucket_top) - (b - 0.01) * width);
+    const auto low =
+        b == kBuckets - 1 ? Source::coordinate(min) : Coordinate(double(bucket_top) - (b + 1.01) * width);
     if (max == min || !(low < high) || (b > 0 && b < kBuckets - 1 && double(high) - double(low) > 2 * width))
       return false;
     set_buckets(high, low);
@@ -270,21 +246,27 @@ struct LogitRow {
   }
 
   [[gnu::always_inline]] VecI bucket(Vec x) const {
-    const Vec scaled = fi::FI_ISA::max((bucket_top - x) * bucket_scale, zero());
+    const Vec scaled = fi::FI_ISA::max(Source::distance(bucket_top, x) * bucket_scale, zero());
     return __builtin_convertvector(fi::FI_ISA::min(scaled, set1(float(kBuckets - 1))), VecI);
   }
 
-  // The bucket of a block's largest logit: none of its logits is in an earlier one.
+  // The bucket of a block's largest value: none of its values is in an earlier one.
   [[gnu::always_inline]] int32_t first_bucket(int64_t block) const {
-    const float scaled = (bucket_top - scratch.block_max[block]) * bucket_scale;
+    const float scaled = Source::distance(bucket_top, scratch.block_max[block]) * bucket_scale;
     return int32_t(!(scaled > 0.0f) ? 0.0f : scaled < float(kBuckets - 1) ? scaled : float(kBuckets - 1));
   }
 
   // About how many tokens weigh `mass` together in bucket b.
   double crowd(int32_t b, int64_t mass) const {
-    const double distance = double(max) - double(bucket_top) + (b + 0.5) / double(bucket_scale);
-    const double weight = double(fixed_scale) * __builtin_exp2(-distance * double(exponent_scale));
+    const double top = double(Source::coordinate(max)) - double(bucket_top);
+    const double octaves = (top + (b + 0.5) / double(bucket_scale)) * double(source.exponent_scale);
+    const double weight = double(source.fixed_scale) * __builtin_exp2(-octaves);
     return double(mass) / (weight > 1.0 ? weight : 1.0);
+  }
+
+  // How many octaves, about, a value's weight is below that of the maximum.
+  float octaves_below(float x) const {
+    return Source::distance(Source::coordinate(max), x) * source.exponent_scale;
   }
 
   int64_t blocks_up_to(int32_t last_bucket) const {
@@ -306,7 +288,7 @@ struct LogitRow {
       alignas(64) int32_t at[kBlock];
       alignas(64) int64_t weights[kBlock];
       for_each_block(part, [&](int64_t block, int64_t begin, int64_t end) {
-        if (!Counts && (max - scratch.block_max[block]) * exponent_scale > 64.0f) return;  // weighs nothing
+        if (!Counts && octaves_below(scratch.block_max[block]) > 64.0f) return;  // weighs nothing
         for_each_vec(begin, end, [&](int64_t i, Vec x, int64_t) {
           const Vec w = weigh(x);
           VecI b = bucket(x);
@@ -373,6 +355,37 @@ struct LogitRow {
       });
       scratch.part_sizes[part] = size - part * kPart;
     });
+    join_parts();
+  }
+
+  // Makes the tokens that the cut keeps the candidates (without weights).
+  void collect_kept(Cut cut) {
+    Candidates& c = scratch.candidates;
+    const float lowest = cut.lowest();
+    for_each_part(true, [&](int64_t part) {
+      int64_t size = part * kPart;
+      alignas(64) float values[kLanes];
+      for_each_block(part, [&](int64_t block, int64_t begin, int64_t end) {
+        if (!(scratch.block_max[block] >= lowest)) return;
+        for_each_vec(begin, end, [&](int64_t i, Vec x, int64_t) {
+          uint32_t found = mask_bits(kept(x, i, lowest, cut.last_id) & (x > -kInf));
+          if (found == 0) return;
+          store(values, x);
+          for (; found != 0; found &= found - 1) {
+            const int lane = __builtin_ctz(found);
+            c.keys[size] = order_key(values[lane]);
+            c.ids[size++] = int32_t(i + lane);
+          }
+        });
+      });
+      scratch.part_sizes[part] = size - part * kPart;
+    });
+    join_parts();
+  }
+
+  // Moves the candidates that parts have found together.
+  void join_parts() {
+    Candidates& c = scratch.candidates;
     c.size = scratch.part_sizes[0];
     for (int64_t part = 1; part < num_parts(); ++part) {
       const int64_t from = part * kPart, size = scratch.part_sizes[part];
@@ -386,19 +399,19 @@ struct LogitRow {
   }
 
   // The mask of the lanes that a cut keeps; x from id i on.
-  [[gnu::always_inline]] VecI kept(Vec x, int64_t i, float cut_logit, int32_t last_id) const {
-    return (x > cut_logit) | ((x == cut_logit) & (iota_i() + int32_t(i) <= last_id));
+  [[gnu::always_inline]] VecI kept(Vec x, int64_t i, float lowest, int32_t last_id) const {
+    return (x > lowest) | ((x == lowest) & (iota_i() + int32_t(i) <= last_id));
   }
 
   // Makes chunk_sums the weight that the cut keeps.
   void sum_kept(Cut cut) {
-    const float cut_logit = cut.key == 0xffffffffu ? -kInf : key_logit(cut.key);
+    const float lowest = cut.lowest();
     for_each_part(true, [&](int64_t part) {
       FixedSum sum;
       for_each_block(part, [&](int64_t block, int64_t begin, int64_t end) {
-        if (scratch.block_max[block] >= cut_logit) {
+        if (scratch.block_max[block] >= lowest) {
           for_each_vec(begin, end, [&](int64_t i, Vec x, int64_t) {
-            sum.add(select(kept(x, i, cut_logit, cut.last_id), weigh(x), zero()));
+            sum.add(select(kept(x, i, lowest, cut.last_id), weigh(x), zero()));
           });
         }
         if (end % kChunk == 0 || end == n) {
@@ -418,7 +431,7 @@ struct LogitRow {
   // The first kept id at which the cumulative weight exceeds uniform * total, from chunk_sums; the total is
   // positive.
   int64_t draw(Cut cut, float uniform) const {
-    const float cut_logit = cut.key == 0xffffffffu ? -kInf : key_logit(cut.key);
+    const float lowest = cut.lowest();
     int64_t left = draw_target(total_of_chunks(), uniform), chunk = 0;
     while (left >= scratch.chunk_sums[chunk]) left -= scratch.chunk_sums[chunk++];
     int64_t found = 0;
@@ -427,7 +440,7 @@ struct LogitRow {
     const int64_t end = (chunk + 1) * kChunk < n ? (chunk + 1) * kChunk : n;
     for_each_vec(chunk * kChunk, end, [&](int64_t i, Vec x, int64_t) {
       if (done) return;
-      store_fixed(weights, select(kept(x, i, cut_logit, cut.last_id), weigh(x), zero()));
+      store_fixed(weights, select(kept(x, i, lowest, cut.last_id), weigh(x), zero()));
       for (int lane = 0; lane < kLanes && !done; ++lane) {
         left -= weights[lane];
         if (left < 0) {
