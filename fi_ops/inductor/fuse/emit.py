@@ -138,14 +138,14 @@ class Emitter:
 
 
 def keep_in_memory(node: Node) -> None:
-    """Have Inductor store what `node` is a view of, a value that the ops of many layers read, unless only a part of it is read.
+    """Have Inductor store what `node` is a view of, a value that the ops of many layers read, unless under half of it is read.
 
     What is cheap to compute, as masks and tables are, it would compute anew for each op, into a buffer of that op's own.
     """
     base = node
     while is_view(base):
         base = base.args[0]
-    if base.op == "call_function" and at_least(value(node).numel(), value(base).numel()):
+    if base.op == "call_function" and at_least(2 * value(node).numel(), value(base).numel()):
         base.meta["inductor_realize_to_strides"] = True
 
 
