@@ -111,6 +111,29 @@ def call_target(node: torch.fx.Node):
     return node.target
 
 
+def ordered_by_use(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """A copy with each node next to what first reads it: the same graph for every order of independent nodes.
+
+    Functionalization makes views of what was written to anew where they are read: in front of an anchor, or in the midst
+    of what stock torch makes of SDPA.
+    """
+    result, copies = torch.fx.Graph(), {}
+
+    def add(node):
+        pending = [node]
+        while pending:
+            missing = [n for n in pending[-1].all_input_nodes if n not in copies]
+            if missing:
+                pending.append(missing[0])
+            elif (done := pending.pop()) not in copies:
+                copies[done] = result.node_copy(done, copies.__getitem__)
+
+    for node in graph.nodes:
+        if node.op == "placeholder" or not node.users:
+            add(node)
+    return result
+
+
 def graph_text(graph: torch.fx.Graph, *, inputs_by_use: bool = False) -> str:
     """The graph with names by position: the same text whatever torch calls its nodes. Constants nobody reads are left out
     (some releases of torch remove them earlier). `inputs_by_use`: tensors that come in stand in the order of their first use,
