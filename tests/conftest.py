@@ -31,11 +31,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--emulate-cuda"):
-        for item in items:
-            spec = item.callspec.params.get("spec") if hasattr(item, "callspec") else None
-            if "cuda" not in getattr(spec, "devices", ("cuda",)):
-                item.add_marker(pytest.mark.skip(reason="no CUDA kernel"))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -25,6 +25,7 @@ def _small(monkeypatch):
     "arguments",
     [
         ["sampling", "--length", "3000", "--batch", "2"],
+        ["filters", "--length", "3000", "--batch", "2"],
         ["single_decode", "--length", "100", "--batch", "2"],
         ["single_prefill", "--length", "70"],
         ["linear", "--batch", "2"],

@@ -1,4 +1,4 @@
-"""Index tensors that nothing checks by default on CUDA: whatever they hold, no kernel reaches outside a tensor."""
+"""Values that nothing checks by default on CUDA: whatever they hold, no kernel reaches outside a tensor."""
 
 from __future__ import annotations
 
@@ -58,3 +58,21 @@ def test_packing_by_impossible_segments(input_indptr, output_indptr, output_len)
     first = torch.ops.fi.segment_packbits(x, *indptrs, output_len)
     assert first.shape == (output_len,)
     assert torch.equal(torch.ops.fi.segment_packbits(x, *indptrs, output_len), first)
+
+
+def test_sampling_by_impossible_values():
+    probs = torch.rand(3, 2, 5000, device=DEVICE)
+    target = torch.rand(3, 3, 5000, device=DEVICE)
+    uniform = torch.tensor([[-1.0, 2.0, float("nan")]] * 3, device=DEVICE)
+    for bad in (-1, 5000, 2**40):
+        ids = torch.full((3, 2), bad, device=DEVICE)
+        tokens, accepted, emitted = torch.ops.fi.chain_speculative_sampling(probs, ids, uniform, target)
+        assert ((tokens >= -1) & (tokens < 5000)).all() and (accepted == 0).all() and (emitted == 0).all()
+        torch.ops.fi.gather_logprobs(target[:, 0], ids[:, 0], 3)
+    for bad in (float("nan"), -1.0, float("inf")):
+        numbers = torch.full((3,), bad, device=DEVICE)
+        tokens, _ = torch.ops.fi.top_p_sampling_from_probs(probs[:, 0], numbers, numbers)
+        assert ((tokens >= 0) & (tokens < 5000)).all()
+        torch.ops.fi.top_p_renorm_probs(probs[:, 0], numbers)
+        torch.ops.fi.softmax(probs[:, 0], numbers)
+    torch.cuda.synchronize()

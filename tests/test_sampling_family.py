@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fi_ops
-from fi_ops.library import SPECS
 from fi_ops.library._sampling import kept_probs
 
 OPS = torch.ops.fi
@@ -26,12 +25,6 @@ RELAXED = settings(max_examples=120, deadline=None, suppress_health_check=list(H
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
     return request.param
-
-
-def need(device: str, *names: str) -> None:
-    for name in names:
-        if device not in SPECS[name].devices:
-            pytest.skip(f"fi::{name} has no {device} kernel")
 
 
 # ------------------------------------------------------------------------------------------------ brute force
@@ -63,7 +56,6 @@ def exactly_kept(row, top_k, top_p, min_p, top_k_first, min_p_first, ties) -> di
 @pytest.mark.parametrize("min_p_first", [True, False])
 def test_every_small_row_with_ties(ties, top_k_first, min_p_first, device):
     """All rows of four weights from {0, 1, 2, 4}: filters that end on a tie, or just where a sum reaches top_p."""
-    need(device, "top_k_top_p_renorm_probs", "top_k_top_p_sampling_from_probs")
     rows = [row for row in itertools.product((0, 1, 2, 4), repeat=4) if any(row)]
     weights = torch.tensor(rows, dtype=torch.float32, device=device)
     modes = {"top_k_first": top_k_first, "min_p_first": min_p_first, "top_k_ties": ties}
@@ -105,7 +97,6 @@ def sorted_filter(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor
 @pytest.mark.parametrize("seed", range(6))
 def test_sort_based_reference(seed, device):
     """Random sizes, spreads and parameters; kept sets may differ in a token whose running sum is at top_p to 1e-6."""
-    need(device, "top_k_top_p_softmax", "top_k_top_p_renorm_probs")
     generator = torch.Generator().manual_seed(seed)
 
     def pick(*values):
@@ -127,7 +118,6 @@ def test_sort_based_reference(seed, device):
 
 
 def test_top_k_is_torchs(device):
-    need(device, "top_k")
     generator = torch.Generator().manual_seed(1)
     for vocab, k in ((7, 7), (1000, 40), (50_000, 1), (50_000, 300), (50_000, 9000)):
         x = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(3)]) - vocab / 2.0  # no ties
@@ -140,7 +130,6 @@ def test_top_k_is_torchs(device):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_top_k_ties_are_by_id(seed, device):
-    need(device, "top_k", "top_k_mask_logits")
     x = torch.randint(0, 3, (20, 9), generator=torch.Generator().manual_seed(seed)).float()
     for k in range(1, 10):
         expected = torch.tensor([sorted(range(9), key=lambda i, row=row: (-row[i], i))[:k] for row in x.tolist()])
@@ -150,7 +139,6 @@ def test_top_k_ties_are_by_id(seed, device):
 
 
 def test_mask_keeps_the_bits_of_what_it_keeps(device):
-    need(device, "top_k_mask_logits")
     generator = torch.Generator().manual_seed(2)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = (torch.randn(4, 9000, generator=generator) * 4).to(dtype)
@@ -163,7 +151,6 @@ def test_mask_keeps_the_bits_of_what_it_keeps(device):
 
 
 def test_logprobs_are_torchs(device):
-    need(device, "gather_logprobs")
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(5, 30_000, generator=generator) * 5
     tokens = torch.randint(0, 30_000, (5,), generator=generator)
@@ -177,7 +164,6 @@ def test_logprobs_are_torchs(device):
 
 
 def test_processors_are_hugging_faces(device):
-    need(device, "apply_logits_processors")
     from transformers import RepetitionPenaltyLogitsProcessor
 
     generator = torch.Generator().manual_seed(4)
@@ -191,7 +177,6 @@ def test_processors_are_hugging_faces(device):
 
 def test_bitmask_is_xgrammars(device):
     """Bit t % 32 of word t // 32, the sign bit included."""
-    need(device, "apply_logits_processors")
     vocab = 101
     allowed = torch.rand(4, vocab, generator=torch.Generator().manual_seed(5)) < 0.5
     words = torch.zeros(4, 4, dtype=torch.int64)
@@ -257,13 +242,14 @@ def test_hostile_rows(row, copies, parameters, temperature, u):
 # ------------------------------------------------------------------------------------------------ invariance
 
 
-def calls(rows: int, vocab: int) -> dict:
+def calls(rows: int, vocab: int, device: str = "cpu") -> dict:
     """Every op on the same random rows, as functions of which rows."""
     generator = torch.Generator().manual_seed(6)
     logits = torch.randn(rows, vocab, generator=generator) * 2
     probs, u = logits.softmax(-1), torch.rand(rows, generator=generator)
     target = (logits + torch.randn(rows, vocab, generator=generator)).softmax(-1)
     counts = torch.randint(-5, 3, (rows, vocab), generator=generator).clamp_min(0).int()
+    logits, probs, u, target, counts = (t.to(device) for t in (logits, probs, u, target, counts))
     tokens = logits.argmax(-1)
     return {
         "sampling_from_probs": lambda r: OPS.sampling_from_probs(probs[r], u[r]),
@@ -336,7 +322,6 @@ def test_chi_square_from_probs(options, spread, device):
     for key in options:
         name = f"{key}_sampling_from_probs"
     name = "top_k_top_p_sampling_from_probs" if len(options) > 1 else name
-    need(device, name)
     row = (torch.randn(53, generator=torch.Generator().manual_seed(7)) * spread).exp()  # not normalised
     uniform = fi_ops.philox_uniform(8, 0, DRAWS).to(device)
     rows = torch.zeros(DRAWS, dtype=torch.int64, device=device)
@@ -349,7 +334,6 @@ def test_chi_square_from_probs(options, spread, device):
 def test_speculative_tokens_are_the_targets(likeness, device):
     """Draft tokens drawn from the draft: the first token of the output is distributed as the target's first, and where
     the first was accepted, the second as the target's second."""
-    need(device, "chain_speculative_sampling")
     generator = torch.Generator().manual_seed(9)
     draft_logits = torch.randn(2, 17, generator=generator)
     target_logits = torch.cat([draft_logits, torch.zeros(1, 17)]) + likeness * torch.randn(3, 17, generator=generator)

@@ -70,8 +70,6 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     exact: bool = False
     """Outputs are compared bit for bit (integers, copies) instead of by the error budget."""
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    """Where it has kernels."""
     family: str = ""
 
     @functools.cached_property

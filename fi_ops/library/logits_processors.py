@@ -210,7 +210,7 @@ def _cost(logits, output_counts=None, prompt_mask=None, *numbers, logit_bias=Non
     return Cost(bytes=2 * logits.nbytes + sum(t.nbytes for t in tables if t is not None), flops=8 * logits.numel())
 
 
-@op(_SCHEMA, fake=_fake, samples=_samples, errors=_errors, cost=_cost, devices=("cpu",))
+@op(_SCHEMA, fake=_fake, samples=_samples, errors=_errors, cost=_cost)
 def apply_logits_processors(
     logits,
     output_counts=None,

@@ -39,7 +39,6 @@ def _row_filter(source: str, *filters: str, masks: bool = False):
             errors=row_errors(row_op),
             cost=cost,
             dtypes=row_op.dtypes,
-            devices=("cpu",),
         )(reference)
 
     return decorate

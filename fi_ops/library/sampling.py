@@ -75,31 +75,31 @@ def top_k_top_p_sampling_from_logits(*args, **kwargs):
     return _sample("logits", (*ALL_FILTERS, "temperature"), args, kwargs)
 
 
-@_sampler("probs", devices=("cpu",))
+@_sampler("probs")
 def sampling_from_probs(*args, **kwargs):
     """Draw one token for each entry of `uniform` from rows of probabilities (any non-negative weights)."""
     return _sample("probs", (), args, kwargs)
 
 
-@_sampler("probs", "top_p", devices=("cpu",))
+@_sampler("probs", "top_p")
 def top_p_sampling_from_probs(*args, **kwargs):
     """Draw from the smallest prefix, in descending order, whose mass reaches top_p of the row's own sum."""
     return _sample("probs", ("top_p",), args, kwargs)
 
 
-@_sampler("probs", "top_k", devices=("cpu",))
+@_sampler("probs", "top_k")
 def top_k_sampling_from_probs(*args, **kwargs):
     """Draw from the k largest probabilities (ties at the k-th as in `top_k_top_p_sampling_from_logits`)."""
     return _sample("probs", ("top_k",), args, kwargs)
 
 
-@_sampler("probs", "min_p", devices=("cpu",))
+@_sampler("probs", "min_p")
 def min_p_sampling_from_probs(*args, **kwargs):
     """Draw from the tokens with `p >= min_p * max(p)`."""
     return _sample("probs", ("min_p",), args, kwargs)
 
 
-@_sampler("probs", *ALL_FILTERS, devices=("cpu",))
+@_sampler("probs", *ALL_FILTERS)
 def top_k_top_p_sampling_from_probs(*args, **kwargs):
     """Draw from what top-k, min-p and top-p keep, as `top_k_top_p_sampling_from_logits` does."""
     return _sample("probs", ALL_FILTERS, args, kwargs)

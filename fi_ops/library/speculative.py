@@ -141,7 +141,6 @@ def _cost(draft_probs, draft_token_ids, uniform, target_probs):
     cost=_cost,
     dtypes=(torch.float32,),
     exact=True,
-    devices=("cpu",),
 )
 def chain_speculative_sampling(draft_probs, draft_token_ids, uniform, target_probs):
     """Accept a chain of draft tokens against the target's probabilities, and draw the token that follows.

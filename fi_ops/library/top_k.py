@@ -85,7 +85,6 @@ def _top_k_cost(input, k, *, sorted=True):
     samples=_top_k_samples,
     errors=_top_k_errors,
     cost=_top_k_cost,
-    devices=("cpu",),
 )
 def top_k(input, k, *, sorted=True):
     """The k largest of each row: `(values, indices int64)`, both `[rows, k]`, exact, lower ids first among equals.
@@ -160,7 +159,6 @@ def _logprobs_cost(logits, token_ids, num_top=0):
     samples=_logprobs_samples,
     errors=_logprobs_errors,
     cost=_logprobs_cost,
-    devices=("cpu",),
 )
 def gather_logprobs(logits, token_ids, num_top=0):
     """Log-probabilities under `softmax(logits)`: of one token a row, its rank, and of the num_top largest.

@@ -1,11 +1,9 @@
 // Binding of bias, penalties and allowed-token masks: check, params, dispatch.
-#ifndef FI_ON_CUDA  // no CUDA kernel yet
+#include "fi/logits_processors.h"
 
-#  include "fi/logits_processors.h"
+#include <cmath>
 
-#  include <cmath>
-
-#  include "binding/row_filters.h"
+#include "binding/row_filters.h"
 
 namespace fi::binding {
 namespace {
@@ -109,5 +107,3 @@ Tensor apply_logits_processors_op(const Tensor& logits, std::optional<Tensor> ou
 STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("apply_logits_processors", TORCH_BOX(&fi::binding::apply_logits_processors_op));
 }
-
-#endif

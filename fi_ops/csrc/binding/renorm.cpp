@@ -1,7 +1,5 @@
 // Bindings of the ops that write filtered distributions out: check, params, dispatch.
-#ifndef FI_ON_CUDA  // no CUDA kernels yet
-
-#  include "binding/row_filters.h"
+#include "binding/row_filters.h"
 
 namespace fi::binding {
 namespace {
@@ -88,5 +86,3 @@ STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("top_k_top_p_renorm_probs", TORCH_BOX(&fi::binding::top_k_top_p_renorm_probs_op));
   m.impl("top_k_mask_logits", TORCH_BOX(&fi::binding::top_k_mask_logits_op));
 }
-
-#endif

@@ -49,8 +49,6 @@ Draws top_k_top_p_sampling_from_logits_op(const Tensor& logits, const Tensor& un
                  .top_k_ties = ties.text()});
 }
 
-#ifndef FI_ON_CUDA  // the CUDA kernel samples from logits alone
-
 Draws sampling_from_probs_op(const Tensor& probs, const Tensor& uniform, std::optional<Tensor> indices) {
   return sample("sampling_from_probs", probs, true, {.uniform = uniform, .indices = indices});
 }
@@ -102,19 +100,15 @@ Draws top_k_top_p_sampling_from_probs_op(const Tensor& probs, const Tensor& unif
                  .top_k_ties = ties.text()});
 }
 
-#endif
-
 }  // namespace
 }  // namespace fi::binding
 
 STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("sampling_from_logits", TORCH_BOX(&fi::binding::sampling_from_logits_op));
   m.impl("top_k_top_p_sampling_from_logits", TORCH_BOX(&fi::binding::top_k_top_p_sampling_from_logits_op));
-#ifndef FI_ON_CUDA
   m.impl("sampling_from_probs", TORCH_BOX(&fi::binding::sampling_from_probs_op));
   m.impl("top_p_sampling_from_probs", TORCH_BOX(&fi::binding::top_p_sampling_from_probs_op));
   m.impl("top_k_sampling_from_probs", TORCH_BOX(&fi::binding::top_k_sampling_from_probs_op));
   m.impl("min_p_sampling_from_probs", TORCH_BOX(&fi::binding::min_p_sampling_from_probs_op));
   m.impl("top_k_top_p_sampling_from_probs", TORCH_BOX(&fi::binding::top_k_top_p_sampling_from_probs_op));
-#endif
 }

@@ -1,11 +1,9 @@
 // Binding of chain speculative sampling: check, params, dispatch.
-#ifndef FI_ON_CUDA  // no CUDA kernel yet
+#include "fi/speculative.h"
 
-#  include "fi/speculative.h"
+#include <tuple>
 
-#  include <tuple>
-
-#  include "binding/row_filters.h"
+#include "binding/row_filters.h"
 
 namespace fi::binding {
 namespace {
@@ -90,5 +88,3 @@ std::tuple<Tensor, Tensor, Tensor> chain_speculative_sampling_op(const Tensor& d
 STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("chain_speculative_sampling", TORCH_BOX(&fi::binding::chain_speculative_sampling_op));
 }
-
-#endif

@@ -1,11 +1,9 @@
 // Bindings of top-k and log-probabilities: check, params, dispatch.
-#ifndef FI_ON_CUDA  // no CUDA kernels yet
+#include "fi/top_k.h"
 
-#  include "fi/top_k.h"
+#include <tuple>
 
-#  include <tuple>
-
-#  include "binding/row_filters.h"
+#include "binding/row_filters.h"
 
 namespace fi::binding {
 namespace {
@@ -77,5 +75,3 @@ STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("top_k", TORCH_BOX(&fi::binding::top_k_op));
   m.impl("gather_logprobs", TORCH_BOX(&fi::binding::gather_logprobs_op));
 }
-
-#endif

@@ -15,6 +15,7 @@ struct Bracket {
 
 template <class Row>
 struct Bins {
+  using Weights = typename Row::Weights;
   static constexpr int kEach = kBins / kSampleThreads;
 
   const Row& slice;
@@ -121,7 +122,7 @@ struct Bins {
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       const int32_t b = kBins - 1 - (int32_t(threadIdx.x) * kEach + j);
-      const float weight = b <= eligible ? exp2_approx(-(float(b) + 0.5f) * width) : 0.0f;
+      const float weight = b <= eligible ? weights.fraction_at((float(b) + 0.5f) * width) : 0.0f;
       guesses[j] = b < kBins - 1 ? uint64_t(float(s.totals[b]) * weight * one) : 0;
       mine += guesses[j];
     }
@@ -148,10 +149,9 @@ struct Bins {
 
   // The bins in which the weight of tokens can reach `target`, which is positive and at most that of the row.
   // All weights of a bin lie between those of its ends; the sums of both bounds bound the weight of what lies
-  // before a token. The margin is for what rounding does to octaves and exponentials.
+  // before a token.
   __device__ Bracket bracket_of_mass(uint64_t target) {
     const Weights weights = shared_weights;
-    constexpr float kMargin = 0x1p-15f;
     const float one = __uint_as_float(uint32_t(127 + weights.fraction_bits) << 23), width = 1.0f / scale;
     const int32_t eligible = bin_of_eligible(weights);
     const int32_t first = int32_t(threadIdx.x) * kEach;
@@ -160,11 +160,11 @@ struct Bins {
     auto for_each_bin = [&](const auto& f) {
 #pragma unroll 1
       for (int32_t b = first; b < first + kEach; ++b) {
-        const float above = exp2_approx(-float(b) * width) * one,
-                    below = exp2_approx(-float(b + 1) * width) * one;
+        const float above = weights.most_at(float(b) * width) * one,
+                    below = weights.least_at(float(b + 1) * width) * one;
         const uint64_t count = s.totals[b];
-        f(b, count, b < eligible ? count * uint64_t(below * (1.0f - kMargin)) : 0,
-          b <= eligible ? count * (uint64_t(above * (1.0f + kMargin)) + 1) : 0);
+        f(b, count, b < eligible ? count * uint64_t(below) : 0,
+          b <= eligible ? count * (uint64_t(above) + 1) : 0);
       }
     };
     for_each_bin([&](int32_t, uint64_t count, uint64_t low, uint64_t high) {
@@ -198,7 +198,7 @@ struct Bins {
   }
 
   __device__ int32_t bin_of_eligible(const Weights& weights) const {
-    return bin_at(__fmul_rn(__fmul_rn(weights.eligible, weights.exponent_scale), scale));
+    return bin_at(__fmul_rn(weights.eligible_octaves(), scale));
   }
 };
 

@@ -13,7 +13,6 @@ inline constexpr int kSampleThreads = 512, kSampleWarps = kSampleThreads / 32;
 inline constexpr int kBins = 1024, kFineBits = 9, kFineBins = 1 << kFineBits;
 inline constexpr uint32_t kListed = 2048;  // tokens that the list can hold, an equal part for each block
 inline constexpr uint32_t kShort = 512;    // so few are compared each with each
-inline constexpr uint64_t kAllPlaces = ~uint64_t{0};
 
 struct FineHistogram {
   uint64_t values[kFineBins];  // counts or weights

@@ -19,6 +19,7 @@ struct Span {
 
 template <class Row>
 struct Selector {
+  using Weights = typename Row::Weights;
   static constexpr int Threads = kSampleThreads;
   static_assert(Threads == kFineBins && Threads == kShort);
 
@@ -114,7 +115,7 @@ struct Selector {
       if (place <= cut)
         atomicAdd(
             reinterpret_cast<unsigned long long*>(&s.kept.values[slice.warp_of(int32_t(uint32_t(place)))]),
-            weights.weigh(logit_at(place)));
+            weigh(weights, logit_at(place)));
     }
   }
 
@@ -208,7 +209,7 @@ struct Selector {
     for (int32_t first = 0; first < tokens; first += Threads) {
       const uint64_t place = place_at(first + int32_t(threadIdx.x));
       const bool live = place >= low && place <= high && first + int32_t(threadIdx.x) < tokens;
-      const uint64_t value = !live ? 0 : by_count ? 1 : weights.weigh(logit_at(place));
+      const uint64_t value = !live ? 0 : by_count ? 1 : weigh(weights, logit_at(place));
       add_fine(live ? uint32_t((place >> shift) - base) : 0, value, live);
     }
     FineHistogram* total = &s.own.narrow.fine;
@@ -282,7 +283,7 @@ struct Selector {
       const uint64_t place = in_list(i);
       if (place < span.low || place > span.high) continue;
       const uint32_t slot = atomicAdd(&s.num_found, 1u);
-      if (slot < kShort) set_few(slot, place, by_count ? 1 : shared_weights.weigh(logit_at(place)));
+      if (slot < kShort) set_few(slot, place, by_count ? 1 : weigh(shared_weights, logit_at(place)));
     }
     end_among_few(span.before, target, end);
   }
@@ -303,7 +304,7 @@ struct Selector {
       place = in_list(i);
       const float logit = logit_at(place), at = bins.at(shared_weights, logit) - float(bracket.first);
       part = min(uint32_t(at * (float(kFineBins) / float(bracket.last + 1 - bracket.first))), kFineBins - 1u);
-      weight = shared_weights.weigh(logit);
+      weight = weigh(shared_weights, logit);
       atomicAdd(reinterpret_cast<unsigned long long*>(&s.own.end.parts[part]), weight);
     }
     __syncthreads();

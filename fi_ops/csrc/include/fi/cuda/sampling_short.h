@@ -11,8 +11,9 @@ namespace fi::cuda {
 
 template <class Row>
 struct ShortDraw {
+  using Weights = typename Row::Weights;
   static constexpr int Threads = kSampleThreads;
-  static constexpr int kSteps = Threads;  // of the logit; the last one is for all that is below the others
+  static constexpr int kSteps = Threads;  // of the distance; the last one is for all that is below the others
 
   const Row& slice;
   const Weights& shared_weights;
@@ -40,7 +41,7 @@ struct ShortDraw {
   __device__ bool draw(const SamplingDraw& d, bool use_top_p, bool exact_ties, float max, float range,
                        const Write& write) {
     const float scale = float(kSteps - 1) / fmaxf(range, 0x1p-100f);
-    auto step = [&](float logit) { return __fmul_rn(max - logit, scale); };
+    auto step = [&](float logit) { return __fmul_rn(Weights::distance(max, logit), scale); };
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < team.size * Threads / 2; i += Threads) {
       const float at = step(key_logit(s.own.maxima[0][i]));
@@ -83,7 +84,7 @@ struct ShortDraw {
 
     const uint64_t place = i < n ? brief.sorted[i] : kAllPlaces;
     bool kept = i < n && (i < top_k || (!exact_ties && place >> 32 == brief.sorted[top_k - 1] >> 32));
-    uint64_t weight = kept ? weights.weigh(logit_at(place)) : 0;
+    uint64_t weight = kept ? weigh(weights, logit_at(place)) : 0;
     uint64_t total = team.sum(weight, Among::kBlock);
     if (use_top_p) {
       const uint64_t before = team.scan(weight);

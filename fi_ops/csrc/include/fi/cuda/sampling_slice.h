@@ -1,4 +1,4 @@
-// One block's part of a row of logits: where its tokens are, what they weigh.
+// One block's part of a row of logits or probabilities: where its tokens are.
 //
 // A row is seen as 16-byte vectors at aligned addresses (the first and the last may stick out of it). A block
 // takes consecutive vectors, each of its warps consecutive ones of those, so that sums by warp are sums over
@@ -6,94 +6,18 @@
 #pragma once
 
 #include "fi/cuda/launch.h"
-#include "fi/cuda/pack.h"
-#include "fi/cuda/ptx.h"
-#include "fi/sampling_math.h"
+#include "fi/cuda/sampling_source.h"
 
 namespace fi::cuda {
 
-inline constexpr float kInfinity = __builtin_huge_valf();
-
-// What orders tokens: larger logit first, lower id first among equals. Smaller comes first.
-FI_DEVICE_INLINE uint64_t place_of(float logit, int32_t id) {
-  return uint64_t(order_key(logit + 0.0f)) << 32 | uint32_t(id);  // -0 is +0
-}
-FI_DEVICE_INLINE float logit_at(uint64_t place) { return key_logit(uint32_t(place >> 32)); }
-
-// What is kept: the tokens up to a place.
-struct Kept {
-  float logit;
-  uint32_t last_id;  // of those at that logit
-
-  __device__ explicit Kept(uint64_t place)
-      : logit(place == ~uint64_t{0} ? -kInfinity : logit_at(place)), last_id(uint32_t(place)) {}
-  __device__ bool operator()(float x, int32_t id) const {
-    return (x > logit) | ((x == logit) & (uint32_t(id) <= last_id));  // no branches
-  }
-};
-
-// A weight has at most so many fraction bits: two halves of it, each a float's mantissa, are exact.
-inline constexpr int kMaxFractionBits = 45;
-
-// How logits become weights and bins; the same in all blocks of a row.
-struct Weights {
-  float max;             // of the row; 0 where that is infinite
-  float exponent_scale;  // log2(e) / temperature
-  float eligible;        // logits below max - eligible weigh nothing (min-p)
-  int fraction_bits;     // the maximum weighs 2^fraction_bits
-  float low_base;        // 1.5 * 2^(23 - fraction_bits), the last place of which is 2^-fraction_bits
-
-  __device__ void set_fraction_bits(int bits) {
-    fraction_bits = bits;
-    low_base = __uint_as_float(uint32_t(127 + 23 - bits) << 23 | 1u << 22);
-  }
-
-  // How many octaves a weight is below that of the maximum.
-  __device__ float octaves(float logit) const { return __fmul_rn(max - logit, exponent_scale); }
-
-  // The weight as a fraction of the maximum's.
-  __device__ float fraction(float logit) const {
-    return exp2_approx(max - logit <= eligible ? -octaves(logit) : -kInfinity);  // a select, no branch
-  }
-  __device__ inline uint64_t weigh(float logit) const;
-};
-
-// A sum of weights, exact. A conversion to 64-bit integers runs at a small part of the rate of additions;
-// adding a large power of two rounds to its last place just so, twice.
-struct WeightSum {
-  uint64_t high = 0;  // of 2^-22
-  uint32_t low = 0;   // of 2^-fraction_bits, signed
-
-  // N at once: 64-bit additions are two.
-  template <int N>
-  __device__ void add(const Weights& weights, const float (&fractions)[N]) {
-    constexpr uint32_t kTwo = 0x40000000u;  // 2.0f, the last place of which is 2^-22
-    uint32_t highs = 0;
-#pragma unroll
-    for (const float fraction : fractions) {
-      const float a = __fadd_rn(fraction, 2.0f);
-      const float rest = __fadd_rn(fraction, -__fadd_rn(a, -2.0f));
-      highs += __float_as_uint(a) - kTwo;
-      low += __float_as_uint(__fadd_rn(rest, weights.low_base)) - __float_as_uint(weights.low_base);
-    }
-    high += highs;
-  }
-  __device__ uint64_t total(const Weights& weights) const {
-    return (high << (weights.fraction_bits - 22)) + uint64_t(int64_t(int32_t(low)));
-  }
-};
-
-__device__ inline uint64_t Weights::weigh(float logit) const {
-  WeightSum sum;
-  sum.add(*this, {fraction(logit)});
-  return sum.total(*this);
-}
-
 // Itself in shared memory behind the first pass: not to take registers between passes. With kKept the logits
 // are kept in shared memory too, behind `kOffset` bytes; else they are read from memory each time.
-template <class T, int Threads, bool kKept, uint32_t kOffset>
+template <class Source, int Threads, bool kKept, uint32_t kOffset>
 struct Slice {
-  using Logit = T;
+  using T = typename Source::Value;
+  using Weights = typename Source::Weights;
+  static constexpr float kInfinite = Source::kInfinite;
+  static_assert(!(kKept && Source::kSubtracts), "copies to shared memory can't subtract");
   static constexpr int kLogits = 16 / sizeof(T);  // in a vector
   static constexpr int kWarps = Threads / 32;
 
@@ -101,7 +25,8 @@ struct Slice {
   int32_t n;                       // tokens in the row
   int32_t per_warp;                // vectors
   int32_t block_begin, block_end;  // vectors of this block
-  bool infinite;                   // some logit is +inf: those count as 0, all others as -inf (not kKept)
+  bool infinite;                   // some logit is +inf: those alone weigh something (not kKept)
+  const T* minus = nullptr;        // a row to be subtracted (kSubtracts)
 
   // Part `rank` of `blocks`.
   __device__ Slice(const T* row, int64_t vocab_size, uint32_t rank, uint32_t blocks)
@@ -135,19 +60,20 @@ struct Slice {
   __device__ int32_t whole_begin() const { return lead() == 0 ? 0 : 1; }
   __device__ int32_t whole_end() const { return int32_t((int64_t(lead()) + n) / kLogits); }
 
-  // A vector that sticks out of the row, with -inf there.
+  // A vector that sticks out of the row or isn't aligned, with nothing where it sticks out.
   static FI_DEVICE_NOINLINE uint4 load_partial(const T* row, int32_t n, int64_t id) {
     union {
       T logits[kLogits];
       uint4 all;
     } v;
     for (int j = 0; j < kLogits; ++j)
-      v.logits[j] = id + j >= 0 && id + j < n ? row[id + j] : from_float<T>(-kInfinity);
+      v.logits[j] = id + j >= 0 && id + j < n ? row[id + j] : from_float<T>(Source::kNothing);
     return v.all;
   }
 
-  // The first pass, as for_each_vector: the slice comes to shared memory before, if it is to be kept there.
-  // Each thread copies what it will read: no barrier. `meanwhile()` runs while the copies are under way.
+  // The first pass, as for_each_vector, with NaN for values that can't be: the slice comes to shared memory
+  // before, if it is to be kept there. Each thread copies what it will read: no barrier. `meanwhile()` runs
+  // while the copies are under way.
   template <class Meanwhile, class F>
   __device__ __forceinline__ void fetch(const Meanwhile& meanwhile, const F& f) const {
     if constexpr (kKept) {
@@ -166,7 +92,7 @@ struct Slice {
     }
     meanwhile();
     if constexpr (kKept) cp_async_wait<0>();
-    for_each_vector(f);
+    for_each_vector<true>(f);
   }
 
   // Asks for the slice to come to the second-level cache.
@@ -175,33 +101,66 @@ struct Slice {
     if (begin < end) prefetch_l2(row + (int64_t(begin) * kLogits - lead()), uint32_t(end - begin) * 16);
   }
 
+  template <bool kChecked = false>
   __device__ void read(int32_t vector, float (&x)[kLogits]) const {
+    const int64_t id = int64_t(vector) * kLogits - lead();
     if constexpr (kKept) {
       unpack_16<T>(x, kept()[vector - block_begin]);
     } else {
-      const int64_t id = int64_t(vector) * kLogits - lead();
       const bool whole = id >= 0 && id + kLogits <= n;
       unpack_16<T>(x, whole ? load_streaming_16(row + id) : load_partial(row, n, id));
+    }
+    if constexpr (Source::kSubtracts) {
+      if (minus != nullptr) {
+        const bool whole = id >= 0 && id + kLogits <= n && reinterpret_cast<uintptr_t>(minus + id) % 16 == 0;
+        float other[kLogits];
+        unpack_16<T>(other, whole ? load_streaming_16(minus + id) : load_partial(minus, n, id));
+#pragma unroll
+        for (int j = 0; j < kLogits; ++j) {
+          const float rest = x[j] - other[j];
+          x[j] = rest < 0.0f ? 0.0f : rest;  // NaN stays
+        }
+      }
+    }
+#pragma unroll
+    for (float& value : x) value = kChecked ? Source::checked(value) : Source::canonical(value);
+    if constexpr (!kKept) {
       if (infinite) {
 #pragma unroll
-        for (int j = 0; j < kLogits; ++j) x[j] = x[j] == kInfinity ? 0.0f : -kInfinity;
+        for (float& value : x) value = limit_of(value);
       }
     }
   }
+
+  // What a canonical value is in a row with +inf: only those have a weight.
+  static __device__ float limit_of(float x) { return x == kInfinity ? Source::kInfinite : -kInfinity; }
 
   // Some logit is +inf. All threads call it, between barriers of the block.
   __device__ void set_infinite() {
     if constexpr (kKept) {
       T* const logits = reinterpret_cast<T*>(kept());
       for (int32_t i = threadIdx.x; i < num_tokens(); i += Threads)
-        logits[i] = from_float<T>(to_float(logits[i]) == kInfinity ? 0.0f : -kInfinity);
+        logits[i] = from_float<T>(to_float(logits[i]) == kInfinity ? Source::kInfinite : Source::kNothing);
     } else {
       if (threadIdx.x == 0) infinite = true;
     }
   }
 
-  // f(logits, id of the first) for the vectors of this warp, -inf where a lane has none.
+  // f(logits, id of the first) for the vectors of this warp's tokens, once each.
   template <class F>
+  __device__ __forceinline__ void for_each_own_vector(const F& f) const {
+    const Slice slice = *this;
+    const int32_t end = slice.warp_end(), first_id = -slice.lead();
+#pragma unroll 2
+    for (int32_t v = slice.warp_begin() + int32_t(threadIdx.x % 32); v < end; v += 32) {
+      float x[kLogits];
+      slice.read(v, x);
+      f(x, v * kLogits + first_id);
+    }
+  }
+
+  // f(logits, id of the first) for the vectors of this warp, -inf where a lane has none.
+  template <bool kChecked = false, class F>
   __device__ __forceinline__ void for_each_vector(const F& f) const {
     constexpr int kAtOnce = 8 / kLogits;
     const Slice slice = *this;  // one read of what is in shared memory
@@ -212,7 +171,7 @@ struct Slice {
       for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
         for (float& logit : x[i]) logit = -kInfinity;
-        if (base + 32 * i < end) slice.read(base + 32 * i, x[i]);
+        if (base + 32 * i < end) slice.template read<kChecked>(base + 32 * i, x[i]);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) f(x[i], (base + 32 * i) * kLogits + first_id);
@@ -247,9 +206,10 @@ struct Slice {
   __device__ float logit(int32_t i) const {
     const int32_t id = id_of(i);
     if (id < 0 || id >= n) return -kInfinity;
-    if constexpr (kKept) return to_float(reinterpret_cast<const T*>(kept())[i]);
-    const float x = to_float(row[id]);
-    return !infinite ? x : x == kInfinity ? 0.0f : -kInfinity;
+    static_assert(!Source::kSubtracts);
+    if constexpr (kKept) return Source::canonical(to_float(reinterpret_cast<const T*>(kept())[i]));
+    const float x = Source::canonical(to_float(row[id]));
+    return infinite ? limit_of(x) : x;
   }
 };
 

@@ -1,0 +1,229 @@
+// A row that a team of blocks works on: its shared memory, the first look at it, the token at which a sum
+// over ids reaches a target; and how many blocks a row gets.
+#pragma once
+
+#include <algorithm>
+
+#include "fi/cuda/sampling_select.h"
+
+namespace fi::cuda {
+
+inline constexpr int64_t kKeptBytes = 64 * 1024;  // of a row in a block: two blocks fit on a multiprocessor
+inline constexpr int64_t kWorthABlock = 4096;     // tokens
+
+// In dynamic shared memory, in front of what is kept of the row.
+struct alignas(16) RowScratch {
+  Team<kSampleThreads>::Scratch team;
+  SelectScratch select;
+  uint32_t warp_keys[2]
+                    [kMaxTeam * kSampleThreads / 32];  // of each warp of the team: first and last order key
+  SamplingDraw draw;
+  int64_t index;                          // of the draw
+  alignas(16) unsigned char slice[64];    // a RowSlice
+  alignas(16) unsigned char weights[48];  // the row's Weights
+  bool use_top_k, use_top_p;
+};
+
+template <class Source, bool kKept>
+using RowSlice = Slice<Source, kSampleThreads, kKept, uint32_t(sizeof(RowScratch))>;
+
+FI_DEVICE_INLINE RowScratch& row_scratch() { return *reinterpret_cast<RowScratch*>(dynamic_smem()); }
+
+template <class Row>
+FI_DEVICE_INLINE Row& shared_slice() {
+  static_assert(sizeof(Row) <= sizeof(RowScratch::slice));
+  return *reinterpret_cast<Row*>(row_scratch().slice);
+}
+template <class Row>
+FI_DEVICE_INLINE typename Row::Weights& shared_weights() {
+  static_assert(sizeof(typename Row::Weights) <= sizeof(RowScratch::weights));
+  return *reinterpret_cast<typename Row::Weights*>(row_scratch().weights);
+}
+
+// The largest and the smallest of a row's values that may weigh something; not a number if any value is not.
+struct Range {
+  float max, min;
+};
+
+// Those of a thread.
+struct ThreadRange {
+  float high = -kInfinity, low = kInfinity;  // finite for the lower one
+  bool nan = false;
+
+  template <int N>
+  __device__ __forceinline__ void add(const float (&x)[N]) {
+#pragma unroll
+    for (const float value : x) {
+      nan |= value != value;
+      high = fmaxf(high, value);
+      if (value > -kInfinity) low = fminf(low, value);
+    }
+  }
+};
+
+template <class Row>
+struct TeamRow {
+  using Weights = typename Row::Weights;
+
+  RowScratch& s;
+  Row& slice;        // in s
+  Weights& weights;  // in s
+  Team<kSampleThreads>& team;
+
+  __device__ explicit TeamRow(Team<kSampleThreads>& team)
+      : s(row_scratch()), slice(shared_slice<Row>()), weights(shared_weights<Row>()), team(team) {}
+
+  // The range of the row from those of the threads; one barrier of the team.
+  __device__ Range range_of(const ThreadRange& mine) const {
+    constexpr uint32_t kWarps = kSampleThreads / 32;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const float high = mine.nan ? __uint_as_float(0x7fffffffu) : mine.high;
+    uint32_t first = __reduce_min_sync(kAllLanes, order_key(high + 0.0f)),
+             last = __reduce_max_sync(kAllLanes, order_key(mine.low + 0.0f));
+    team.tell_all(&s.warp_keys[0][team.rank * kWarps + warp], first);
+    team.tell_all(&s.warp_keys[1][team.rank * kWarps + warp], last);
+    team.sync();
+    for (uint32_t i = lane; i < team.size * kWarps; i += 32) {
+      first = ::min(first, s.warp_keys[0][i]);
+      last = ::max(last, s.warp_keys[1][i]);
+    }
+    return {key_logit(__reduce_min_sync(kAllLanes, first)), key_logit(__reduce_max_sync(kAllLanes, last))};
+  }
+
+  // The lowest id of the row with that value, if it has one; else kAllPlaces.
+  __device__ uint64_t first_id_of(float value) const {
+    uint64_t first = kAllPlaces;
+    slice.for_each([&](float x, int32_t id) {
+      if (x == value && uint64_t(id) < first) first = uint64_t(id);
+    });
+    return team.min(first);
+  }
+
+  // Calls found(id) in one thread of the team: for the first id at which the sum over ids of weight_of(x, id)
+  // exceeds target_of(the sum of all). `sums` has the sums by warp; where all are 0 all threads call none().
+  template <class Target, class WeightOf, class Found, class None>
+  __device__ void find_by_id(const WarpSums& by_warp, const Target& target_of, const WeightOf& weight_of,
+                             const Found& found, const None& none) const {
+    // Which warp's: all warps find out by themselves.
+    constexpr uint32_t kSums = kMaxTeam * kSampleWarps / 32;
+    const uint32_t lane = threadIdx.x % 32;
+    uint64_t sums[kSums], up_to = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < kSums; ++i) {
+      sums[i] = lane * kSums + i < team.size * kSampleWarps ? by_warp.values[lane * kSums + i] : 0;
+      up_to += sums[i];
+    }
+    const uint64_t of_lane = up_to;
+#pragma unroll
+    for (uint32_t step = 1; step < 32; step *= 2) {
+      const uint64_t other = __shfl_up_sync(kAllLanes, up_to, step);
+      if (lane >= step) up_to += other;
+    }
+    const uint64_t total = __shfl_sync(kAllLanes, up_to, 31);
+    if (total == 0) return none();
+    uint64_t left = target_of(total);
+    const int owner = __ffs(int(__ballot_sync(kAllLanes, up_to > left))) - 1;
+    left -= up_to - of_lane;
+    uint32_t warp = lane * kSums;
+#pragma unroll
+    for (uint32_t i = 0; i + 1 < kSums; ++i) {
+      if (warp != lane * kSums + i || left < sums[i]) continue;
+      left -= sums[i];
+      ++warp;
+    }
+    left = __shfl_sync(kAllLanes, left, owner);
+    warp = __shfl_sync(kAllLanes, warp, owner);
+    if (warp / kSampleWarps != team.rank) return;
+
+    // Its range, by the whole block.
+    constexpr int kLogits = Row::kLogits;
+    const int32_t end = slice.end_of(warp % kSampleWarps);
+    for (int32_t base = slice.begin_of(warp % kSampleWarps); base < end; base += kSampleThreads) {
+      const int32_t vector = base + int32_t(threadIdx.x), id = vector * kLogits - slice.lead();
+      uint64_t weight[kLogits] = {}, mine = 0;
+      if (vector < end) {
+        float x[kLogits];
+        slice.read(vector, x);
+#pragma unroll
+        for (int j = 0; j < kLogits; ++j) mine += weight[j] = weight_of(x[j], id + j);
+      }
+      const uint64_t before = team.scan(mine);
+      if (before <= left && left - before < mine) {
+        uint64_t rest = left - before;
+        int32_t j = 0;
+#pragma unroll
+        for (int i = 0; i + 1 < kLogits; ++i) {
+          if (j != i || rest < weight[i]) continue;
+          rest -= weight[i];
+          ++j;
+        }
+        found(int64_t(id + j));
+      }
+      if (base + kSampleThreads < end)
+        left -= team.sum(mine, Among::kBlock);  // a large number behind its place
+    }
+  }
+
+  // Draws from the tokens up to `cut`, of which s.select.kept has the weights: calls write(id) in one thread,
+  // or none() in all where nothing weighs anything.
+  template <class Write, class None>
+  __device__ void draw(uint64_t cut, float uniform, const Write& write, const None& none) const {
+    const Weights w = weights;
+    const Kept kept(cut);
+    find_by_id(
+        s.select.kept, [&](uint64_t total) { return uint64_t(draw_target(int64_t(total), uniform)); },
+        [&](float x, int32_t id) { return kept(x, id) ? weigh(w, x) : 0; }, write, none);
+  }
+};
+
+// How a row's blocks start: before anything that its peers may write to a block has started, and before they
+// have started themselves, nothing may be shared; between the two a block may read its slice.
+FI_DEVICE_INLINE Team<kSampleThreads> begin_team() {
+  Team<kSampleThreads> team(cluster_rank(), cluster_size());
+  if (team.size > 1) cluster_arrive();
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  return team;
+}
+FI_DEVICE_INLINE void team_has_started(const Team<kSampleThreads>& team) {
+  __syncthreads();
+  if (team.size > 1) cluster_wait();
+}
+
+// How the rows of a launch are spread over blocks. The answer is the same however they are.
+struct RowLaunch {
+  unsigned blocks;  // a row
+  bool keep;        // the row in shared memory
+  size_t smem;
+
+  // As many blocks a row as keep it in shared memory with two of them on a multiprocessor, and more while
+  // there are multiprocessors to spare. `element_size`: bytes of a value.
+  RowLaunch(const Gpu& gpu, int64_t rows, int64_t vocab_size, int64_t element_size) : blocks(1) {
+    auto kept_bytes = [&] {
+      const int64_t vectors = (vocab_size * element_size + 15) / 16 + 1;
+      const int64_t warps = int64_t(blocks) * kSampleWarps;
+      return (vectors + warps - 1) / warps * kSampleWarps * 16;
+    };
+    if (has_clusters(gpu)) {
+      while (blocks < kMaxTeam && kept_bytes() > kKeptBytes) blocks *= 2;
+      while (blocks < kMaxTeam && rows * blocks * 2 <= gpu.num_sms && vocab_size > blocks * kWorthABlock)
+        blocks *= 2;
+    }
+    keep = int64_t(sizeof(RowScratch)) + kept_bytes() <= gpu.max_block_smem;
+    smem = sizeof(RowScratch) + (keep ? size_t(kept_bytes()) : 0);
+  }
+
+  // About how many rows are worked on at the same time.
+  int64_t rows_at_once(const Gpu& gpu) const {
+    return std::max<int64_t>(1, 2 * gpu.num_sms / int64_t(blocks));
+  }
+
+  // With a team for each row: kernel(args...), which calls begin_team().
+  template <class... Params, class... Args>
+  void run(const Gpu& gpu, void (*kernel)(Params...), int64_t rows, Args&&... args) const {
+    launch_clusters(gpu, kernel, dim3(unsigned(rows) * blocks), blocks, dim3(kSampleThreads), smem,
+                    /*overlap=*/true, std::forward<Args>(args)...);
+  }
+};
+
+}  // namespace fi::cuda
