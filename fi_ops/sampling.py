@@ -26,7 +26,7 @@ from collections.abc import Callable
 import torch
 
 from ._arguments import array_or_number, require
-from ._random import philox_uniform, uniform_numbers
+from ._uniform import philox_uniform, uniform_numbers
 from .renorm import softmax, top_k_mask_logits, top_k_renorm_probs, top_p_renorm_probs
 
 __all__ = [

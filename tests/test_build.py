@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import fi_ops
 from fi_ops import _build, _load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,6 +157,12 @@ assert fi_ops._load.library_path() is None
         assert run.returncode == 0, run.stderr
         times.append(float(run.stdout))
     assert min(times) < 0.3, f"import fi_ops took {min(times):.2f} s"
+
+
+def test_no_module_hides_one_of_python():
+    """The build backend is found with fi_ops/ on the path, so `fi_ops/_random.py` would be Python's own `_random`."""
+    names = {path.stem for path in (Path(fi_ops.__file__).parent).iterdir()}
+    assert not names & sys.stdlib_module_names
 
 
 def test_isa_variable_is_checked():

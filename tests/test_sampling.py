@@ -229,7 +229,7 @@ def test_rows_without_a_distribution(device):
 def test_philox_is_the_published_one():
     """Known answers of Random123's philox4x32-10."""
     words = [torch.full((1,), 0xFFFFFFFF)] * 4
-    from fi_ops._random import _philox_4x32_10
+    from fi_ops._uniform import _philox_4x32_10
 
     assert [int(w) for w in _philox_4x32_10(words, words[:2])] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     zero = [torch.zeros(1, dtype=torch.int64)] * 4

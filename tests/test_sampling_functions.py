@@ -98,7 +98,7 @@ def test_speculative():
 
 def test_numbers_of_a_seed():
     """A row with a seed of its own has the same numbers alone; without, all numbers of a batch differ."""
-    from fi_ops._random import _philox_numbers
+    from fi_ops._uniform import _philox_numbers
 
     seeds = torch.tensor([3, 9])
     both = _philox_numbers(seeds, 1, 2, 4, "cpu")
