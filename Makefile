@@ -1,9 +1,11 @@
 # Every target sets up what it needs: a virtual environment, the dependencies, the native library.
-# PYTHON chooses the interpreter, VENV the environment's folder, PYTEST_ARGS what pytest gets, DEVICE whose library is built,
+# PYTHON chooses the interpreter, VENV the environment's folder, WORKERS how many processes test, PYTEST_ARGS what else pytest gets,
+# DEVICE whose library is built,
 # SUITE_ARGS what the GPU suite gets, JOBS how many models the zoo runs at a time, TORCH which releases of torch the matrix runs,
 # SUBSET=n one in n of the matrix's cases.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 PYTEST_ARGS ?=
 DEVICE ?= cpu
 SUITE_ARGS ?=
@@ -34,7 +36,7 @@ demo: build                  ## the main job: a real checkpoint, stock torch.com
 	$(PY) examples/demo.py
 
 test: build                  ## the whole suite; without a GPU, CUDA code is compiled (where nvcc is) and emulated
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.ready     ## on a machine with a GPU: its tests, memcheck and racecheck (SUITE_ARGS: see bench/gpu_suite.py)
 	$(PY) -m fi_ops.build --device all
