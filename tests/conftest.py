@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import zlib
 
 import pytest
@@ -22,6 +23,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:  # threads of several processes that wait for each other's cores are many times slower
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     if config.getoption("--emulate-cuda"):
         from emulation import build as emulation
 

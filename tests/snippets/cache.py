@@ -113,7 +113,7 @@ def caches_as_they_are_that_begin_inside_others(q, k, v, kc, vc, positions, mask
     return index_put(q, k, v, kc, vc, positions, mask)
 
 
-@snippet(step, reason="as it was before the write|shape of the slots")
+@snippet(step, reason="as it was before the write|shape of the slots|positions for")
 def slots_that_are_written_from_the_cache_itself(q, k, v, kc, vc, positions, mask):
     """What a kernel would read while it writes."""
     kc[:, :, positions] = kc[:, :, :3]
