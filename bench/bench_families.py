@@ -18,6 +18,8 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -292,7 +294,18 @@ def families(options: Options) -> list[Family]:
     return [f for f in FAMILIES if options.full or f.key in (QUICK if options.quick else STANDARD)]
 
 
+def _warm_all(options: Options) -> None:
+    """Each family in a process of its own, all at once."""
+    command = [sys.executable, "-m", "bench", "families", "--warm", "--device", options.device]
+    running = [subprocess.Popen([*command, "--only", family.key]) for family in families(options)]
+    if any([child.wait() for child in running]):
+        raise RuntimeError("a family was not compiled: see above")
+
+
 def cases(options: Options) -> Iterator[Case]:
+    if options.warm and not options.only:
+        _warm_all(options)
+        return
     sizes = SIZES[options.device]
     for family in families(options):
         yield from _cases_of(family, sizes, options)
@@ -334,8 +347,10 @@ def _candidate(subject: Subject, inputs: torch.Tensor, ours: bool, device: str) 
     mode = "reduce-overhead" if device == "cuda" and subject.job.phase == "decode" else None
     subject.restore()
     before = rewritten()
-    # Transformers makes FlexAttention's block masks in a way that warns, at which stock torch breaks the graph.
-    quiet = torch._dynamo.config.patch(ignore_logging_functions={warnings.warn})
+    # Transformers makes FlexAttention's block masks in a way that warns, at which stock torch breaks the graph. (Not for
+    # the others: torch 2.11 logs a traceback for each graph that it compiles with this set.)
+    flex = subject.family.implementation == "flex_attention"
+    quiet = torch._dynamo.config.patch(ignore_logging_functions={warnings.warn} if flex else set())
     with torch._inductor.config.patch(fx_graph_cache=False), quiet:
         call = compiled_step(subject.step(), (inputs,), ours, mode)
     name = f"torch.compile + fi_ops: {_sites(rewritten() - before)}" if ours else "torch.compile"

@@ -36,6 +36,7 @@ BENCHES = {
     "single_decode": 120,
     "single_prefill": 120,
     "sampling": 120,
+    "filters": 60,
     "models": 300,
     "families": 300,
     "decline": 120,

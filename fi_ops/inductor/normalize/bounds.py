@@ -6,7 +6,7 @@
 
 What is said by a comparison of places is proven, and needs no mask; the rest stays a mask, of as few dimensions as it has.
 Scores that are set to a number which is not -inf keep their meaning, the mean of all values, in a row that sees no key. So
-they are only taken where every row is known to see one.
+they are only taken where every row is known to see one, and what else is added to the scores is known to be small beside them.
 """
 
 # The arguments of fx calls have no types that mypy could follow.
@@ -22,7 +22,7 @@ from torch.fx import Node
 from ..walk import at_least
 from .affine import BATCH, HEAD, KEY, QUERY, Affine, along, lowest, never_negative, same
 from .clause import Choice, Clause, Term
-from .masks import LOWEST, NEVER, Mask
+from .masks import LOWEST, MODERATE, NEVER, Mask
 from .predicate import Predicates
 
 
@@ -80,7 +80,7 @@ def prove(masks: tuple[Mask, ...], known: Predicates, place: Place) -> Proof | N
         return None
     others = tuple(mask for mask in masks if mask not in proven)
     if any(_fill(mask, known) != NEVER for mask in masks):
-        is_all = not rest and not others
+        is_all = not rest and all(_is_moderate(mask, known) for mask in others)
         if not is_all or not _sees_a_key(bounds, known, place):
             return None
     return Proof(bounds, tuple(rest), others)
@@ -114,6 +114,12 @@ def _fill(mask: Mask, known: Predicates) -> float:
     if not isinstance(found, Choice) or 0 not in (found.yes, found.no) or isinstance(mask.scale.number, Node):
         return NEVER
     return (found.no if found.yes == 0 else found.yes) * mask.scale.factor
+
+
+def _is_moderate(mask: Mask, known: Predicates) -> bool:
+    """It adds numbers that are small beside those that exclude a key."""
+    found = None if mask.is_bool or isinstance(mask.scale.number, Node) else known.intervals.of(mask.node)
+    return found is not None and max(map(abs, found)) * abs(mask.scale.factor) <= MODERATE
 
 
 def _is_always(term: Term, known: Predicates) -> bool:

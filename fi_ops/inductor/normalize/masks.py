@@ -22,6 +22,8 @@ from ..walk import aten, is_call, is_tensor, may_be_same_size, same_size, shape,
 NEVER = float("-inf")
 LOWEST = -1e30
 """A score that is added to this or less is lost in rounding, in float32: adding such a number sets the score to it."""
+MODERATE = 1e20
+"""Up to this, what is added to a score does not make up for `LOWEST`."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from ..walk import (
 )
 from .affine import KEY, ZERO, Affine, Index, along, element, never_negative, number_of
 from .clause import Choice, Clause, Magnitude, Term
+from .interval import Intervals
 from .masks import LOWEST
 
 Value = Affine | Clause | Choice | Magnitude | float | None
@@ -53,6 +54,7 @@ class Predicates:
         self.sizes = sizes
         self._known: dict[tuple[Node, Index], Value] = {}
         self._depth = 0
+        self.intervals = Intervals()
 
     def of_mask(self, mask: Node) -> Value:
         """Of a mask that broadcasts to the scores."""
