@@ -298,8 +298,9 @@ def _warm_all(options: Options) -> None:
     """Each family in a process of its own, all at once."""
     command = [sys.executable, "-m", "bench", "families", "--warm", "--device", options.device]
     running = [subprocess.Popen([*command, "--only", family.key]) for family in families(options)]
-    if any([child.wait() for child in running]):
-        raise RuntimeError("a family was not compiled: see above")
+    failed = [child.args[-1] for child in running if child.wait()]
+    if failed:
+        raise RuntimeError(f"not compiled (see above): {', '.join(failed)}")
 
 
 def cases(options: Options) -> Iterator[Case]:
