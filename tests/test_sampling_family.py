@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fi_ops
+from fi_ops.library import SPECS
 from fi_ops.library._sampling import kept_probs
 
 OPS = torch.ops.fi
@@ -120,6 +121,17 @@ PARAMETERS = st.fixed_dictionaries(
 )
 
 
+def a_little_wider(options: dict) -> dict:
+    """A filter may end on a boundary that rounding moves: a little more may be kept."""
+    wider = dict(options)
+    if "top_p" in options:
+        top_p = torch.as_tensor(options["top_p"], dtype=torch.float64)
+        wider["top_p"] = torch.where(top_p == 0, 0.0, top_p * 1.00001 + 1e-6)
+    if "min_p" in options:
+        wider["min_p"] = torch.as_tensor(options["min_p"], dtype=torch.float64) * 0.99999
+    return wider
+
+
 @RELAXED
 @given(
     row=st.lists(FLOATS, min_size=1, max_size=20),
@@ -128,26 +140,129 @@ PARAMETERS = st.fixed_dictionaries(
     temperature=st.sampled_from([0.0, 1e-30, 0.5, 1.0, 1e30]),
     u=st.floats(0, 1 - 2**-24, width=32),
 )
-def test_hostile_rows(row, copies, parameters, temperature, u):
+def test_hostile_rows(row, copies, parameters, temperature, u, device):
     """Whatever a row has, the id is in range and drawn from what can be kept, or the row is said to be invalid."""
-    x = torch.tensor(row, dtype=torch.float32).repeat(copies)[None]
-    uniform = torch.tensor([u])
+    x = torch.tensor(row, dtype=torch.float32).repeat(copies)[None].to(device)
+    uniform = torch.tensor([u], device=device)
     for from_probs in (False, True):
         options = parameters if from_probs else {**parameters, "temperature": temperature}
         name = f"top_k_top_p_sampling_from_{'probs' if from_probs else 'logits'}"
         samples, valid = getattr(OPS, name)(x, uniform, **options)
-        # a filter may end on a boundary that rounding moves: a little more is allowed to be kept
-        wider = {**options, "top_p": options["top_p"] * 1.00001 + 1e-6, "min_p": options["min_p"] * 0.99999}
-        wider["top_p"] = 0.0 if options["top_p"] == 0 else wider["top_p"]
-        probs = kept_probs(x, from_probs=from_probs, **wider)[0]
+        probs = kept_probs(x, from_probs=from_probs, **a_little_wider(options))[0]
         assert valid.item() != probs.isnan().any()
         assert 0 <= samples.item() < x.shape[1] and (valid.item() or samples.item() == 0)
         assert not valid.item() or probs[samples.item()] > 0 or probs.isnan().any()
     renormed = OPS.top_k_top_p_renorm_probs(x, **parameters)
     assert renormed.isnan().all() or abs(renormed.double().sum().item() - 1) < 1e-5
     logprobs, rank, _, ids = OPS.gather_logprobs(x, samples.long(), x.shape[1])
-    assert ids[0, rank.item() - 1] == samples.item() and torch.equal(ids.sort(-1).values[0], torch.arange(x.shape[1]))
+    assert ids[0, rank.item() - 1] == samples.item() and torch.equal(
+        ids.sort(-1).values[0].cpu(), torch.arange(x.shape[1])
+    )
     assert logprobs.isnan().all() or logprobs.max() <= 0
+
+
+# What becomes of a row of normal logits, or of their softmax.
+KINDS = {
+    "usual": lambda x: x,
+    "NaN": lambda x: torch.where(x == x.max(), math.nan, x),
+    "all -inf": lambda x: torch.full_like(x, -math.inf),
+    "infinities": lambda x: torch.where(x > x.median(), math.inf, x),
+    "zeros": torch.zeros_like,
+    "signed zeros": lambda x: torch.zeros_like(x).copysign(x - x.median()),
+    "denormals": lambda x: x * 1e-40,
+    "one token at 1": lambda x: (x == x.max()).to(x.dtype),
+    "unnormalised": lambda x: x * 1e30,
+    "ties": lambda x: x.mul(2).round(),
+    "all equal": lambda x: torch.full_like(x, 0.7),
+    "one negative": lambda x: torch.where(x == x.min(), -1e-3, x),
+}
+BY_ROW = st.fixed_dictionaries(
+    {
+        "top_k": st.one_of(st.sampled_from([0, 1, -7, 2**40]), st.integers(1, 400)),
+        "top_p": st.one_of(st.sampled_from([0.0, 1.0, 1e-30, 7.0]), st.floats(0, 1, width=32)),
+        "min_p": st.one_of(st.sampled_from([0.0, 1.0, 1e-30]), st.floats(0, 1, width=32)),
+        "temperature": st.one_of(st.sampled_from([0.0, 1.0, 1e-30, 1e30]), st.floats(0.125, 4, width=32)),
+        "u": st.floats(0, 1 - 2**-24, width=32),
+        "kind": st.sampled_from(list(KINDS)),
+    }
+)
+
+
+@settings(RELAXED, max_examples=150)
+@given(
+    rows=st.lists(BY_ROW, min_size=1, max_size=4),
+    vocab=st.sampled_from([1, 2, 33, 300, 3001]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    top_k_first=st.booleans(),
+    min_p_first=st.booleans(),
+    top_k_ties=st.sampled_from(["exact", "threshold"]),
+    seed=st.integers(0, 2**16),
+)
+def test_hostile_batches(rows, vocab, dtype, top_k_first, min_p_first, top_k_ties, seed, device):
+    """Every op of one row of logits or probabilities: rows that can't be sampled beside others that can, each with filters of
+    its own. A row's output is what it is alone, bit for bit, and is right in the sense of `test_hostile_rows`."""
+    logits = torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(seed)) * 3
+    numbers = {key: torch.tensor([row[key] for row in rows]) for key in ("top_k", "top_p", "min_p", "temperature", "u")}
+    orders = {"top_k_first": top_k_first, "min_p_first": min_p_first, "top_k_ties": top_k_ties}
+    for spec in SPECS.values():
+        if spec.family not in ("sampling", "renorm"):
+            continue
+        names = [a.name for a in spec.parsed.arguments]
+        from_probs = names[0] == "probs"
+        x = logits.softmax(-1) if from_probs else logits.to(dtype)
+        x = torch.stack([KINDS[row["kind"]](x[r]) for r, row in enumerate(rows)])
+        filters = {key: value for key, value in numbers.items() if f"{key}_arr" in names}
+        options = {key: value for key, value in orders.items() if key in names}
+
+        def call(some, x=x, filters=filters, options=options, draws="uniform" in names, op=spec.overload):
+            args = (x[some], numbers["u"][some]) if draws else (x[some],)
+            arrays = {f"{key}_arr": value[some].to(device) for key, value in filters.items()}
+            result = op(*(t.to(device) for t in args), **arrays, **options)
+            return [t.cpu() for t in (result if isinstance(result, tuple) else (result,))]
+
+        whole = call(slice(None))
+        for r in range(len(rows)):
+            for of_batch, alone in zip(whole, call(slice(r, r + 1)), strict=True):
+                assert torch.equal(of_batch[r].nan_to_num(7.0), alone[0].nan_to_num(7.0)), (spec.name, r)
+        if spec.name == "top_k_mask_logits":
+            continue  # (infinities are numbers like others to it; its samples have them)
+        probs = kept_probs(x, from_probs=from_probs, **a_little_wider(filters | options))
+        can_be_sampled = ~probs.isnan().any(-1)
+        if "uniform" in names:
+            tokens, valid = whole[0].long(), whole[1]
+            assert (tokens >= 0).all() and (tokens < vocab).all() and (tokens[~valid] == 0).all(), spec.name
+            assert torch.equal(valid, can_be_sampled), spec.name
+            assert (probs.gather(1, tokens[:, None])[valid] > 0).all(), spec.name
+        else:
+            assert torch.equal(~whole[0].isnan().any(-1), can_be_sampled), spec.name
+            written = whole[0][can_be_sampled].double()
+            assert ((written.sum(-1) - 1).abs() < 1e-5).all(), spec.name
+            assert (probs[can_be_sampled][written > 0] > 0).all(), spec.name
+
+
+@settings(RELAXED, max_examples=150)
+@given(
+    kinds=st.lists(st.sampled_from(list(KINDS)), min_size=6, max_size=6),
+    vocab=st.sampled_from([2, 33, 3001]),
+    u=st.lists(st.floats(0, 1 - 2**-24, width=32), min_size=6, max_size=6),
+    seed=st.integers(0, 2**16),
+)
+def test_hostile_chains(kinds, vocab, u, seed, device):
+    """Draft chains of hostile rows: a prefix of the draft's tokens, one token in range, -1 behind it; alone as in a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    probs = (torch.randn(2, 6, vocab, generator=generator) * 2).softmax(-1)
+    draft = torch.stack([KINDS[kind](row) for kind, row in zip(kinds, probs[0], strict=True)]).view(2, 3, -1)[:, :2]
+    target = torch.stack([KINDS[kind](row) for kind, row in zip(kinds[::-1], probs[1], strict=True)]).view(2, 3, -1)
+    ids = torch.randint(0, vocab, (2, 2), generator=generator)
+    args = [t.to(device) for t in (draft, ids, torch.tensor(u).view(2, 3), target)]
+    whole = [t.cpu() for t in OPS.chain_speculative_sampling(*args)]
+    output, accepted, emitted = whole
+    for b in range(2):
+        alone = OPS.chain_speculative_sampling(*(t[b : b + 1] for t in args))
+        assert all(torch.equal(one[b], other[0].cpu()) for one, other in zip(whole, alone, strict=True))
+        n = int(emitted[b])
+        assert 0 <= n <= accepted[b] <= 2
+        assert torch.equal(output[b, :n], ids[b, :n]) and 0 <= output[b, n] < vocab and (output[b, n + 1 :] == -1).all()
 
 
 # ------------------------------------------------------------------------------------------------ invariance
