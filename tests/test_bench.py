@@ -24,8 +24,8 @@ def _small(monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["sampling", "--length", "3000", "--batch", "2"],
-        ["filters", "--length", "3000", "--batch", "2"],
+        ["sampling", "--vocab", "3000", "--batch", "2"],
+        ["filters", "--vocab", "3000", "--batch", "2"],
         ["single_decode", "--length", "100", "--batch", "2"],
         ["single_prefill", "--length", "70"],
         ["linear", "--batch", "2"],
