@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import __main__ as command_line
-from bench import bench_families, harness, output, plot
+from bench import bench_families, harness, output, plot, stock
 from bench.clock import HostClock
 
 
@@ -115,3 +116,20 @@ def test_a_wrong_answer_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(bench_sampling, "cases", wrong)
     assert command_line.main(["sampling", "--turns", "1", "--quick"]) == 1
     assert "WRONG sampling: wrong: a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("likeness", [0.1, 3.0])
+def test_the_peer_of_draft_chains_accepts_what_the_op_does(likeness):
+    """Its last token is another draw; all before it, and how many there are, must be the op's."""
+    generator = torch.Generator().manual_seed(1)
+    draft = torch.randn(200, 4, 50, generator=generator)
+    noise = torch.randn(200, 5, 50, generator=generator) * likeness
+    target = (torch.cat([draft, draft[:, :1]], 1) + noise).softmax(-1)
+    draft = draft.softmax(-1)
+    ids = draft.view(-1, 50).multinomial(1, generator=generator).view(200, 4)
+    uniform = torch.rand(200, 5, generator=generator)
+    theirs = stock.speculate(draft, ids, uniform, target)
+    output, _, emitted = torch.ops.fi.chain_speculative_sampling(draft, ids, uniform, target)
+    drawn = torch.arange(5) == emitted[:, None]
+    assert torch.equal(theirs.masked_fill(drawn, 0), output.masked_fill(drawn, 0)) and emitted.unique().numel() == 5
+    assert (target[torch.arange(200), emitted.long(), theirs[drawn]] > 0).all()

@@ -20,6 +20,7 @@ from sampling_tokens import CASES, boundaries, differing, draws_of, numbers
 import fi_ops
 from fi_ops import _build
 
+BY_THE_CPU = "the CPU's kernels, or the tests themselves: minutes when draws are emulated"
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -47,7 +48,9 @@ def test_numbers_are_the_cpus():
 
 
 @EACH
-def test_any_number_of_threads_draws_the_same_tokens(case):
+def test_any_number_of_threads_draws_the_same_tokens(case, pytestconfig):
+    if pytestconfig.getoption("--emulate-cuda"):
+        pytest.skip(BY_THE_CPU)
     threads, draws = torch.get_num_threads(), draws_of(case, 1000)
     try:
         torch.set_num_threads(1)
@@ -61,11 +64,13 @@ def test_any_number_of_threads_draws_the_same_tokens(case):
 
 @pytest.mark.skipif(bool(os.environ.get("FI_OPS_CPU_ISA")), reason="already held to a level")
 def test_every_instruction_set_draws_the_same_tokens(tmp_path, pytestconfig):
-    """Against the levels below this machine's. (With `--emulate-cuda` here are the CUDA kernels, and all levels there.)"""
-    emulated = pytestconfig.getoption("--emulate-cuda")
-    draws = 300 if emulated else 4000
-    names = [isa.name for isa in _build.isa_levels()]
-    names = names[: names.index(fi_ops.cpu_isa()) + emulated]
+    """Against the levels below this machine's. (With `--emulate-cuda`: the CUDA kernels against the lowest level.)"""
+    draws, here, names = 4000, "CUDA, emulated", [isa.name for isa in _build.isa_levels()]
+    if pytestconfig.getoption("--emulate-cuda"):
+        draws, names = 300, names[:1]
+    else:
+        here = fi_ops.cpu_isa()
+        names = names[: names.index(here)]
     script = Path(__file__).with_name("sampling_tokens.py")
     mine = {case.name: case.tokens(draws_of(case, draws)) for case in CASES}
     for name in names:
@@ -74,12 +79,14 @@ def test_every_instruction_set_draws_the_same_tokens(tmp_path, pytestconfig):
         subprocess.run(command, env={**os.environ, "FI_OPS_CPU_ISA": name}, check=True)
         theirs = torch.load(path)
         for case in CASES:
-            assert_few(case, mine[case.name], theirs[case.name], f"{fi_ops.cpu_isa()} and {name}")
+            assert_few(case, mine[case.name], theirs[case.name], f"{here} and {name}")
 
 
 @pytest.mark.parametrize("shift", [1e-5, -1e-5])
-def test_a_boundary_that_moves_is_seen(shift):
+def test_a_boundary_that_moves_is_seen(shift, pytestconfig):
     """What the tests would say of a CDF that is 1e-5 off, of ids off by one, of a filter left out."""
+    if pytestconfig.getoption("--emulate-cuda"):
+        pytest.skip(BY_THE_CPU)
     case = CASES[0]
     truth = boundaries(case)
     rows, uniform = numbers(30_000)
