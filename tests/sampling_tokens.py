@@ -125,7 +125,7 @@ def boundaries(case: Case) -> Boundaries:
     return Boundaries(probs, upper, apart)
 
 
-def differing(case: Case, mine: torch.Tensor, theirs: torch.Tensor) -> tuple[int, float, float]:
+def differing(case: Case, mine: torch.Tensor, theirs: torch.Tensor) -> tuple[int, float, int]:
     """How many tokens differ, how many may (mean, and what is exceeded once in a million times).
 
     AssertionError where one is not in the support, or where the number is not at a boundary between the two tokens: then not
@@ -145,7 +145,14 @@ def differing(case: Case, mine: torch.Tensor, theirs: torch.Tensor) -> tuple[int
         f"{case.name}: a token changed to one that is no neighbour"
     )
     mean = truth.expected(rows)
-    return len(where), mean, mean + 5 * math.sqrt(mean) + 5
+    return len(where), mean, exceeded_once_in_a_million(mean)
+
+
+def exceeded_once_in_a_million(mean: float) -> int:
+    """The number that a Poisson variable of that mean exceeds with a probability below 1e-6."""
+    n = torch.arange(int(mean + 10 * mean**0.5) + 20, dtype=torch.float64)
+    above = torch.special.gammainc(n + 1, torch.tensor(mean, dtype=torch.float64))
+    return int((above >= 1e-6).sum())
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,57 @@ def test_slower_than_stock_is_marked(ours, marked, monkeypatch, capsys):
     monkeypatch.setattr(harness, "clock_of", lambda device: GivenTimes())
     assert command_line.main(["sampling", "--quick"]) == 0
     assert ("slower than stock: sampling: a job" in capsys.readouterr().out) == marked
+
+
+@pytest.mark.parametrize(("target", "verdict"), [(1100.0, "met"), (900.0, "missed")])
+def test_a_target_is_held_against_ours(target, verdict, monkeypatch, tmp_path, capsys):
+    from bench import bench_sampling
+
+    class GivenTimes(HostClock):
+        def prepare(self, candidate, seconds):
+            return lambda: 1e-3
+
+    candidates = [harness.Candidate("stock", lambda: None), harness.Candidate("fi_ops", lambda: None, ours=True)]
+    monkeypatch.setattr(bench_sampling, "cases", lambda options: [harness.Case("a job", candidates, target_us=target)])
+    monkeypatch.setattr(harness, "clock_of", lambda device: GivenTimes())
+    page = tmp_path / "page.md"
+    assert command_line.main(["sampling", "--quick", "--markdown", str(page)]) == 0
+    line = f"target: fi_ops in at most {target:g} us: {verdict} (1000.0 us)"
+    assert capsys.readouterr().out.count(line) == 1 and page.read_text().count(line) == 1
+
+
+def test_a_peer_that_does_not_compile_says_so(monkeypatch, capsys):
+    from bench import bench_sampling
+
+    def broken(graph, inputs):
+        raise RuntimeError("no")
+
+    peer = harness.Candidate("stock, compiled", torch.compile(lambda: torch.ones(2) + 1, backend=broken))
+    candidates = [peer, harness.Candidate("fi_ops", lambda: None, ours=True)]
+    monkeypatch.setattr(bench_sampling, "cases", lambda options: [harness.Case("a job", candidates)])
+    assert command_line.main(["sampling", "--turns", "1", "--turn", "0"]) == 0
+    assert "stock, compiled  fails: does not compile" in capsys.readouterr().out
+
+
+def test_a_slow_peer_gets_few_turns(monkeypatch):
+    """By a clock that only the peers' turns move: 15 turns of 0.03 s are ordered, and one of the slow peer's takes a second."""
+    turns, now = {"slow": 0, "stock": 0, "fi_ops": 0}, [0.0]
+
+    class GivenTimes(HostClock):
+        def prepare(self, candidate, seconds):
+            def turn():
+                turns[candidate.name] += 1
+                now[0] += 1.0 if candidate.name == "slow" else 0.03
+                return 1e-3
+
+            return turn
+
+    candidates = [harness.Candidate(name, lambda: None, ours=name == "fi_ops") for name in turns]
+    monkeypatch.setattr(harness, "clock_of", lambda device: GivenTimes())
+    monkeypatch.setattr(harness, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    rows = output.Report()
+    harness.run("sampling", [harness.Case("a job", candidates)], harness.Options(turns=15, turn=0.03), rows)
+    assert turns == {"slow": 5, "stock": 15, "fi_ops": 15} and len(rows.rows) == 3
 
 
 def test_a_wrong_answer_is_reported(monkeypatch, capsys):
