@@ -93,7 +93,7 @@ def test_replays_follow_seed_and_offset(per_row):
         expected = fi_ops.top_k_top_p_sampling_from_logits(x, 0, 0.9, seed=seeds, offset=at)
         assert torch.equal(out, expected) and offset.item() == at + 1
         on_cpu = fi_ops.top_k_top_p_sampling_from_logits(logits, 0, 0.9, seed=seed, offset=at)
-        assert (out.cpu() != on_cpu).sum() <= 1  # test_sampling_devices.py says how rarely they differ
+        assert (out.cpu() != on_cpu).sum() <= 3  # test_sampling_devices.py says how rarely they differ
 
 
 def test_large_k_in_order():
