@@ -1,12 +1,14 @@
-"""The sampling family's CUDA kernels against the CPU's, and what only a GPU can show: batches, graphs."""
+"""What only a GPU can show of the sampling family: how rows are spread over blocks, captured graphs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from sampling_statistics import assert_distributed, row_of
 from test_sampling_family import calls
 
 import fi_ops
+from fi_ops.library._sampling import kept_probs
 
 OPS = torch.ops.fi
 
@@ -15,24 +17,6 @@ pytestmark = pytest.mark.gpu
 
 def outputs(result) -> list[torch.Tensor]:
     return list(result) if isinstance(result, (tuple, list)) else [result]
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"top_k": 40}, {"top_k": 5000, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.01}], ids=str
-)
-@pytest.mark.parametrize("spread", [0.05, 3.0])
-def test_the_cpus_tokens(options, spread):
-    """The same uniforms draw the same tokens but where rounding moves a boundary across one: its chance is at most the
-    tokens' number times the rounding of their probabilities (2^-22, at 32,000 tokens below 1e-2; seen on an H100: within it)."""
-    logits = torch.randn(4, 32_000, generator=torch.Generator().manual_seed(3)) * spread
-    rows = torch.arange(4096) % 4
-    uniform = fi_ops.philox_uniform(5, 0, 4096)
-    probs = logits.softmax(-1)
-    for op, x in ((OPS.top_k_top_p_sampling_from_logits, logits), (OPS.top_k_top_p_sampling_from_probs, probs)):
-        mine, valid = op(x.cuda(), uniform.cuda(), indices=rows.cuda(), **options)
-        theirs, _ = op(x, uniform, indices=rows, **options)
-        assert valid.all()
-        assert (mine.cpu() != theirs).sum() <= 41
 
 
 @pytest.mark.parametrize("name", calls(1, 2))
@@ -60,6 +44,56 @@ def test_graph_capture(name):
             t.fill_(1)
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def captured(call) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
+
+
+@pytest.mark.parametrize("options", [{}, {"min_p": 0.01, "temperature": 1.5}], ids=str)
+def test_replays_draw_new_and_right_tokens(options):
+    """Fifty replays of 20,000 draws, numbers from torch's generator: no two alike, all together distributed as they must be
+    (false-alarm rate 1e-6 each); then from other logits, in the same place."""
+    row = row_of("heavy-tailed").cuda()
+    rows = torch.zeros(20_000, dtype=torch.int32, device="cuda")
+    graph, out = captured(lambda: fi_ops.top_k_top_p_sampling_from_logits(row, 50, 0.9, rows, **options))
+    for logits in (row.clone(), row.flip(1)):
+        row.copy_(logits)
+        replays = []
+        for _ in range(50):
+            graph.replay()
+            replays.append(out.clone())
+        tokens = torch.stack(replays).cpu()
+        assert (tokens[1:] != tokens[:-1]).any(1).all() and len(tokens.unique(dim=0)) == 50
+        probs = kept_probs(logits.cpu(), 50, 0.9, **options)[0]
+        assert_distributed(tokens.flatten().long(), probs)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_replays_follow_seed_and_offset(per_row):
+    """A graph that counts its offset up draws what calls with those offsets draw, on either device."""
+    logits = torch.randn(300, 5000, generator=torch.Generator().manual_seed(5)) * 2
+    seed = torch.arange(300) if per_row else torch.tensor([12])
+    x, seeds, offset = logits.cuda(), seed.cuda(), torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def step():
+        tokens = fi_ops.top_k_top_p_sampling_from_logits(x, 0, 0.9, seed=seeds, offset=offset)
+        offset.add_(1)
+        return tokens
+
+    graph, out = captured(step)
+    for at in (0, 1, 2, 2**40):
+        offset.fill_(at)
+        graph.replay()
+        expected = fi_ops.top_k_top_p_sampling_from_logits(x, 0, 0.9, seed=seeds, offset=at)
+        assert torch.equal(out, expected) and offset.item() == at + 1
+        on_cpu = fi_ops.top_k_top_p_sampling_from_logits(logits, 0, 0.9, seed=seed, offset=at)
+        assert (out.cpu() != on_cpu).sum() <= 3  # test_sampling_devices.py says how rarely they differ
 
 
 def test_large_k_in_order():

@@ -64,11 +64,11 @@ struct FilterSearch {
       row.sum_kept(all);
       return {Keeps::row, all, row.total_of_chunks()};
     }
-    if (row.n <= 4 * kChunk) {
+    if (use_top_k && d.top_k <= row.num_blocks() / 2) return among_candidates(bucket_of_top_k());
+    if (row.n <= kChunk / 2) {  // clearing and walking a histogram would cost more than it saves
       row.set_buckets_of_row();
       return among_candidates(kBuckets - 1);
     }
-    if (use_top_k && d.top_k <= row.num_blocks() / 2) return among_candidates(bucket_of_top_k());
     return by_histogram();
   }
 
