@@ -17,7 +17,7 @@ import torch._inductor.config as inductor_config
 from torch.fx import Graph
 
 from ..normalize.sampler import Sampler, match_sampler
-from ..sites import Declined, GraphReport, Site, attempt
+from ..sites import Declined, GraphReport, Site, attempt, check_switched_on
 from ..subclasses import check_no_subclasses
 from ..walk import argument, aten, erase_dead, is_call, prims, shape, source_line, value
 from .attention import exclusive_to
@@ -33,6 +33,7 @@ def rewrite_samplers(graph: Graph, emitter: Emitter, report: GraphReport) -> Non
             sampler = match_sampler(node)
             if sampler is None:
                 continue
+            check_switched_on("sampling")
             check_no_subclasses()
             _check_exclusive(sampler)
             if inductor_config.fallback_random:
