@@ -26,6 +26,7 @@ def _small(monkeypatch):
     [
         ["sampling", "--length", "3000", "--batch", "2"],
         ["filters", "--length", "3000", "--batch", "2"],
+        ["generate", "--length", "3000", "--batch", "2"],
         ["single_decode", "--length", "100", "--batch", "2"],
         ["single_prefill", "--length", "70"],
         ["linear", "--batch", "2"],
