@@ -150,7 +150,7 @@ CONFIGURATIONS = {
     "epsilon": dict(top_k=0, epsilon_cutoff=0.05),
     "eta": dict(top_k=0, temperature=1.2, eta_cutoff=0.05),
     "renormalised": dict(top_k=5, renormalize_logits=True),
-    "watermark": dict(top_k=8, watermarking_config=dict(bias=1.5, seeding_scheme="lefthash")),
+    "watermark": dict(top_k=8, watermarking_config=transformers.WatermarkingConfig(bias=1.5)),
 }
 
 
@@ -294,7 +294,7 @@ def test_custom_generate_for_one_call(model):
     ("options", "reason"),
     [
         (dict(num_beams=3), "arguments that ask for beam sample"),
-        (dict(prompt_lookup_num_tokens=2), "arguments that ask for assisted generation"),
+        (dict(prompt_lookup_num_tokens=2, eos_token_id=EOS), "arguments that ask for assisted generation"),
         (dict(assistant_model="self"), "arguments that ask for assisted generation"),
         (dict(return_dict_in_generate=True, output_scores=True), "output_scores=True"),
         (dict(custom_generate=lambda model, input_ids, **_: input_ids), "custom_generate"),

@@ -126,8 +126,9 @@ def enable(*, sampling: bool | None = None) -> None:
     are compiled again.
 
     Args:
-        sampling: whether samplers are rewritten: same distribution, other random numbers. False leaves them to stock torch.
-            None: as it is where the rewrites are enabled already, else True.
+        sampling: whether samplers are rewritten: same distribution, other random numbers (after `torch.manual_seed` the same
+            from run to run, but not stock torch's). False leaves them to stock torch. None: as it is where the rewrites
+            are enabled already, else True.
     """
     wanted = _options(sampling)
     if not is_enabled() or wanted != options.current():
