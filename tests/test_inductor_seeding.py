@@ -189,15 +189,16 @@ def test_keys_differ():
 
 
 def test_caches_do_not_mix_the_two():
-    """One cache folder: each setting finds its own graph there and never the other's."""
-    logits = flat_logits("cpu")
+    """One cache folder: each setting finds its own graph there and never the other's; a graph from there draws as when made."""
+    logits, drawn = flat_logits("cpu"), {}
 
     def run(sampling):
         torch._dynamo.reset()
         counters.clear()
         with torch.no_grad(), fi_ops.enabled(sampling=sampling):
             compiled = torch.compile(multinomial, fullgraph=True)
-            compiled(logits)
+            torch.manual_seed(7)
+            drawn.setdefault(sampling, []).append(compiled(logits))
             with profile() as events:
                 compiled(logits)
         assert not counters["aot_autograd"]["autograd_cache_bypass"] + counters["inductor"]["fxgraph_cache_bypass"]
@@ -210,6 +211,7 @@ def test_caches_do_not_mix_the_two():
         (True, True),
         (True, False),
     ]
+    assert torch.equal(*drawn[True]) and torch.equal(*drawn[False])
 
 
 def test_explain_and_warnings(monkeypatch, capsys):

@@ -263,6 +263,19 @@ def test_return_dict_and_logits(model):
     torch.testing.assert_close(torch.stack(out.logits), expected)
 
 
+def test_encoder_decoder():
+    """And several sequences for a prompt."""
+    torch.manual_seed(3)
+    small = dict(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=PAD)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=VOCAB, **small)).eval()
+    options = dict(max_new_tokens=6, num_return_sequences=2)
+    greedy = model.generate(prompt(3), do_sample=False, max_new_tokens=6)
+    tokens = drawn_by_fi(model, prompt(3), top_k=1, **options)
+    assert torch.equal(tokens, greedy.repeat_interleave(2, 0))
+    tokens = drawn_by_fi(model, prompt(3), top_k=0, temperature=9.0, **options)
+    assert len(tokens) == 6 and not torch.equal(tokens[0], tokens[1])
+
+
 def test_generation_config_and_positions(model):
     """Settings from a GenerationConfig, as the second argument by position, and from the model's own."""
     config = transformers.GenerationConfig(do_sample=True, top_k=1, max_new_tokens=5, pad_token_id=PAD)
