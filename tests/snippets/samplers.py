@@ -381,9 +381,9 @@ def two_samples_with_replacement(x):
     return torch.multinomial(F.softmax(x, dim=-1), 2, replacement=True)
 
 
-@sure(grade="", reason="not from a softmax")
+@sure(grade="", reason="not known to be >= 0")
 def weights_not_a_softmax(x):
-    return torch.multinomial(x.relu() * (x > 50), 1)
+    return torch.multinomial(x * (x > 50), 1)
 
 
 @sure(grade=None)
@@ -468,9 +468,9 @@ def two_top_ks(x):
     return multinomial(top_k_mask(top_k_mask(x, 9)))
 
 
-@sure(grade="", reason="not from a softmax")
+@sure(grade="sampling_from_probs")
 def masses_that_do_not_sum_to_one(x):
-    """Mass of weights that do not sum to 1 is no probability."""
+    """Mass of weights that do not sum to 1 is no probability, so this is no top-p; the draw alone is rewritten."""
     weights = x.softmax(-1)
     weights = torch.where(weights < weights.topk(5).values[:, -1:], 0.0, weights)
     ordered, ids = weights.sort(-1, descending=True)

@@ -7,8 +7,9 @@ Where the probabilities are used as well, they are computed once, and drawn from
 
 ->  %p = fi.top_k_top_p_softmax(%l, top_k=k, temperature=t, top_k_ties="threshold"); %id, %ok = fi.sampling_from_probs(%p, %u)
 
-and without filters by the graph's own softmax, which Inductor fuses with its neighbours. Either way the draw is one read of the
-probabilities in place of a random number, a logarithm and a comparison for each.
+and without filters by the graph's own softmax, which Inductor fuses with its neighbours. Other weights that are not negative are
+drawn from in the same way (`normalize/non_negative.py`), such as what speculative decoding is left with after a rejection. Either
+way the draw is one read of the probabilities in place of a random number, a logarithm and a comparison for each.
 
 Ties at the k-th value are all kept ("threshold"), as in the graphs this replaces. The distribution is the same, the random
 numbers are other ones: where `config.fallback_random` asks for torch's own, nothing is rewritten.
@@ -27,6 +28,7 @@ import torch._inductor.config as inductor_config
 from torch.fx import Graph, Node
 
 from ..normalize.draw import Draw
+from ..normalize.non_negative import known_weights
 from ..normalize.row_number import RowNumber
 from ..normalize.sampler import Sampler, Start, match_sampler
 from ..normalize.softmax import match_normalised, match_softmax
@@ -82,16 +84,14 @@ def rewrite_samplers(graph: Graph, emitter: Emitter, report: GraphReport) -> Non
 
 def plan_sampler(sampler: Sampler) -> Plan:
     draw = sampler.draw
-    if not sampler.starts:
-        if is_call(draw.stage.kept, torch.ops.fi.top_k_top_p_softmax.default):  # of an earlier draw
-            return Plan(draw, FROM_PROBS, None, draw.stage.kept)
-        raise Declined(f"{draw.stage.kept.name}: draws from {draw.stage.kept.target}, not from a softmax")
     one_hot, *after = draw.straight_through or (None,)
     ends = [end for end in (draw.ids, draw.tokens, *after) if end is not None]
     gone = exclusive_to(*ends, keep=(one_hot,))
     if draw.noise is not None and draw.noise not in gone:
         raise Declined(f"{draw.noise.name}: the random numbers that race are used elsewhere too")
-    if draw.weights is None or draw.weights in gone:
+    if not sampler.starts:
+        plan = Plan(draw, FROM_PROBS, None, known_weights(draw.stage.kept, gone))
+    elif draw.weights is None or draw.weights in gone:
         plan = Plan(draw, FROM_LOGITS, _farthest(sampler.starts, gone))
     else:
         plan = _plan_for_shared(sampler, draw.weights)

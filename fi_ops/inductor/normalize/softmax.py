@@ -41,7 +41,9 @@ def match_normalised(node: Node) -> Node | None:
     if not is_call(division, aten.div.Tensor) or not is_tensor(division.args[1]):
         return None
     weights, total = strip(division.args[0]), strip(division.args[1])
-    if not is_call(total, aten.sum.dim_IntList) or strip(total.args[0]) is not weights:
+    if not is_call(total, aten.sum.dim_IntList, aten.sum.default) or strip(total.args[0]) is not weights:
         return None
+    if total.target is aten.sum.default:
+        return weights if len(shape(weights)) == 1 else None
     over_last = [dim_of(weights, d) for d in total.args[1]] == [len(shape(weights)) - 1]
     return weights if over_last and argument(total, 2, "keepdim", False) else None
