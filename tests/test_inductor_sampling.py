@@ -306,6 +306,53 @@ def test_every_order_of_the_filters(order, monkeypatch):
     torch.testing.assert_close(ours[0], stock_probabilities(fn, x.double()), rtol=2e-5, atol=1e-9)
 
 
+# ---- Hugging Face's own processors, in the order in which `generate` applies them ----
+
+
+def hf_sampler(*processors):
+    def fn(ids, x):
+        for processor in processors:
+            x = processor(ids, x)
+        return torch.multinomial(torch.softmax(x, dim=-1), num_samples=1).squeeze(1)
+
+    return fn
+
+
+HF = {
+    "all": (dict(penalty=1.3, temperature=0.7, top_k=20, top_p=0.9, min_p=0.05), {}),
+    "no penalty": (dict(temperature=1.4, top_k=20, top_p=0.8), {}),
+    "top-p and min-p": (dict(top_p=0.95, min_p=0.1), {}),
+    "three tokens kept at least": (dict(temperature=0.7, top_k=2, top_p=0.3, min_p=0.9), {"min_tokens_to_keep": 3}),
+    "typical": (dict(temperature=0.7, top_k=20, typical=0.9), {}),
+}
+
+
+@pytest.mark.parametrize("name", HF)
+def test_hugging_face_processors(name, monkeypatch):
+    """Repetition penalty, typical and min_tokens_to_keep > 1 stay in the graph; what comes behind them is taken."""
+    lp = pytest.importorskip("transformers").generation.logits_process
+    numbers, options = HF[name]
+    make = {
+        "penalty": (lp.RepetitionPenaltyLogitsProcessor, {}, None),
+        "temperature": (lp.TemperatureLogitsWarper, {}, "temperature"),
+        "top_k": (lp.TopKLogitsWarper, options, "top-k"),
+        "top_p": (lp.TopPLogitsWarper, options, "top-p"),
+        "min_p": (lp.MinPLogitsWarper, options, "min-p"),
+        "typical": (lp.TypicalLogitsWarper, options, None),
+    }
+    processors = [make[key][0](number, **make[key][1]) for key, number in numbers.items()]
+    pieces = [piece for piece in (make[key][2] for key in numbers) if piece is not None]
+    # top-p and min-p that keep more than one token, and typical, are no filters of the op: what is in front of them stays
+    pieces = [] if options or "typical" in numbers else pieces
+    ids, x = torch.randint(0, V, (3, 6)), distinct_logits()
+    fn = hf_sampler(*processors)
+    result, ours = distributions(monkeypatch, fn, ids, x)
+    assert sampler_pieces(result) == [("multinomial", *pieces)]
+    expected = stock_probabilities(fn, ids, x.double())
+    assert torch.equal(ours[0] > 0, expected > 0)
+    torch.testing.assert_close(ours[0], expected, rtol=2e-5, atol=1e-9)
+
+
 # ---- what is left alone, and why ----
 
 
@@ -386,6 +433,35 @@ def test_largest_k_as_data(monkeypatch):
         result, ours = distributions(monkeypatch, fn, x, k)
     assert sampler_pieces(result) == [("exponential trick", "top-k")]
     torch.testing.assert_close(ours[0], stock_probabilities(fn, x, k), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [0, -3, V + 1])
+def test_top_k_out_of_range(bad):
+    """Eager code raises, as its gather finds no such place. So does ours on the CPU."""
+    x, k = distinct_logits(), torch.tensor([5, bad, 20])
+    for fn in (
+        lambda x, k: vllm.sample(vllm.apply_top_k_top_p(x, k, None)),
+        lambda x, k: vllm.sample(vllm.apply_top_k_only(x, k, V)),
+        lambda x, k: vllm.sample(x.masked_fill(x < x.topk(20).values.gather(1, k[:, None] - 1), -samplers.INF)),
+    ):
+        with pytest.raises(RuntimeError, match=r"index .* is out of bounds"):
+            fn(x, k)
+        with pytest.raises(RuntimeError, match=r"top-k must be in \[1, (50|20)\] in every row"):
+            capture(fn, x, k)
+        result = capture(lambda x, k, fn=fn: fn(x, k.clamp(1, 20)), x, k)
+        assert sampler_pieces(result) == [("exponential trick", "top-k")]
+
+
+def test_top_p_and_min_p_out_of_range(monkeypatch):
+    """A p below 0 keeps one token, above 1 all; a min-p below 0 keeps all."""
+    x, p, m = distinct_logits(), torch.tensor([-0.5, 1.5, 0.9]), torch.tensor([-1.0, 0.2, -0.1])
+
+    def fn(x, p, m):
+        return vllm.sample(plain_min_p(vllm.apply_top_k_top_p(x, None, p), m))
+
+    result, ours = distributions(monkeypatch, fn, x, p, m)
+    assert sampler_pieces(result) == [("exponential trick", "top-p", "min-p")]
+    torch.testing.assert_close(ours[0], stock_probabilities(fn, x, p, m), rtol=2e-5, atol=0)
 
 
 def test_two_calls_draw_two_numbers():

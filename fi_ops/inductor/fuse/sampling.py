@@ -241,10 +241,27 @@ def _row_numbers(name: str, number: RowNumber, rows: Node, emitter: Emitter) -> 
         node = emitter.call(aten.neg.default, node)
     if number.offset != 0:
         node = emitter.call(aten.add.Tensor, node, number.offset)
+    if name == "top_k":
+        _check_top_k(node, number, rows, emitter)
+    elif name != "temperature":  # what no row can be asked for says that all, or only the most probable token, are kept
+        node = emitter.call(aten.clamp_min.default, node, 0.0)
+        node = emitter.call(aten.clamp_max.default, node, 1.0)
     if number.unless is not None:  # there is only a top-k that may be unset
         nothing = emitter.call(aten.full.default, [], 0, dtype=dtype, device=value(rows).device, pin_memory=False)
         node = emitter.call(aten.where.self, _one_a_row(number.unless, torch.bool, rows, emitter), nothing, node)
     return node
+
+
+def _check_top_k(k: Node, number: RowNumber, rows: Node, emitter: Emitter) -> None:
+    """On the CPU, raise where the gather that looks up the k-th of each row does; on CUDA nobody waits for the values."""
+    if number.at_most is None or value(rows).device.type != "cpu":
+        return
+    outside = emitter.call(aten.lt.Scalar, k, 1)
+    if isinstance(number.at_most, int):
+        outside = emitter.call(aten.bitwise_or.Tensor, outside, emitter.call(aten.gt.Scalar, k, number.at_most))
+    is_right = emitter.call(aten.logical_not.default, emitter.call(aten.any.default, outside))
+    most = number.at_most if isinstance(number.at_most, int) else "vocab_size"
+    emitter.call(aten._assert_async.msg, is_right, f"fi_ops: top-k must be in [1, {most}] in every row; clamp it")
 
 
 def _one_a_row(node: Node, dtype: torch.dtype, rows: Node, emitter: Emitter) -> Node:

@@ -29,6 +29,8 @@ class RowNumber:
     offset: float = 0
     unless: Node | None = None
     """Bool, as `node`."""
+    at_most: object = None
+    """A size: the graph raises where the number is above it, or below 1."""
 
     def minus_from(self, total: float) -> RowNumber:
         return replace(self, sign=-self.sign, offset=total - self.offset)

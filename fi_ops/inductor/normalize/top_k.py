@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from ..walk import argument, aten, dim_of, is_call, is_cast, number, shape, slice_range, strip
+from ..walk import argument, aten, dim_of, is_call, is_cast, number, shape, slice_range, strip, value
 from .order import Sort, last_dim, output_of, over_last, same_row, sort_with_values
 from .removal import Condition, Stage, compares
 from .row_number import Number, RowNumber, complement, is_one_a_row, without_dim
@@ -49,7 +49,7 @@ def _or_whole_rows(k: RowNumber, unless: Node, vocab: object) -> RowNumber:
         given = without_dim(given.args[2])
         whole = is_call(unless, aten.eq.Scalar) and unless.args[1] == vocab and without_dim(unless.args[0]) is given
         if whole and strip(k.node.args[0]) is strip(unless):
-            return RowNumber(given)
+            return RowNumber(given, at_most=vocab)
     return replace(k, unless=unless)
 
 
@@ -142,9 +142,8 @@ def _rank(place: object, descending: bool, vocab: object) -> Number | None:
         return place + 1 if descending else vocab - place
     if not isinstance(place, Node):
         return None
-    if descending:
-        return _plus_one(place)
-    return complement(vocab, place)
+    k = _plus_one(place) if descending else complement(vocab, place)
+    return replace(k, at_most=vocab) if isinstance(k, RowNumber) else k
 
 
 def _rank_in_topk(place: object, top: Node) -> Number | None:
@@ -154,7 +153,7 @@ def _rank_in_topk(place: object, top: Node) -> Number | None:
     if argument(top, 4, "sorted", True) is not True:
         return None
     if isinstance(place, Node):
-        return _plus_one(place)
+        return replace(_plus_one(place), at_most=value(k))
     if not isinstance(place, int) or (place < 0 and not isinstance(k, int)):
         return None
     return place + 1 if place >= 0 else k + place + 1
