@@ -467,6 +467,16 @@ def test_install_and_uninstall(model):
     assert "generate" not in vars(model)
 
 
+def test_install_on_a_compiled_model(model):
+    compiled = torch.compile(model, backend="eager")
+    greedy = model.generate(prompt(), do_sample=False, max_new_tokens=3)
+    assert torch.equal(drawn_by_fi(compiled, prompt(), top_k=1, max_new_tokens=3), greedy)
+    integration.install(compiled)
+    assert integration._is_ours(vars(model)["generate"])
+    integration.uninstall(compiled)
+    assert "generate" not in vars(model)
+
+
 def test_install_refuses(model):
     with pytest.raises(TypeError, match=r"model must be one with generate\(\), got Linear; pass"):
         integration.install(torch.nn.Linear(2, 2))

@@ -87,6 +87,7 @@ def install(model: GenerationMixin) -> None:
         TypeError: model has no `generate`, or its class has one of its own: then it is the model inside that samples.
         RuntimeError: `model.generate` has been replaced by something else.
     """
+    model = _uncompiled(model)
     if not isinstance(model, GenerationMixin):
         raise TypeError(
             f"{_NAME}: model must be one with generate(), got {type(model).__name__}; pass a "
@@ -108,6 +109,7 @@ def install(model: GenerationMixin) -> None:
 
 def uninstall(model: GenerationMixin) -> None:
     """Undo `install(model)`; nothing happens where it was not done."""
+    model = _uncompiled(model)
     if _is_ours(vars(model).get("generate")):
         del model.generate
 
@@ -115,13 +117,18 @@ def uninstall(model: GenerationMixin) -> None:
 @contextlib.contextmanager
 def installed(model: GenerationMixin) -> Iterator[None]:
     """`with installed(model):` what `install(model)` does, inside."""
-    was = _is_ours(vars(model).get("generate"))
+    was = _is_ours(vars(_uncompiled(model)).get("generate"))
     install(model)
     try:
         yield
     finally:
         if not was:
             uninstall(model)
+
+
+def _uncompiled(model: Any) -> Any:
+    """The model behind `torch.compile(model)`, whose `generate` it is."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _is_ours(generate: object) -> bool:
