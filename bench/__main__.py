@@ -4,6 +4,7 @@ python -m bench sampling                       # top-k, top-p samplers against H
 python -m bench sampling --full --device cuda  # the same at vocabularies of 32000 to 262144, batches of 1 to 512
 python -m bench single_decode --batch 8        # attention of one new token
 python -m bench filters                        # softmax, renorm, top-k, log-probabilities, penalties, draft chains
+python -m bench generate                       # the sampling step of Hugging Face's generate
 python -m bench linear --batch 1               # linear layers of few rows
 python -m bench single_prefill --dtype float32
 python -m bench models --quick                 # whole decode steps, stock torch.compile against fi_ops
@@ -34,6 +35,7 @@ BENCHES = {
     "single_decode": "bench_single_decode",
     "sampling": "bench_sampling",
     "filters": "bench_filters",
+    "generate": "bench_generate",
     "linear": "bench_linear",
     "models": "bench_models",
     "families": "bench_families",

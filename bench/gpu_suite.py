@@ -37,6 +37,7 @@ BENCHES = {
     "single_prefill": 120,
     "sampling": 120,
     "filters": 60,
+    "generate": 60,
     "models": 300,
     "families": 300,
     "decline": 120,

@@ -28,6 +28,7 @@ def _small(monkeypatch):
     [
         ["sampling", "--vocab", "3000", "--batch", "2"],
         ["filters", "--vocab", "3000", "--batch", "2"],
+        ["generate", "--vocab", "3000", "--batch", "2"],
         ["single_decode", "--length", "100", "--batch", "2"],
         ["single_prefill", "--length", "70"],
         ["linear", "--batch", "2"],

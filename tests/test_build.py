@@ -219,6 +219,8 @@ def test_wheel_carries_the_library(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert list((site / "fi_ops" / "_lib").glob("libfi_ops_cpu-*.so"))
+    modules = {path.relative_to(source) for path in (source / "fi_ops").rglob("*.py")}
+    assert not {str(module) for module in modules if not (site / module).is_file()}, "modules that are not installed"
     call = "torch.ops.fi.rmsnorm(torch.ones(2, 8), torch.ones(8)).sum().item()"
     script = f"import torch, fi_ops; print(fi_ops.__file__); print({call})"
     run = subprocess.run(

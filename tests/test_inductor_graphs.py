@@ -266,7 +266,7 @@ return [%14]
 %1 = prims.inductor_seeds(1, cpu)
 %2 = prims.inductor_lookup_seed(%1, 0)
 %3 = prims.inductor_random([3], %2, rand)
-%4 = fi.top_k_top_p_sampling_from_logits(%0, %3, top_k=5, top_p=1, temperature=0.8, top_k_ties=threshold)
+%4 = fi.top_k_top_p_sampling_from_logits(%0, %3, top_k=5, temperature=0.8, top_k_ties=threshold)
 %5 = getitem(%4, 0)
 %6 = prims.convert_element_type(%5, int64)
 %7 = aten.unsqueeze(%6, 1)

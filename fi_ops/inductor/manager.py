@@ -24,7 +24,8 @@ import torch._inductor.config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from . import anchors
+from . import anchors, options
+from .options import Options
 from .sites import warn_once
 from .support import device_key
 from .walk import is_call
@@ -44,13 +45,13 @@ def _source_hash() -> str:
 
 
 def cache_key() -> str:
-    """Goes into the key of every compiled graph. FI_OPS_REQUIRE is part of it: a graph that is in the cache was checked
-    when it was compiled, under the same requirements."""
+    """Goes into the key of every compiled graph: with it, graphs compiled under other options are not shared. FI_OPS_REQUIRE
+    is part of it: a graph that is in the cache was checked when it was compiled, under the same requirements."""
     import fi_ops
 
     version = getattr(fi_ops, "__version__", "0")
     required = os.environ.get("FI_OPS_REQUIRE", "")
-    return f"fi_ops {version} {_source_hash()} devices={device_key()} require={required}"
+    return f"fi_ops {version} {_source_hash()} devices={device_key()} {options.current()} require={required}"
 
 
 class ChainedPass(CustomGraphPass):
@@ -118,19 +119,31 @@ def is_enabled() -> bool:
     return _saved is not None
 
 
-def enable() -> None:
+def enable(*, sampling: bool | None = None) -> None:
     """Rewrite attention, RoPE, samplers and linear layers of few rows in everything that `torch.compile` compiles from now on.
 
     Works with the default backend ("inductor"), in every mode. Functions compiled before stay as they are until they
     are compiled again.
+
+    Args:
+        sampling: whether samplers are rewritten: same distribution, other random numbers (after `torch.manual_seed` the same
+            from run to run, but not stock torch's). False leaves them to stock torch. None: as it is where the rewrites
+            are enabled already, else True.
     """
-    if not is_enabled():
+    wanted = _options(sampling)
+    if not is_enabled() or wanted != options.current():
         _warn_of_earlier_compiles()
-        _install()
+    _install(wanted)
 
 
-def _install() -> None:
+def _options(sampling: bool | None) -> Options:
+    known = options.current() if is_enabled() else Options()
+    return known if sampling is None else Options(sampling=sampling)
+
+
+def _install(wanted: Options) -> None:
     global _saved
+    options.set_current(wanted)
     if _saved is not None:
         return
     _saved = {slot: getattr(inductor_config, slot) for slot in _SLOTS}
@@ -144,6 +157,7 @@ def _install() -> None:
 def disable() -> None:
     """Undo `enable()`: every slot holds what it held before. What was compiled meanwhile stays as it is."""
     global _saved
+    options.set_current(Options())
     if _saved is None:
         return
     for slot, previous in _saved.items():
@@ -171,23 +185,30 @@ def _without_ours(current: Any) -> Any:
 
 
 @contextlib.contextmanager
-def enabled(on: bool = True) -> Iterator[None]:
-    """`with fi_ops.enabled():` what is compiled inside is rewritten; `enabled(False)` switches it off inside."""
-    if on and not is_enabled():
+def enabled(on: bool = True, *, sampling: bool | None = None) -> Iterator[None]:
+    """`with fi_ops.enabled():` what is compiled inside is rewritten; `enabled(False)` switches it off inside. `sampling` as
+    in `enable`; what held before holds again behind."""
+    if on and (not is_enabled() or _options(sampling) != options.current()):
         _warn_of_earlier_compiles()
-    with switched(on):
+    with switched(on, sampling=sampling):
         yield
 
 
 @contextlib.contextmanager
-def switched(on: bool) -> Iterator[None]:
+def switched(on: bool, *, sampling: bool | None = None) -> Iterator[None]:
     """`enabled`, without a word about functions compiled earlier."""
-    was = is_enabled()
-    (_install if on else disable)()
+    was, earlier = is_enabled(), options.current()
+    if on:
+        _install(_options(sampling))
+    else:
+        disable()
     try:
         yield
     finally:
-        (_install if was else disable)()
+        if was:
+            _install(earlier)
+        else:
+            disable()
 
 
 def _warn_of_earlier_compiles() -> None:

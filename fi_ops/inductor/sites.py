@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from torch._dynamo.utils import counters
 
+from .options import switched_on
+
 log = logging.getLogger("fi_ops.inductor")
 
 KINDS = ("attention", "rope", "sampling", "linear")
@@ -46,6 +48,12 @@ class Declined(Exception):
 
 class StockIsFaster(Declined):
     """The "no" of a measurement; all other reasons are something that the ops or the recognisers lack."""
+
+
+def check_switched_on(kind: str) -> None:
+    """Declined where sites of this kind are to be left alone."""
+    if not switched_on(kind):
+        raise Declined(f"off: enable({kind}=False)")
 
 
 @contextlib.contextmanager
@@ -149,7 +157,7 @@ def publish(report: GraphReport) -> None:
     for kind in ("attention", "sampling"):
         candidates, fused = report.count(kind), report.count(kind, fused=True)
         missed = [s for s in report.sites if s.kind == kind and not s.stock_is_faster]
-        if candidates and not fused and missed and not _recorders:
+        if candidates and not fused and missed and switched_on(kind) and not _recorders:
             site = missed[0]
             warn_once(
                 f"none fused: {kind}",

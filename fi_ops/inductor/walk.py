@@ -149,10 +149,14 @@ def keeps_value(node: object) -> bool:
 
 
 def strip(node):
-    """The node that first computed this value: through what keeps it, and through two transposes that undo each other."""
+    """The node that first computed this value: through what keeps it, and through views or transposes that undo each other."""
     while True:
         if keeps_value(node):
             node = node.args[0]
+            continue
+        viewed = _viewed_back(node)
+        if viewed is not None:
+            node = viewed
             continue
         if is_full_scatter(node):
             node = node.args[1]
@@ -162,6 +166,16 @@ def strip(node):
         if inner is None or any(inner[1][d] != i for i, d in enumerate(found[1])):
             return node
         node = inner[0]
+
+
+def _viewed_back(node: object) -> Node | None:
+    """What the node is a view of a view of, in the shape that it had: what is written in place through a view is seen so."""
+    source = node
+    while is_call(source, aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        source = source.args[0]
+        if same_shape(shape(source), shape(node)):
+            return source
+    return None
 
 
 def is_cast(node: object) -> bool:
