@@ -53,7 +53,7 @@ def test_long_keys_with_values_that_only_count_alone(options, device):
 def prompt_call(seed, device, batches=(1, 2, 3), heads=(2, 4, 6), lengths=(64, 100, 129, 192, 300)):
     """A prompt over a static cache as models call it, (op, arguments, keyword arguments): what Hopper's kernel takes.
 
-    Positions that ascend or don't, shared or each entry's; masks that padding, causality and chance make; windows.
+    Positions that ascend or don't, shared or each entry's; masks that padding, causality and chance make; windows; soft caps; sinks.
     """
     draw = random.Random(seed)
     torch.manual_seed(seed)
@@ -81,6 +81,10 @@ def prompt_call(seed, device, batches=(1, 2, 3), heads=(2, 4, 6), lengths=(64, 1
         mask = (torch.arange(max_len) <= at[:, None, :, None]).to(device)
     positions = (at if len(at) > 1 else at[0]).to(device, draw.choice([torch.int32, torch.int64]))
     q, k_cache, v_cache = rand(num_heads, qo_len), rand(kv_heads, max_len), rand(kv_heads, max_len)
+    if draw.random() < 0.3:
+        options["logits_soft_cap"] = draw.choice([2.0, 50.0])
+    if draw.random() < 0.3:
+        options["sinks"] = torch.randn(num_heads, device=device) * draw.choice([1.0, 10.0])
     kind = draw.choice(["attention_with_lse", "append_attention", "rope_append_attention"])
     if kind == "attention_with_lse":
         options["q_offset"] = starts[0]
@@ -113,6 +117,19 @@ def test_prompt_of_many_heads(seed):
     """More tiles of 128 rows than a GPU has multiprocessors: tiles of 192 rows, and several of them a block."""
     op, args, kwargs = prompt_call(seed, "cuda", (3, 4), (16, 48), (384, 500))
     assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"prompt of many heads {seed}"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("level", [-float("inf"), -300.0, 300.0])
+def test_sinks_far_from_the_logits(level, device):
+    """One that takes all of the weight, and two that take none; rows that see nothing but it."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 128, 64, device=device).bfloat16() for heads in (4, 2, 2))
+    sinks = torch.tensor([level, 0.0, level, 1.0], device=device)
+    mask = torch.rand(1, 1, 128, 128, device=device) > 0.5
+    mask[..., 5, :] = False
+    for sample in (Sample((q, k, v), {"causal": True, "sinks": sinks}), Sample((q, k, v, mask), {"sinks": sinks})):
+        assert_op_matches_reference(SPECS["attention_with_lse"], sample)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -10,8 +10,7 @@ bool sm90_prefill_supports(const AttentionParams& p) {
   // Rows, keys and tiles are counted in 32 bits.
   constexpr int64_t kMaxLength = int64_t{1} << 29;
   constexpr int64_t kMaxMaskBytes = int64_t{2} << 30;  // of scratch: a mask that is broadcast can need more
-  const bool plain =
-      p.logits_soft_cap == 0.0f && !p.alibi_slopes && !p.sinks && p.rope.cos == nullptr && p.scale > 0.0f;
+  const bool plain = !p.alibi_slopes && p.rope.cos == nullptr && p.scale > 0.0f;
   const bool mask =
       p.mask == nullptr || (p.mask_dtype == DType::boolean && sm90::mask_scratch_bytes(p) <= kMaxMaskBytes);
   const bool sizes = p.head_dim_qk == p.head_dim_vo &&

@@ -169,7 +169,7 @@ struct Lists {
 }  // namespace
 
 int64_t mask_scratch_bytes(const AttentionParams& p) {
-  constexpr int kBlockM = 128, kBlockN = 80;  // the tile with the most bytes a key
+  constexpr int kBlockM = 128, kBlockN = 64;  // the tile with the most bytes a key
   return Lists(p, kBlockM).count() * (p.kv_len / kBlockN + 1) * (16 * (kBlockM + 1) + 1);
 }
 

@@ -58,6 +58,7 @@ class PrefillConsumer {
       hold(s);
       release(smem_.k_empty[k_at_.stage]);
       k_at_.advance();
+      if constexpr (Config::kSoftCap) tanh_of(s, args_.to_cap);
       mask(s, work, tile);
       softmax.weigh(s, rescale);
       pack(p, s);
@@ -75,6 +76,7 @@ class PrefillConsumer {
         hold(s);
         release(smem_.k_empty[k_at_.stage]);
         k_at_.advance();
+        if constexpr (Config::kSoftCap) tanh_of(s, args_.to_cap);
         mask(s, work, tile);
         const bool moved = softmax.weigh(s, rescale);
         hold(s);
@@ -271,12 +273,12 @@ class PrefillConsumer {
   FI_DEVICE_INLINE void store(const float (&o)[kHeadDim / 2], const OnlineSoftmax& softmax,
                               const PrefillWork& work) const {
     const PrefillShape& shape = args_.shape;
+    const float sink_log2 = args_.sinks ? args_.sinks.at(work.head) * kLog2e : -INFINITY;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = work.q_start + warp_row_ + lane_ / 4 + 8 * r;
       const bool inside = row < shape.qo_len;
-      const float total = softmax.total(r);
-      const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+      const auto [inverse, lse] = softmax.finish(r, sink_log2);
       T* out = static_cast<T*>(args_.out) + work.b * args_.o_stride_b + work.head * args_.o_stride_h +
                row * args_.o_stride_n + lane_ % 4 * 8;
 #pragma unroll
@@ -292,7 +294,7 @@ class PrefillConsumer {
       }
       if (args_.lse != nullptr && inside && lane_ % 4 == 0)
         args_.lse[(static_cast<int64_t>(work.b) * shape.num_qo_heads + work.head) * shape.qo_len + row] =
-            softmax.lse(r, total);
+            lse;
     }
   }
 

@@ -13,13 +13,13 @@ namespace fi::cuda::sm90 {
 
 // T: bf16 or f16. A query tile has 64 * kConsumers rows, a KV tile kBlockN. With kQInRegisters the queries
 // are read from shared memory once a tile rather than in every product. With kDeviceKeys positions or a mask
-// say which keys a row sees, else a formula.
+// say which keys a row sees, else a formula. kSoftCap: logits are capped.
 template <class T_, int kHeadDim_, int kConsumers_, int kBlockN_, int kStages_, bool kQInRegisters_,
-          bool kDeviceKeys_ = false>
+          bool kDeviceKeys_ = false, bool kSoftCap_ = false>
 struct PrefillConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kConsumers = kConsumers_, kBlockN = kBlockN_, kStages = kStages_;
-  static constexpr bool kQInRegisters = kQInRegisters_, kDeviceKeys = kDeviceKeys_;
+  static constexpr bool kQInRegisters = kQInRegisters_, kDeviceKeys = kDeviceKeys_, kSoftCap = kSoftCap_;
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
   static constexpr int kPanels = kHeadDim / kBoxColumns;
@@ -55,7 +55,9 @@ struct DeviceKeysSmem : PrefillSmem<Config> {
 
 struct PrefillArgs {
   PrefillShape shape;
-  float scale_log2;
+  float scale_log2;  // a logit in base 2 is a score times this; with kSoftCap, its tanh times this, which is
+  float to_cap;      // 1 - 2 / (2^(score * to_cap) + 1)
+  PerHead sinks;
   void* out;  // [batch, num_qo_heads, qo_len, head_dim]
   int64_t o_stride_b, o_stride_h, o_stride_n;
   float* lse;  // [batch, num_qo_heads, qo_len] contiguous; null: not wanted

@@ -62,7 +62,9 @@ template <class Config>
 void launch_prefill(const AttentionParams& p, const PrefillShape& shape, const Gpu& gpu) {
   PrefillArgs args{};
   args.shape = shape;
-  args.scale_log2 = p.scale * 1.44269504088896340736f;
+  args.scale_log2 = kLog2e * (Config::kSoftCap ? p.logits_soft_cap : p.scale);
+  args.to_cap = Config::kSoftCap ? 2.0f * kLog2e * p.scale / p.logits_soft_cap : 0.0f;
+  args.sinks = p.sinks;
   args.out = p.out;
   args.o_stride_b = p.o_stride_b;
   args.o_stride_h = p.o_stride_h;
@@ -82,30 +84,33 @@ void launch_prefill(const AttentionParams& p, const PrefillShape& shape, const G
 
 // The tiles of each head dim: 128 query rows, and 192 where the registers allow it. A block of 192 rows reads
 // each key for more rows and has a third warpgroup to fill gaps with: kWideSpeed times as fast per row and
-// key, where its coarser rounds don't cost more than that.
-template <class T, int kHeadDim, bool kDeviceKeys>
+// key, where its coarser rounds don't cost more than that. KV tiles are as long as registers allow.
+template <class T, int kHeadDim, bool kDeviceKeys, bool kSoftCap>
 struct PrefillTiles;
 
-template <class T, bool kDeviceKeys>
-struct PrefillTiles<T, 64, kDeviceKeys> {
-  using Narrow = PrefillConfig<T, 64, 2, 128, 3, true, kDeviceKeys>;
-  using Wide = PrefillConfig<T, 64, 3, kDeviceKeys ? 112 : 128, 2, false, kDeviceKeys>;
+template <class T, bool kDeviceKeys, bool kSoftCap>
+struct PrefillTiles<T, 64, kDeviceKeys, kSoftCap> {
+  using Narrow = PrefillConfig<T, 64, 2, 128, 3, true, kDeviceKeys, kSoftCap>;
+  static constexpr int kWideKeys = !kDeviceKeys ? 128 : kSoftCap ? 80 : 112;
+  using Wide = PrefillConfig<T, 64, 3, kWideKeys, 2, false, kDeviceKeys, kSoftCap>;
   static constexpr double kWideSpeed = 1.15;
 };
-template <class T, bool kDeviceKeys>
-struct PrefillTiles<T, 128, kDeviceKeys> {
-  using Narrow = PrefillConfig<T, 128, 2, 128, 2, true, kDeviceKeys>;
-  using Wide = PrefillConfig<T, 128, 3, 80, 3, false, kDeviceKeys>;
+template <class T, bool kDeviceKeys, bool kSoftCap>
+struct PrefillTiles<T, 128, kDeviceKeys, kSoftCap> {
+  static constexpr bool kShort = kDeviceKeys && kSoftCap;
+  using Narrow = PrefillConfig<T, 128, 2, kShort ? 112 : 128, 2, true, kDeviceKeys, kSoftCap>;
+  using Wide = PrefillConfig<T, 128, 3, kShort ? 64 : 80, 3, false, kDeviceKeys, kSoftCap>;
   static constexpr double kWideSpeed = 1.06;
 };
-template <class T, bool kDeviceKeys>
-struct PrefillTiles<T, 256, kDeviceKeys> {
-  using Narrow = PrefillConfig<T, 256, 2, 80, 2, false, kDeviceKeys>;
+template <class T, bool kDeviceKeys, bool kSoftCap>
+struct PrefillTiles<T, 256, kDeviceKeys, kSoftCap> {
+  static constexpr int kKeys = kDeviceKeys && kSoftCap ? 64 : 80;
+  using Narrow = PrefillConfig<T, 256, 2, kKeys, 2, false, kDeviceKeys, kSoftCap>;
 };
 
-template <class T, int kHeadDim, bool kDeviceKeys>
+template <class T, int kHeadDim, bool kDeviceKeys, bool kSoftCap>
 void prefill_with(const AttentionParams& p, const Gpu& gpu) {
-  using Tiles = PrefillTiles<T, kHeadDim, kDeviceKeys>;
+  using Tiles = PrefillTiles<T, kHeadDim, kDeviceKeys, kSoftCap>;
   const PrefillShape shape = prefill_shape(p, gpu.num_sms);
   if constexpr (requires { typename Tiles::Wide; }) {
     using Wide = typename Tiles::Wide;
@@ -118,7 +123,11 @@ void prefill_with(const AttentionParams& p, const Gpu& gpu) {
 
 template <class T, int kHeadDim>
 void prefill(const AttentionParams& p, const Gpu& gpu) {
-  keys_on_device(p) ? prefill_with<T, kHeadDim, true>(p, gpu) : prefill_with<T, kHeadDim, false>(p, gpu);
+  const auto with = [&]<bool kDeviceKeys>() {
+    p.logits_soft_cap > 0.0f ? prefill_with<T, kHeadDim, kDeviceKeys, true>(p, gpu)
+                             : prefill_with<T, kHeadDim, kDeviceKeys, false>(p, gpu);
+  };
+  keys_on_device(p) ? with.template operator()<true>() : with.template operator()<false>();
 }
 
 }  // namespace fi::cuda::sm90

@@ -39,6 +39,13 @@ FI_DEVICE_INLINE void mask_unset(float (&s)[N], const uint32_t (&bits)[2]) {
     if (!(bits[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
 }
 
+// Scores become the tanh that caps them (PrefillArgs).
+template <int N>
+FI_DEVICE_INLINE void tanh_of(float (&s)[N], float to_cap) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) s[i] = 1.0f - __fdividef(2.0f, exp2_approx(s[i] * to_cap) + 1.0f);
+}
+
 // Softmax of two rows as their scores come. Weights are 2^((s - origin) * scale_log2), where the origin
 // follows the row's maximum only once it lags behind by a factor of 2^kLag: any origin near the maximum gives
 // the same quotient, and one that stays spares the rescaling of everything summed so far.
@@ -81,10 +88,19 @@ class OnlineSoftmax {
     return sum_[0] + sum_[1] < 0.0f ? ~value : value;
   }
 
-  // The row's sum over the quad, then log2 of the sum of 2^(s * scale_log2); -inf where nothing was seen.
-  FI_DEVICE_INLINE float total(int r) const { return quad_sum(sum_[r]); }
-  FI_DEVICE_INLINE float lse(int r, float total) const {
-    return total == 0.0f ? -INFINITY : base_[r] + log2f(total);
+  // What divides a row's output, and log2 of the sum of 2^(s * scale_log2), which is -inf where nothing was
+  // seen. `sink_log2` is one more logit in that sum, -inf where there is none.
+  struct Row {
+    float inverse, lse;
+  };
+  FI_DEVICE_INLINE Row finish(int r, float sink_log2) const {
+    const float sum = quad_sum(sum_[r]);
+    if (sink_log2 == -INFINITY)
+      return sum == 0.0f ? Row{0.0f, -INFINITY} : Row{1.0f / sum, base_[r] + log2f(sum)};
+    const float top = sum == 0.0f ? sink_log2 : fmaxf(base_[r], sink_log2);
+    const float keep = exp2_approx(base_[r] - top);  // not used where sum is 0
+    const float total = (sum == 0.0f ? 0.0f : sum * keep) + exp2_approx(sink_log2 - top);
+    return {sum == 0.0f ? 0.0f : keep / total, top + log2f(total)};
   }
 
  private:
