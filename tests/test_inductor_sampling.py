@@ -15,6 +15,7 @@ from sampler_oracle import check_draws, distributions, stock_probabilities
 from snippets import gumbel, samplers, vllm
 from test_inductor_snippets import tensors
 
+import fi_ops.inductor.fuse.sampling as fuse_sampling
 from fi_ops.inductor.normalize.draw import match_draw
 from fi_ops.inductor.sites import Declined
 
@@ -22,6 +23,12 @@ aten = torch.ops.aten
 SAMPLERS = {s.name: s for s in snippets.load().values() if s.kind == "sampling"}
 V = samplers.V
 DYNAMIC = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+
+
+@pytest.fixture(autouse=True)
+def _small_vocabularies(monkeypatch):
+    """Vocabularies are small here; that rows are long enough for a rewrite is `test_short_rows_keep_their_filters`'."""
+    monkeypatch.setattr(fuse_sampling, "MIN_VOCAB_TO_FILTER", 0)
 
 
 def sampler_pieces(result):
@@ -474,6 +481,15 @@ def test_two_calls_draw_two_numbers():
     first, second = result.output
     assert (first != second).float().mean() > 0.9
     assert V > first.max() >= 0
+
+
+def test_short_rows_keep_their_filters(monkeypatch):
+    """Of filtered probabilities that are used as well, only the noise goes: stock's filters take no longer there."""
+    monkeypatch.undo()
+    x = distinct_logits()
+    result, ours = distributions(monkeypatch, samplers.probabilities_returned, x)
+    assert result.grades("sampling") == [samplers.FROM_PROBS]
+    torch.testing.assert_close(ours[0], stock_probabilities(samplers.probabilities_returned, x), rtol=2e-5, atol=0)
 
 
 def test_two_draws_of_one_softmax(monkeypatch):

@@ -18,6 +18,7 @@ from .fuse.bounds import Proofs
 from .fuse.decline import check_worth
 from .fuse.emit import Emitter
 from .fuse.flex import FlexMasks
+from .fuse.greedy import rewrite_greedy
 from .fuse.linear import rewrite_linears
 from .fuse.sampling import rewrite_samplers
 from .graft import KnownSizes
@@ -45,6 +46,7 @@ def rewrite(graph: Graph) -> None:
     if emitter is not None:
         _rewrite_attention(graph, emitter, sizes, report)
         rewrite_samplers(graph, emitter, report)
+        rewrite_greedy(graph, emitter, report)
         rewrite_linears(graph, emitter, report)
     publish(report)
 

@@ -443,6 +443,24 @@ def top_k_of_other_logits(x):
 
 
 @sure("multinomial")
+def the_last_of_an_unsorted_topk(x):
+    """It may be any of the k."""
+    return multinomial(x.masked_fill(x < x.topk(5, sorted=False).values[:, -1:], -INF))
+
+
+@sure("multinomial")
+def top_k_of_rounded_logits(x):
+    """What the threshold is rounded to may be above the k-th."""
+    return multinomial(x.masked_fill(x < x.bfloat16().topk(5).values[:, -1:].float(), -INF))
+
+
+@sure("multinomial", "temperature")
+def a_low_number_of_its_own(x):
+    """Scores of -100 may be drawn once they are scaled."""
+    return multinomial(x.masked_fill(x < x.topk(5).values[:, -1:], -100.0) / 0.5)
+
+
+@sure("multinomial")
 def strictly_above_the_kth(x):
     return multinomial(x.masked_fill(x <= x.topk(5).values[:, -1:], -INF))
 

@@ -35,12 +35,14 @@ from ..normalize.softmax import match_normalised, match_softmax
 from ..sites import Declined, GraphReport, Site, attempt, check_switched_on
 from ..subclasses import check_no_subclasses
 from ..support import DTYPES, has_kernels
-from ..walk import aten, erase_dead, is_call, prims, same_size, shape, source_line, value
+from ..walk import at_least, aten, erase_dead, is_call, prims, same_size, shape, source_line, value
 from .attention import exclusive_to
 from .emit import Emitter, replace
 
 FROM_LOGITS, FROM_PROBS = "top_k_top_p_sampling_from_logits", "sampling_from_probs"
 SOFTMAX_AND_DRAW = "top_k_top_p_softmax + sampling_from_probs"
+MIN_VOCAB_TO_FILTER = 8192
+"""Filtered probabilities are written by the op from this vocabulary on: Inductor takes about as long for shorter rows."""
 _FILTERS = ("top_k", "top_p", "min_p")
 _ARGUMENTS = (*_FILTERS, "temperature")
 
@@ -112,7 +114,8 @@ def _plan_for_shared(sampler: Sampler, probs: Node) -> Plan:
     start = _farthest(sampler.starts, exclusive_to(probs))
     is_filtered = any(f.name != "temperature" for f in start.filters)
     sums_to_one = match_softmax(probs) is not None or match_normalised(probs) is not None
-    if sampler.draw.tokens is None and is_filtered and sums_to_one:
+    is_long = at_least(shape(probs)[-1], MIN_VOCAB_TO_FILTER)
+    if sampler.draw.tokens is None and is_filtered and sums_to_one and is_long:
         return Plan(sampler.draw, SOFTMAX_AND_DRAW, start, probs)
     return Plan(sampler.draw, FROM_PROBS, None, probs)
 

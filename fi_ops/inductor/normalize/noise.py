@@ -17,7 +17,19 @@ import math
 from torch.fx import Node
 
 from ..sites import Declined
-from ..walk import argument, aten, commuted, is_call, is_tensor, number, same_shape, shape, strip_casts
+from ..walk import (
+    argument,
+    aten,
+    commuted,
+    is_call,
+    is_tensor,
+    number,
+    same_shape,
+    same_size,
+    shape,
+    strip_casts,
+    value,
+)
 
 EPS = 1.1e-6
 """What is added to a number, or the bound it is clamped to, against infinities. (float32's own step at 1 is 1.2e-7.)"""
@@ -33,6 +45,8 @@ def gumbel_noise(node: object, race: Node, sign: int = 1) -> Node | None:
 
 def exponential_noise(node: object, race: Node) -> Node | None:
     """The uniform numbers that the node is fresh exponential noise of, one for each element of `race`."""
+    if not is_tensor(node) or not same_shape(shape(node), shape(race)):
+        return None
     node = _unclamped(node, low=0.0)
     if is_call(node, aten.exponential.default):
         raise Declined(f"{node.name}: config.fallback_random asks for torch's own random numbers")
@@ -66,13 +80,30 @@ def _uniform(node: object, race: Node) -> Node | None:
         return None
     node = _unclamped(node, low=0.0, high=1.0)
     if is_call(node, aten.rand.default):
-        return node if same_shape(shape(node), shape(race)) else None
+        return node if same_size(value(node).numel(), value(race).numel()) else None
     if is_call(node, aten.uniform.default):
         low, high = argument(node, 1, "from", 0.0), argument(node, 2, "to", 1.0)
-        return node if _near(low, 0) and _near(high, 1) and same_shape(shape(node), shape(race)) else None
+        is_one_each = same_size(value(node).numel(), value(race).numel())
+        return node if _near(low, 0) and _near(high, 1) and is_one_each else None
+    if _is_reshaped(node):
+        return _uniform(node.args[0], race)
     scale, offset, inner = _linear(node)
     is_uniform = (_near(scale, 1) and _near(offset, 0)) or (_near(scale, -1) and _near(offset, 1))
     return _uniform(inner, race) if is_uniform and inner is not node else None
+
+
+def _is_reshaped(node: object) -> bool:
+    """Every element of the first argument once, in another shape; torch 2.15 fills in place by `as_strided` of a flat tensor."""
+    if is_call(node, aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        return True
+    if not is_call(node, aten.as_strided.default) or argument(node, 3, "storage_offset", None) not in (None, 0):
+        return False
+    known, step = value(node), 1
+    for size, stride in zip(reversed(known.shape), reversed(known.stride()), strict=True):
+        if not same_size(stride, step):
+            return False
+        step = step * size
+    return value(node.args[0]).dim() == 1 and same_size(shape(node.args[0])[0], step)
 
 
 def _near(a: float, b: float) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from ..walk import argument, aten, dim_of, is_call, is_tensor, same_shape, same_value, shape, strip, strip_casts
+from ..walk import argument, aten, dim_of, is_call, is_cast, is_tensor, same_shape, same_value, shape, strip, value
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Sort:
 
     def has_values(self, node: object) -> bool:
         """`node` is the source in sorted order."""
-        node = strip_casts(node)
+        node = strip_widening(node)
         if is_output(node, self.node, 0):
             return True
         if not is_call(node, aten.gather.default) or not over_last(node.args[0], node.args[1]):
@@ -49,9 +49,19 @@ def over_last(node: Node, dim: int) -> bool:
     return dim_of(node, dim) == last_dim(node)
 
 
+def strip_widening(node):
+    """Through casts that lose nothing."""
+    node = strip(node)
+    while is_cast(node) and value(node).is_floating_point() and value(node.args[0]).is_floating_point():
+        if value(node).dtype.itemsize <= value(node.args[0]).dtype.itemsize:
+            break
+        node = strip(node.args[0])
+    return node
+
+
 def same_row(a: object, b: object) -> bool:
-    """The same numbers, whatever they are rounded to."""
-    return isinstance(a, Node) and isinstance(b, Node) and same_value(strip_casts(a), strip_casts(b))
+    """The same numbers, in whatever dtype that holds them."""
+    return isinstance(a, Node) and isinstance(b, Node) and same_value(strip_widening(a), strip_widening(b))
 
 
 def is_output(node: object, call: Node, index: int) -> bool:

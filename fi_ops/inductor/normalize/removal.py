@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from ..walk import aten, is_call, is_cast, is_tensor, number, read_scalar, same_shape, shape, strip
+from ..walk import aten, is_call, is_cast, is_tensor, number, read_scalar, same_shape, shape, strip, value
 from .order import Sort, output_of, same_row, sort_with_values
 from .softmax import match_normalised, match_softmax
 
-LOWEST_HALF = -65504.0
-"""Scores from here down have no probability, whatever the others are."""
+LOWEST, LOWEST_HALF = -1e9, -65504.0
+"""Scores set to this or less have no probability; float16 has nothing below the second."""
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,21 @@ def without_removed(stage: Stage) -> tuple[Condition, Node, bool] | None:
     if is_call(node, aten.where.self):
         condition, a, b = node.args
         for fill, kept, is_keep in ((a, b, False), (b, a, True)):
-            if is_tensor(kept) and _is_removed(number(fill), stage.is_weights):
+            if is_tensor(kept) and _is_removed(number(fill), stage):
                 found, fill = Condition(condition, is_keep).of(condition), number(fill)
                 return (found, kept, fill == -math.inf) if same_shape(shape(kept), shape(node)) else None
     elif is_call(node, aten.index_put.default):
         kept, indices, fill = node.args[:3]
         fill = number(fill)
-        if len(node.args) == 3 and not node.kwargs and len(indices) == 1 and _is_removed(fill, stage.is_weights):
+        if len(node.args) == 3 and not node.kwargs and len(indices) == 1 and _is_removed(fill, stage):
             return Condition(indices[0]).of(indices[0]), kept, fill == -math.inf
     return None
 
 
-def _is_removed(fill: float | None, is_weights: bool) -> bool:
-    return fill is not None and (fill == 0 if is_weights else fill <= LOWEST_HALF)
+def _is_removed(fill: float | None, stage: Stage) -> bool:
+    if fill is None or stage.is_weights:
+        return fill == 0
+    return fill <= (LOWEST_HALF if value(stage.kept).dtype == torch.float16 else LOWEST)
 
 
 def is_kept_constant(node: object, condition: Condition) -> bool:

@@ -106,4 +106,6 @@ def _subtrahend(total, node: Node) -> Node | None:
 
 
 def _is_total(node: object, total) -> bool:
-    return number(node) == total if isinstance(total, float) else same_size(node, total)
+    if is_tensor(node) or isinstance(total, float):
+        return isinstance(total, (int, float)) and number(node) == total
+    return same_size(node, total)

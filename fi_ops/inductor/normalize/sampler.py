@@ -23,10 +23,10 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from ..walk import aten, commuted, is_call, is_cast, is_tensor, number, same_shape, shape, strip, value
+from ..walk import aten, commuted, is_call, is_tensor, number, same_shape, shape
 from .draw import Draw, match_draw
 from .min_p import match_min_p
-from .order import put_back
+from .order import put_back, strip_widening
 from .removal import Stage, without_removed
 from .row_number import Number, RowNumber, is_one_a_row, row_number
 from .softmax import match_normalised, match_softmax
@@ -75,7 +75,7 @@ def _starts(draw: Draw) -> Iterator[Start]:
     stage, filters = draw.stage, ()
     home = stage.order
     while True:
-        stage = replace(stage, kept=_strip_widening(stage.kept))
+        stage = replace(stage, kept=strip_widening(stage.kept))
         # filters in the order of a sort are filters only if the rows do come out of that sort
         if not stage.is_weights and (stage.order is None or (stage.order is home and not filters)):
             yield Start(stage.kept, filters, draw.tokens if stage.order is not home else None)
@@ -103,7 +103,7 @@ def _step(stage: Stage, filters: tuple[Filter, ...]) -> tuple | None:
     removed = without_removed(stage)
     if removed is not None:
         condition, kept, is_infinite = removed
-        before = replace(stage, kept=_strip_widening(kept))
+        before = replace(stage, kept=strip_widening(kept))
         if not is_infinite and any(f.name == "temperature" for f in filters) and not stage.is_weights:
             return None
         for name, match in _FILTERS.items():
@@ -152,16 +152,6 @@ def _same_distribution(stage: Stage) -> Stage | None:
         )
         return replace(stage, kept=scores) if moved else None
     return None
-
-
-def _strip_widening(node: Node) -> Node:
-    """Through casts that lose nothing."""
-    node = strip(node)
-    while is_cast(node) and value(node).is_floating_point() and value(node.args[0]).is_floating_point():
-        if value(node).dtype.itemsize <= value(node.args[0]).dtype.itemsize:
-            break
-        node = strip(node.args[0])
-    return node
 
 
 def _temperature(node: Node) -> tuple[Node, Number] | None:

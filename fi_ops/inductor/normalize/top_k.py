@@ -17,8 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from ..walk import argument, aten, dim_of, is_call, is_cast, number, shape, slice_range, strip, value
-from .order import Sort, last_dim, output_of, over_last, same_row, sort_with_values
+from ..walk import argument, aten, dim_of, is_call, number, shape, slice_range, strip, value
+from .order import Sort, last_dim, output_of, over_last, same_row, sort_with_values, strip_widening
 from .removal import Condition, Stage, compares
 from .row_number import Number, RowNumber, complement, is_one_a_row, without_dim
 
@@ -54,10 +54,10 @@ def _or_whole_rows(k: RowNumber, unless: Node, vocab: object) -> RowNumber:
 
 
 def _same_number(node: Node) -> Node:
-    """Through dimensions that are put in, and casts."""
-    node = strip(node)
-    while is_call(node, aten.unsqueeze.default) or is_cast(node):
-        node = strip(node.args[0])
+    """Through dimensions that are put in, and casts that lose nothing."""
+    node = strip_widening(node)
+    while is_call(node, aten.unsqueeze.default):
+        node = strip_widening(node.args[0])
     return node
 
 
@@ -148,9 +148,10 @@ def _rank(place: object, descending: bool, vocab: object) -> Number | None:
 
 def _rank_in_topk(place: object, top: Node) -> Number | None:
     k = top.args[1]
-    if place == "last" or place == -1 or (isinstance(k, int) and place == k - 1):
+    is_sorted = argument(top, 4, "sorted", True) is True
+    if place == "last" or (is_sorted and (place == -1 or (isinstance(k, int) and place == k - 1))):
         return k if isinstance(k, int) else RowNumber(k)
-    if argument(top, 4, "sorted", True) is not True:
+    if not is_sorted:
         return None
     if isinstance(place, Node):
         return replace(_plus_one(place), at_most=value(k))
