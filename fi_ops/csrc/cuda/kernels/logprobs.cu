@@ -23,10 +23,10 @@ struct TopPlaces {
   }
 };
 
-template <class T, bool kKept>
-__global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1)
-    logprob_rows(LogprobsParams p, int fraction_bits) {
-  using Row = RowSlice<OrderedLogits<T>, kKept>;
+template <class T, Keep kKeep>
+__global__ void __launch_bounds__(kSampleThreads, 2)
+    logprob_rows(LogprobsParams p, int32_t room, int fraction_bits) {
+  using Row = RowSlice<OrderedLogits<T>, kKeep>;
   auto team = begin_team();
   const int64_t row = blockIdx.x / team.size;
   const T* const logits = static_cast<const T*>(p.logits) + row * p.row_stride;
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1)
 
   const FirstFinder<Row> finder(team);
   Range finite;
-  const auto counts = finder.fetch({logits, p.vocab_size, team.rank, team.size}, finite);
+  const auto counts = finder.fetch({logits, p.vocab_size, team.rank, team.size, room}, finite);
   const bool can_be = counts.nan == 0 && counts.infinite + counts.finite > 0;
 
   // The row's weight, and how many tokens come before the chosen one (id 0 for one that no check has seen).
@@ -95,8 +95,8 @@ void gather_logprobs(const LogprobsParams& p, const Gpu& gpu) {
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
     const RowLaunch launch(gpu, p.rows, p.vocab_size, sizeof(T));
-    launch.run(gpu, launch.keep ? &logprob_rows<T, true> : &logprob_rows<T, false>, p.rows, p,
-               std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
+    launch.run(gpu, launch.keep ? &logprob_rows<T, Keep::kAll> : &logprob_rows<T, Keep::kPart>, p.rows, p,
+               launch.room, std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
   });
 }
 

@@ -16,9 +16,9 @@ struct IndexPlaces {
   __device__ void set(int64_t i, uint64_t place) const { indices[i] = int64_t(place); }
 };
 
-template <class T, bool kKept>
-__global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1) top_k_rows(TopKParams p) {
-  using Row = RowSlice<OrderedLogits<T>, kKept>;
+template <class T, Keep kKeep>
+__global__ void __launch_bounds__(kSampleThreads, 2) top_k_rows(TopKParams p, int32_t room) {
+  using Row = RowSlice<OrderedLogits<T>, kKeep>;
   auto team = begin_team();
   const int64_t row = blockIdx.x / team.size;
   const T* const input = static_cast<const T*>(p.input) + row * p.row_stride;
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1) top_k_rows(TopK
 
   const FirstFinder<Row> finder(team);
   Range finite;
-  const auto counts = finder.fetch({input, p.vocab_size, team.rank, team.size}, finite);
+  const auto counts = finder.fetch({input, p.vocab_size, team.rank, team.size, room}, finite);
   const FirstTokens first = finder.find(p.k, /*exact_ties=*/true, counts, finite);
   auto put = [&](int64_t i, int32_t id) {
     values[i] = input[id];
@@ -41,16 +41,16 @@ __global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1) top_k_rows(TopK
   }
 }
 
-template <class T, bool kKept>
-__global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1) mask_rows(RenormParams p) {
-  using Row = RowSlice<OrderedLogits<T>, kKept>;
+template <class T, Keep kKeep>
+__global__ void __launch_bounds__(kSampleThreads, 2) mask_rows(RenormParams p, int32_t room) {
+  using Row = RowSlice<OrderedLogits<T>, kKeep>;
   auto team = begin_team();
   const int64_t row = blockIdx.x / team.size;
   const T* const input = static_cast<const T*>(p.input) + row * p.row_stride;
 
   const FirstFinder<Row> finder(team);
   Range finite;
-  const auto counts = finder.fetch({input, p.vocab_size, team.rank, team.size}, finite);
+  const auto counts = finder.fetch({input, p.vocab_size, team.rank, team.size, room}, finite);
   FirstTokens first;  // all
   const int64_t k = p.top_k.at(row);
   if (counts.nan == 0 && k > 0 && k < p.vocab_size) first = finder.find(k, p.exact_ties, counts, finite);
@@ -68,7 +68,8 @@ void top_k(const TopKParams& p, const Gpu& gpu) {
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
     const RowLaunch launch(gpu, p.rows, p.vocab_size, sizeof(T));
-    launch.run(gpu, launch.keep ? &top_k_rows<T, true> : &top_k_rows<T, false>, p.rows, p);
+    launch.run(gpu, launch.keep ? &top_k_rows<T, Keep::kAll> : &top_k_rows<T, Keep::kPart>, p.rows, p,
+               launch.room);
   });
 }
 
@@ -76,7 +77,8 @@ void top_k_mask_logits(const RenormParams& p, const Gpu& gpu) {
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
     const RowLaunch launch(gpu, p.batch, p.vocab_size, sizeof(T));
-    launch.run(gpu, launch.keep ? &mask_rows<T, true> : &mask_rows<T, false>, p.batch, p);
+    launch.run(gpu, launch.keep ? &mask_rows<T, Keep::kAll> : &mask_rows<T, Keep::kPart>, p.batch, p,
+               launch.room);
   });
 }
 

@@ -56,16 +56,17 @@ struct RowFilter : TeamRow<Row> {
   __device__ RowFilter(const FilterParams& p, Team<kSampleThreads>& team) : Base(team), p(p) {}
 
   // This block's part of a row.
-  static __device__ Row slice_of(const FilterParams& p, int64_t row, const Team<kSampleThreads>& team) {
+  static __device__ Row slice_of(const FilterParams& p, int64_t row, const Team<kSampleThreads>& team,
+                                 int32_t room) {
     return {static_cast<const typename Row::T*>(p.input) + row * p.row_stride, p.vocab_size, team.rank,
-            team.size};
+            team.size, room};
   }
 
-  // A draw's row comes to the second-level cache while others are worked on.
+  // A draw's row comes to the second-level cache while others are worked on, unless that is full of those.
   __device__ void prefetch_row(int64_t index) const {
-    if (index >= p.batch) return;
+    if (Row::kKeeping != Keep::kAll || index >= p.batch) return;
     const int64_t row = p.indices.data == nullptr ? index : p.indices.at(index);
-    if (row >= 0 && row < p.rows) slice_of(p, row, team).prefetch();
+    if (row >= 0 && row < p.rows) slice_of(p, row, team, 0).prefetch();
   }
 
   // What all threads need and one can find out.

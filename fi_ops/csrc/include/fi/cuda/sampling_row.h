@@ -8,8 +8,9 @@
 
 namespace fi::cuda {
 
-inline constexpr int64_t kKeptBytes = 64 * 1024;  // of a row in a block: two blocks fit on a multiprocessor
-inline constexpr int64_t kWorthABlock = 4096;     // tokens
+inline constexpr int64_t kKeptBytes = 64 * 1024;   // of a row in a block: two blocks fit on a multiprocessor
+inline constexpr int64_t kReadBytes = 264 * 1024;  // of a row for a block, at most, where not all is kept
+inline constexpr int64_t kWorthABlock = 4096;      // tokens
 
 // In dynamic shared memory, in front of what is kept of the row.
 struct alignas(16) RowScratch {
@@ -24,8 +25,8 @@ struct alignas(16) RowScratch {
   bool use_top_k, use_top_p;
 };
 
-template <class Source, bool kKept>
-using RowSlice = Slice<Source, kSampleThreads, kKept, uint32_t(sizeof(RowScratch))>;
+template <class Source, Keep kKeep>
+using RowSlice = Slice<Source, kSampleThreads, kKeep, uint32_t(sizeof(RowScratch))>;
 
 FI_DEVICE_INLINE RowScratch& row_scratch() { return *reinterpret_cast<RowScratch*>(dynamic_smem()); }
 
@@ -143,7 +144,7 @@ struct TeamRow {
       uint64_t weight[kLogits] = {}, mine = 0;
       if (vector < end) {
         float x[kLogits];
-        slice.read(vector, x);
+        slice.read(vector, warp % kSampleWarps, x);
 #pragma unroll
         for (int j = 0; j < kLogits; ++j) mine += weight[j] = weight_of(x[j], id + j);
       }
@@ -193,24 +194,35 @@ FI_DEVICE_INLINE void team_has_started(const Team<kSampleThreads>& team) {
 // How the rows of a launch are spread over blocks. The answer is the same however they are.
 struct RowLaunch {
   unsigned blocks;  // a row
-  bool keep;        // the row in shared memory
+  bool keep;        // all of the row in shared memory
+  int32_t room;     // vectors of each warp that are kept
   size_t smem;
 
   // As many blocks a row as keep it in shared memory with two of them on a multiprocessor, and more while
-  // there are multiprocessors to spare. `element_size`: bytes of a value.
+  // there are multiprocessors to spare. Where so many blocks can't run at once, fewer of them a row, which
+  // keep what they can: passes that read the second-level cache cost less than rows that wait for others.
+  // `element_size`: bytes of a value.
   RowLaunch(const Gpu& gpu, int64_t rows, int64_t vocab_size, int64_t element_size) : blocks(1) {
-    auto kept_bytes = [&] {
-      const int64_t vectors = (vocab_size * element_size + 15) / 16 + 1;
+    const int64_t vectors = (vocab_size * element_size + 15) / 16 + 1;
+    auto a_warp = [&] {
       const int64_t warps = int64_t(blocks) * kSampleWarps;
-      return (vectors + warps - 1) / warps * kSampleWarps * 16;
+      return (vectors + warps - 1) / warps;
     };
+    auto a_block = [&] { return a_warp() * kSampleWarps * 16; };  // bytes
     if (has_clusters(gpu)) {
-      while (blocks < kMaxTeam && kept_bytes() > kKeptBytes) blocks *= 2;
+      while (blocks < kMaxTeam && a_block() > kKeptBytes) blocks *= 2;
       while (blocks < kMaxTeam && rows * blocks * 2 <= gpu.num_sms && vocab_size > blocks * kWorthABlock)
         blocks *= 2;
+      // Clusters of eight leave out up to a sixteenth of the blocks that there is room for.
+      while (blocks > 1 && rows * blocks > 2 * gpu.num_sms * (blocks == 8 ? 15 : 16) / 16 &&
+             2 * a_block() <= kReadBytes)
+        blocks /= 2;
     }
-    keep = int64_t(sizeof(RowScratch)) + kept_bytes() <= gpu.max_block_smem;
-    smem = sizeof(RowScratch) + (keep ? size_t(kept_bytes()) : 0);
+    const int64_t scratch = sizeof(RowScratch), half = (gpu.max_block_smem + 1024) / 2 - 1024;
+    const bool one_each = rows * blocks <= gpu.num_sms;  // multiprocessor
+    keep = scratch + a_block() <= (one_each ? gpu.max_block_smem : half);
+    room = int32_t(keep ? a_warp() : std::min(a_warp(), (half - scratch) / (kSampleWarps * 16)));
+    smem = size_t(scratch + room * kSampleWarps * 16);
   }
 
   // About how many rows are worked on at the same time.

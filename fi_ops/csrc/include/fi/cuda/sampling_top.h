@@ -46,7 +46,7 @@ __device__ void for_each_first(const TeamRow<Row>& row, const FirstTokens& first
     float x[kLogits];
     uint32_t mask = 0;
     if (vector < end) {
-      slice.read(vector, x);
+      slice.read(vector, threadIdx.x / 32, x);
       mask = among(x, id);
     }
     if (!__any_sync(kAllLanes, mask != 0)) continue;
