@@ -12,12 +12,20 @@ inline constexpr int64_t kKeptBytes = 64 * 1024;   // of a row in a block: two b
 inline constexpr int64_t kReadBytes = 264 * 1024;  // of a row for a block, at most, where not all is kept
 inline constexpr int64_t kWorthABlock = 4096;      // tokens
 
+// The bins of the first pass (fi/cuda/sampling_early.h).
+struct EarlyScale {
+  float base, octaves;
+  bool used;
+};
+
 // In dynamic shared memory, in front of what is kept of the row.
 struct alignas(16) RowScratch {
   Team<kSampleThreads>::Scratch team;
   SelectScratch select;
   uint32_t warp_keys[2]
                     [kMaxTeam * kSampleThreads / 32];  // of each warp of the team: first and last order key
+  float warp_mass[kMaxTeam * kSampleWarps];            // of each warp of the team, by the early bins
+  EarlyScale early;
   SamplingDraw draw;
   int64_t index;                          // of the draw
   alignas(16) unsigned char slice[64];    // a RowSlice
@@ -45,6 +53,13 @@ FI_DEVICE_INLINE typename Row::Weights& shared_weights() {
 struct Range {
   float max, min;
 };
+
+// How many octaves below the maximum tokens are so light that all of the row's together are less than
+// 1 - top_p of the largest one, which is not where top-p ends; a hundredth of that is little to a guess of
+// its place.
+FI_DEVICE_INLINE float octaves_of_top_p(int32_t tokens, double top_p) {
+  return log2f(float(tokens) / float(1.0 - top_p)) + 7.0f;
+}
 
 // Those of a thread.
 struct ThreadRange {

@@ -22,7 +22,7 @@ struct ShortDraw {
 
   // Whether a top-k is small enough.
   static __device__ bool fits(int64_t top_k, uint32_t team_size) {
-    return top_k <= kShort / 2 && top_k <= team_size * Threads / 8;
+    return top_k <= kShort / 2 && top_k <= team_size * Threads / 4;
   }
 
   // Before the barrier after which `draw` is called: shares the largest logit of this thread and its

@@ -22,6 +22,7 @@ struct Slice {
   using Weights = typename Source::Weights;
   static constexpr float kInfinite = Source::kInfinite;
   static constexpr Keep kKeeping = kKeep;
+  static constexpr bool kEarly = Source::kEarly;
   static_assert(Source::kSubtracts == (kKeep == Keep::kNone), "copies to shared memory can't subtract");
   static constexpr int kLogits = 16 / sizeof(T);  // in a vector
   static constexpr int kWarps = Threads / 32;
@@ -111,10 +112,17 @@ struct Slice {
   }
 
   // The first pass, as for_each_vector, with NaN for values that can't be: what is to be kept of the slice
-  // comes to shared memory before. Each thread copies what it will read: no barrier. `meanwhile()` runs while
-  // the copies are under way.
+  // comes to shared memory before. `meanwhile()` runs while the copies are under way.
   template <class Meanwhile, class F>
   __device__ __forceinline__ void fetch(const Meanwhile& meanwhile, const F& f) const {
+    begin_copies();
+    meanwhile();
+    end_copies();
+    for_each_vector<true>(f);
+  }
+
+  // Copies what is to be kept to shared memory: each thread what it will read, so that no barrier is needed.
+  __device__ void begin_copies() const {
     if constexpr (kKeep != Keep::kNone) {
       const Range range = range_of(threadIdx.x / 32);
       uint4* const to = kept_of(threadIdx.x / 32);
@@ -135,9 +143,9 @@ struct Slice {
       cp_async_commit();
       if constexpr (kKeep == Keep::kPart) prefetch_streamed(range, 0, kAhead);
     }
-    meanwhile();
+  }
+  __device__ void end_copies() const {
     if constexpr (kKeep != Keep::kNone) cp_async_wait<0>();
-    for_each_vector<true>(f);
   }
 
   // Asks for the slice to come to the second-level cache.
