@@ -29,7 +29,7 @@ struct Sampler : RowFilter<Row> {
   // `row`: what will be in `slice`.
   __device__ void run(const Row& row, int64_t index, int64_t rows_at_once, int fraction_bits) const {
     const ThreadRange mine = this->fetch(row, index, rows_at_once, fraction_bits);
-    ShortDraw<Row> short_draw{slice, weights, team, s.select};
+    ShortDraw<Row> short_draw{{slice, weights, team, s.select}};
     const bool try_short = s.use_top_k && short_draw.fits(s.draw.top_k, team.size) &&
                            (!s.use_top_p || (p.top_k_first && (p.min_p_first || s.draw.min_p <= 0.0))) &&
                            s.draw.temperature > 0.0f;

@@ -201,6 +201,7 @@ struct NoWeights : FixedPoint {
     max = largest;
     unit = 1.0f / fmaxf(0.25f * largest - 0.25f * smallest, 0x1p-100f);
   }
+  static __device__ float distance(float from, float x) { return from - x; }
   // 0 for the largest, 1 for the smallest finite value, infinity for others.
   __device__ float octaves(float x) const {
     // (Rounded alike, so that no difference is negative.)
