@@ -31,8 +31,7 @@ struct Sampler : RowFilter<Row> {
     const ThreadRange mine = this->fetch(row, index, rows_at_once, fraction_bits);
     ShortDraw<Row> short_draw{{slice, weights, team, s.select}};
     const bool try_short = s.use_top_k && short_draw.fits(s.draw.top_k, team.size) &&
-                           (!s.use_top_p || (p.top_k_first && (p.min_p_first || s.draw.min_p <= 0.0))) &&
-                           s.draw.temperature > 0.0f;
+                           (!s.use_top_p || p.top_k_first) && s.draw.temperature > 0.0f;
     if (try_short) short_draw.publish(mine.high);
     const Range range = this->range_of(mine);
     float max = range.max, min = range.min;
