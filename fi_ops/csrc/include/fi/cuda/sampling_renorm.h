@@ -64,4 +64,7 @@ void renorm_rows(const RenormParams& p, const Gpu& gpu) {
 // In files of their own, as the compiler takes long.
 void renorm_from_probs(const RenormParams& p, const Gpu& gpu);
 
+// Softmax of logits; false, with nothing done, where there are filters or rows that are too long for it.
+bool softmax(const RenormParams& p, const Gpu& gpu);
+
 }  // namespace fi::cuda
