@@ -243,13 +243,14 @@ struct Slice {
             const int32_t at = kChecked ? nth : num - 1 - nth;
             id[i] = (begin + at + (at == last ? range.streamed : 0)) * kLogits + first_id;
 #pragma unroll
-            for (float& logit : x[i]) logit = -kInfinity;
-            if (nth >= num) continue;
-            unpack_16<T>(x[i], from[at]);
-            slice.template interpret<kChecked>(x[i]);
+            for (float& logit : x[i]) logit = Source::kNothing;
+            if (nth < num) unpack_16<T>(x[i], from[at]);
           }
 #pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) f(x[i], id[i]);
+          for (int i = 0; i < kAtOnce; ++i) {
+            slice.template interpret<kChecked>(x[i]);
+            f(x[i], id[i]);
+          }
         }
       }
     } else {
