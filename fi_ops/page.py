@@ -25,6 +25,7 @@ __all__ = [
     "copy_pages",
     "get_batch_indices_positions",
     "get_seq_lens",
+    "rope_append_paged_kv_cache",
 ]
 
 PagedKVCache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -46,6 +47,21 @@ def _pair(function: str, paged_kv_cache: PagedKVCache) -> tuple[torch.Tensor, to
         f"paged_kv_cache must be a tensor or a pair (k_cache, v_cache), got {len(paged_kv_cache)} of them; pass two",
     )
     return paged_kv_cache[0], paged_kv_cache[1]
+
+
+def _as_nhd(function: str, paged_kv_cache: PagedKVCache, kv_layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The key and the value cache as views `[max_num_pages, page_size, num_kv_heads, head_dim]`."""
+    require(function, kv_layout in ("NHD", "HND"), f"kv_layout must be NHD or HND, got {kv_layout}; pass one of them")
+    k_cache, v_cache = _pair(function, paged_kv_cache)
+    if kv_layout == "NHD":
+        return k_cache, v_cache
+    require(
+        function,
+        k_cache.dim() == 4 and v_cache.dim() == 4,
+        f"paged_kv_cache must be [max_num_pages, num_kv_heads, page_size, head_dim] twice, got {list(k_cache.shape)} and "
+        f"{list(v_cache.shape)}; reshape them to 4 dimensions",
+    )
+    return k_cache.transpose(1, 2), v_cache.transpose(1, 2)
 
 
 def append_paged_kv_cache(
@@ -77,20 +93,45 @@ def append_paged_kv_cache(
 
     Source: FlashInfer `append_paged_kv_cache`.
     """
-    function = "append_paged_kv_cache"
-    require(function, kv_layout in ("NHD", "HND"), f"kv_layout must be NHD or HND, got {kv_layout}; pass one of them")
-    k_cache, v_cache = _pair(function, paged_kv_cache)
-    if kv_layout == "HND":
-        require(
-            function,
-            k_cache.dim() == 4 and v_cache.dim() == 4,
-            f"paged_kv_cache must be [max_num_pages, num_kv_heads, page_size, head_dim] twice, got {list(k_cache.shape)} and "
-            f"{list(v_cache.shape)}; reshape them to 4 dimensions",
-        )
-        k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    k_cache, v_cache = _as_nhd("append_paged_kv_cache", paged_kv_cache, kv_layout)
     torch.ops.fi.append_paged_kv_cache(
         append_key, append_value, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len
     )
+
+
+def rope_append_paged_kv_cache(
+    query: torch.Tensor,
+    append_key: torch.Tensor,
+    append_value: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    paged_kv_cache: PagedKVCache,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+    kv_layout: str = "NHD",
+    is_neox: bool = True,
+) -> torch.Tensor:
+    """RoPE on new queries and keys at their positions, and `append_paged_kv_cache` of the rotated keys and the values, in one op.
+
+    Args (the others as in `append_paged_kv_cache`):
+        query: `[nnz, num_qo_heads, head_dim]`, append_key's dtype.
+        cos_sin_cache: float32 `[max_len, rotary_dim]`, the cosines of all pairs, then the sines; token i takes row
+            `positions[i]`. The first rotary_dim elements of each head are rotated.
+        is_neox: True pairs (i, i + rotary_dim / 2), False pairs (2i, 2i + 1).
+
+    Returns:
+        query rotated, `[nnz, num_qo_heads, head_dim]`, contiguous; padding's rows as they were. Products in float32, rounded once
+        (in fp8 caches keys are rounded once too: from float32).
+
+    Sources: FlashInfer `apply_rope_with_cos_sin_cache` and `append_paged_kv_cache`.
+    """
+    k_cache, v_cache = _as_nhd("rope_append_paged_kv_cache", paged_kv_cache, kv_layout)
+    return torch.ops.fi.rope_append_paged_kv_cache(
+        query, append_key, append_value, cos_sin_cache, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr,
+        kv_last_page_len, interleaved=not is_neox,
+    )  # fmt: skip
 
 
 def append_paged_mla_kv_cache(

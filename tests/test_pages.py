@@ -154,6 +154,31 @@ def test_flashinfer_examples():
     assert torch.equal(cache[8:], before[8:])
 
 
+@RELAXED
+@given(
+    appends(), st.sampled_from(["NHD", "HND"]), st.sampled_from(["pair", "strided pair", "one tensor"]), st.booleans()
+)
+def test_rope_and_append_is_one_after_the_other(call, layout, kind, is_neox):
+    """Bit for bit: rotation and append in one op, and by the two functions."""
+    (key, value), where, caches, table = call
+    nnz, heads, head_dim = key.shape
+    if head_dim < 2:
+        return
+    query = torch.randn(nnz, 2 * heads, head_dim).to(key.dtype)
+    angles = torch.rand(50, head_dim // 4 or 1) * 6.3
+    cos_sin_cache = torch.cat((angles.cos(), angles.sin()), -1)
+    real = ((where[0] != -1) & (where[1] != -1))[:, None, None]
+    rotated = [t.clone().flatten(1) for t in (query, key)]
+    at = where[1].clamp(min=0)
+    fi_ops.apply_rope_with_cos_sin_cache_inplace(at, *rotated, head_dim, cos_sin_cache, is_neox)
+    rotated = [torch.where(real, r.view_as(t), t) for r, t in zip(rotated, (query, key), strict=True)]
+    (one, one_nhd), (two, two_nhd) = (_lay_out(*(c.clone() for c in caches), layout, kind) for _ in range(2))
+    fi_ops.append_paged_kv_cache(rotated[1], value, *where, one, *table, layout)
+    got = fi_ops.rope_append_paged_kv_cache(query, key, value, cos_sin_cache, *where, two, *table, layout, is_neox)
+    assert torch.equal(got, rotated[0])
+    assert all(torch.equal(a, b) for a, b in zip(one_nhd(), two_nhd(), strict=True))
+
+
 def test_mla_append():
     batch_indices, positions = torch.tensor([0, 1, 1, -1]), torch.tensor([4, 0, 1, -1])
     table = torch.tensor([3, 1, 5]), torch.tensor([0, 2, 3]), torch.tensor([1, 2])
@@ -258,14 +283,16 @@ def test_refusals():
 # ---------------------------------------------------------------------------------------------------- in compiled graphs
 
 
-def _step(key, value, ends, cache, kv_indices, kv_indptr, last, layout):
+def _step(key, value, ends, cache, kv_indices, kv_indptr, last, table, layout):
     """What an engine does in a step, out of its page table alone."""
     page_size = cache.shape[3 if layout == "HND" else 2]
     lens = fi_ops.get_seq_lens(kv_indptr, last, page_size)
     batch_indices, positions = fi_ops.get_batch_indices_positions(ends, lens, key.shape[0])
-    fi_ops.append_paged_kv_cache(key, value, batch_indices, positions, cache, kv_indices, kv_indptr, last, layout)
+    paged = (batch_indices, positions, cache, kv_indices, kv_indptr, last, layout)
+    query = fi_ops.rope_append_paged_kv_cache(key, key, value, table, *paged)
+    fi_ops.append_paged_kv_cache(key + 1, value, *paged)
     fi_ops.copy_pages(cache, kv_indices[-1:], kv_indices[:1] * 0 + cache.shape[0] - 1)
-    return lens, positions
+    return lens, positions, query
 
 
 def _step_arguments(nnz: int, layout: str, device="cpu", seed: int = 0, batch: int = 3):
@@ -278,7 +305,9 @@ def _step_arguments(nnz: int, layout: str, device="cpu", seed: int = 0, batch: i
     key, value = (torch.randn(nnz, 2, 8, generator=generator) for _ in range(2))
     cache = torch.randn(41, 2, 4, 2, 8, generator=generator)
     cache = cache.transpose(2, 3).contiguous() if layout == "HND" else cache
-    args = key, value, ends, cache, pages.int(), indptr, (lengths - (counts - 1) * 4).int()
+    angles = torch.rand(32, 4, generator=generator)
+    table = torch.cat((angles.cos(), angles.sin()), -1)
+    args = key, value, ends, cache, pages.int(), indptr, (lengths - (counts - 1) * 4).int(), table
     return (*(t.to(device) for t in args), layout)
 
 
@@ -306,7 +335,8 @@ def test_inductor_writes_the_cache_in_place(layout):
     got, [code] = run_and_get_code(torch.compile(_step, fullgraph=True), *mine)
     expected = _step(*theirs)
     assert all(torch.equal(a, b) for a, b in zip((*got, mine[3]), (*expected, theirs[3]), strict=True))
-    assert "torch.ops.fi.append_paged_kv_cache.default(" in code and "torch.ops.fi.copy_pages.default(" in code
+    for name in ("rope_append_paged_kv_cache", "append_paged_kv_cache", "copy_pages"):
+        assert f"torch.ops.fi.{name}.default(" in code
     sizes = [line for line in code.splitlines() if "empty_strided" in line and "41" in line]
     assert not sizes, sizes
 

@@ -98,6 +98,39 @@ def append_samples(device, dtype):
             yield Sample((*scaled, *args[2:4], *(t.to(fp8) for t in args[4:6]), *args[6:]), name=name)
 
 
+def _rope_append_parts(device, dtype, appended, lengths, *, num_qo_heads=4, rotary_dim=16, max_len=50, **sizes):
+    parts = _append_parts(device, dtype, appended, lengths, **sizes)
+    query = torch.randn(parts[0].shape[0], num_qo_heads, parts[0].shape[2], device=device).to(dtype)
+    angles = torch.rand(max_len, rotary_dim // 2, device=device) * 6.3
+    return (query, *parts[:2], torch.cat((angles.cos(), angles.sin()), -1), *parts[2:])
+
+
+def rope_append_samples(device, dtype):
+    def parts(*args, **sizes):
+        return _rope_append_parts(device, dtype, *args, **sizes)
+
+    llama = {"num_qo_heads": 32, "heads": 8, "head_dim": 128, "rotary_dim": 128, "page_size": 16}
+    yield Sample(parts([1], [37], **llama), name="decode, one request")
+    for interleaved in (False, True):
+        kind, word = {"interleaved": interleaved}, "interleaved" if interleaved else "rotate-half"
+        yield Sample(parts([1, 1, 9], [4, 19, 9], head_dim=64, rotary_dim=64, padding=2), kind, f"{word}, padding")
+        partial = parts([2, 3], [8, 9], head_dim=80, rotary_dim=24, head_dim_vo=48, token_index=torch.int64)
+        yield Sample(partial, kind, f"{word}, partial rotary_dim, head_dim_vo apart, int64")
+        odd = parts([3, 4], [3, 11], head_dim=9, rotary_dim=6, num_qo_heads=3, heads=1, page_size=5)
+        yield Sample(odd, kind, f"{word}, odd sizes")
+        for fp8 in (torch.float8_e4m3fn, torch.float8_e5m2):
+            args = parts([3, 7], [10, 9], head_dim=64, rotary_dim=32)
+            yield Sample((*args[:6], *(t.to(fp8) for t in args[6:8]), *args[8:]), kind, f"{word}, {fp8}")
+        args = parts([40], [45], head_dim=128, rotary_dim=128, page_size=16)
+        qkv = torch.randn(40, 8, 128, device=device).to(dtype)
+        views = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in args[6:8])
+        strided = (qkv[:, :4], qkv[:, 4:6], qkv[:, 6:], args[3].repeat(1, 2)[:, :128], *args[4:6], *views, *args[8:])
+        yield Sample(strided, kind, f"{word}, packed qkv, strided table, HND caches")
+    yield Sample(parts([2], [3], num_qo_heads=0), name="no query heads")
+    yield Sample(parts([0, 0], [4, 0]), name="no tokens")
+    yield Sample(parts([], [], padding=3, max_len=0), name="padding alone, a table without rows")
+
+
 def batch_positions_samples(device, dtype):
     def call(appended, lengths, padding=0):
         indptr = torch.tensor([0, *itertools.accumulate(appended)], device=device, dtype=dtype)
@@ -241,6 +274,33 @@ def append_errors(device):
     yield table(text.format(pages[1], 2), positions=[4, 6, 6, 4, 5])
     shared = [pages[0], pages[1], pages[1], pages[2]]
     yield table(text.format(pages[1], 0), kv_indices=shared, positions=[4, 5, 6, 0, 5])
+
+
+def rope_append_errors(device):
+    good = _rope_append_parts(device, torch.float32, [3, 2], [7, 6], num_pages=10)
+    query, table = good[0], good[3]
+
+    def bad(at, value, match, needs_values=False):
+        return ErrorSample((*good[:at], value, *good[at + 1 :]), match, needs_values=needs_values)
+
+    yield bad(0, query.half(), r"query must have append_key's dtype float32, got float16; convert")
+    yield bad(0, query[0], r"query must be \[nnz, num_qo_heads, head_dim\], got \[4, 16\]; reshape")
+    yield bad(0, query[:4], r"query must be .* = \[5, 4, 16\], got \[4, 4, 16\]; check")
+    yield bad(0, query[..., :8], r"query must be .* = \[5, 4, 16\], got \[5, 4, 8\]; check")
+    yield bad(0, query.mT.contiguous().mT, r"query must have a contiguous last dimension")
+    yield bad(0, query.clone().requires_grad_(), r"has no backward, got an input that requires grad")
+    yield bad(1, good[1][:, :1], r"append_key must be .* = \[5, 2, 16\], got \[5, 1, 16\]; check")
+    yield bad(3, table.half(), r"cos_sin_cache must be float32, got float16; convert")
+    yield bad(3, table[None], r"cos_sin_cache must be \[max_len, rotary_dim\], got \[1, 50, 16\]; reshape")
+    yield bad(3, table.mT.contiguous().mT, r"cos_sin_cache must have a contiguous last dimension")
+    text = r"cos_sin_cache must be .* with an even rotary_dim of at most head_dim 16, got \[50, {}\]; cat"
+    for width in (0, 7, 18):
+        yield bad(3, torch.zeros(50, width, device=device), text.format(width))
+    rows = r"positions must be rows of cos_sin_cache, less than 6, got 6; make it longer"
+    yield bad(3, table[:6], rows, needs_values=True)
+    yield bad(
+        4, good[4] + 2, r"batch_indices must be -1 \(padding\) or a request, less than 2, got 2", needs_values=True
+    )
 
 
 def batch_positions_errors(device):

@@ -35,9 +35,12 @@ from ._page_samples import (
     batch_positions_samples,
     copy_errors,
     copy_samples,
+    rope_append_errors,
+    rope_append_samples,
     seq_lens_errors,
     seq_lens_samples,
 )
+from ._reference import rotate
 from ._spec import FLOATS, INDEX_TYPES, Cost, op
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -113,6 +116,37 @@ def _append_fake(
     )  # fmt: skip
 
 
+def _rope_append_fake(
+    query, append_key, append_value, cos_sin_cache, batch_indices, positions, paged_k_cache, paged_v_cache, kv_indices,
+    kv_indptr, kv_last_page_len, *, interleaved=False,
+):  # fmt: skip
+    name = "rope_append_paged_kv_cache"
+    _check_append(
+        name, append_key, append_value, batch_indices, positions, paged_k_cache, paged_v_cache, kv_indices, kv_indptr,
+        kv_last_page_len,
+    )  # fmt: skip
+    nnz, _, head_dim = append_key.shape
+    check_same_device(name, "query", query, "append_key", append_key)
+    check_same_dtype(name, "query", query, "append_key", append_key)
+    check_ndim(name, "query", query, 3, "[nnz, num_qo_heads, head_dim]")
+    check_shape(name, "query", query, (nnz, query.shape[1], head_dim), "[nnz, num_qo_heads, head_dim]")
+    check_last_dim_contiguous(name, "query", query)
+    check_same_device(name, "cos_sin_cache", cos_sin_cache, "append_key", append_key)
+    check_dtype(name, "cos_sin_cache", cos_sin_cache, (torch.float32,))
+    check_ndim(name, "cos_sin_cache", cos_sin_cache, 2, "[max_len, rotary_dim]")
+    check_last_dim_contiguous(name, "cos_sin_cache", cos_sin_cache)
+    rotary_dim = cos_sin_cache.shape[1]
+    check(
+        name,
+        all_of(rotary_dim > 0, rotary_dim % 2 == 0, rotary_dim <= head_dim),
+        lambda: (
+            f"cos_sin_cache must be [max_len, rotary_dim] with an even rotary_dim of at most head_dim {head_dim}, "
+            f"got {shape_of(cos_sin_cache)}; cat cos and sin along the last dimension"
+        ),
+    )
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+
+
 def _batch_positions_fake(append_indptr, seq_lens, nnz):
     name = "get_batch_indices_positions"
     check_dtype(name, "append_indptr", append_indptr, INDEX_TYPES)
@@ -180,6 +214,14 @@ def _append_cost(
     )
 
 
+def _rope_append_cost(query, append_key, append_value, cos_sin_cache, *append, interleaved=False):
+    moved = 2 * query.nbytes + append_key.shape[0] * cos_sin_cache.shape[1] * 4
+    return Cost(
+        bytes=moved + _append_cost(append_key, append_value, *append).bytes,
+        flops=3 * (query.shape[1] + append_key.shape[1]) * append_key.shape[0] * cos_sin_cache.shape[1],
+    )
+
+
 def _batch_positions_cost(append_indptr, seq_lens, nnz):
     return Cost(bytes=8 * nnz + _index_bytes(append_indptr, seq_lens))
 
@@ -235,6 +277,42 @@ def append_paged_kv_cache(
     tokens, pages, entries = _entries(batch_indices, positions, page_size, kv_indices, kv_indptr)
     paged_k_cache[pages, entries] = _as_cache_dtype(append_key[tokens], paged_k_cache)
     paged_v_cache[pages, entries] = _as_cache_dtype(append_value[tokens], paged_v_cache)
+
+
+@op(
+    "(Tensor query, Tensor append_key, Tensor append_value, Tensor cos_sin_cache, Tensor batch_indices, Tensor positions, "
+    "Tensor(a!) paged_k_cache, Tensor(b!) paged_v_cache, Tensor kv_indices, Tensor kv_indptr, Tensor kv_last_page_len, *, "
+    "bool interleaved=False) -> Tensor",
+    fake=_rope_append_fake,
+    samples=rope_append_samples,
+    errors=rope_append_errors,
+    cost=_rope_append_cost,
+)
+def rope_append_paged_kv_cache(
+    query, append_key, append_value, cos_sin_cache, batch_indices, positions, paged_k_cache, paged_v_cache, kv_indices,
+    kv_indptr, kv_last_page_len, *, interleaved=False,
+):  # fmt: skip
+    """RoPE on query and append_key by row `positions[i]` of cos_sin_cache, then `append_paged_kv_cache`; the rotated query.
+
+    query: `[nnz, num_qo_heads, head_dim]` in append_key's dtype; the result is contiguous, padding's rows in it are query's.
+    cos_sin_cache: float32 `[max_len, rotary_dim]`, the cosines of all pairs, then the sines; of each head the first rotary_dim
+    elements are rotated, pairs as in `rope`. Products in float32, rounded once to query's dtype and to the cache's.
+    """
+    cos, sin = cos_sin_cache.chunk(2, -1)
+    page_size, rotary_dim = paged_k_cache.shape[1], cos_sin_cache.shape[1]
+    tokens, pages, entries = _entries(batch_indices, positions, page_size, kv_indices, kv_indptr)
+    rows = positions[tokens].long()
+
+    def rotated(x):
+        heads_first = x[tokens].transpose(0, 1)[None]
+        return rotate(heads_first, cos[rows][None], sin[rows][None], interleaved, rotary_dim)[0].transpose(0, 1)
+
+    key = append_key if paged_k_cache.dtype not in FP8 else append_key.float()
+    paged_k_cache[pages, entries] = _as_cache_dtype(rotated(key), paged_k_cache)
+    paged_v_cache[pages, entries] = _as_cache_dtype(append_value[tokens], paged_v_cache)
+    output = query.clone(memory_format=torch.contiguous_format)
+    output[tokens] = rotated(query)
+    return output
 
 
 @op(

@@ -3,11 +3,10 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <vector>
 
-#include "binding/attention.h"
 #include "binding/page_table.h"
-#include "binding/rope.h"
 
 namespace fi::binding {
 namespace {
@@ -93,10 +92,11 @@ AppendPagesParams check_append(const char* op, const Tensor& append_key, const T
   return p;
 }
 
-// Where values are checked: the table, and that every token has a place of its own.
+// Where values are checked: the table, that every token has a place of its own, and its position a row of
+// cos_sin_cache (max_len of them; without RoPE any).
 void check_append_values(const char* op, const Tensor& batch_indices, const Tensor& positions,
                          const Tensor& kv_indices, const Tensor& kv_indptr, const Tensor& kv_last_page_len,
-                         PageTable table) {
+                         PageTable table, int64_t max_len) {
   if (!checks_values()) return;
   const Tensor indices = *values_to_check(kv_indices), indptr = *values_to_check(kv_indptr);
   check_page_table_values(op, indices, indptr, *values_to_check(kv_last_page_len), table.num_pages,
@@ -115,6 +115,8 @@ void check_append_values(const char* op, const Tensor& batch_indices, const Tens
     FI_CHECK(op, at.page >= 0, "positions must be -1 (padding) or within the request's pages, got ", position,
              " for request ", b, " with ", table.kv_indptr.at(b + 1) - table.kv_indptr.at(b), " pages of ",
              table.page_size, "; give it pages for what is appended first");
+    FI_CHECK(op, position < max_len, "positions must be rows of cos_sin_cache, less than ", max_len, ", got ",
+             position, "; make it longer");
     slots.push_back(at.page * table.page_size + at.entry);
   }
   if (!std::is_sorted(slots.begin(), slots.end())) std::sort(slots.begin(), slots.end());
@@ -132,8 +134,48 @@ void append_paged_kv_cache_op(const Tensor& append_key, const Tensor& append_val
   const char* op = "append_paged_kv_cache";
   const AppendPagesParams p = check_append(op, append_key, append_value, batch_indices, positions, k_cache,
                                            v_cache, kv_indices, kv_indptr, kv_last_page_len);
-  check_append_values(op, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len, p.table);
+  check_append_values(op, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len, p.table,
+                      std::numeric_limits<int64_t>::max());
   run(FI_KERNEL_OF(append_paged_kv_cache), k_cache, p);
+}
+
+Tensor rope_append_paged_kv_cache_op(const Tensor& query, const Tensor& append_key,
+                                     const Tensor& append_value, const Tensor& cos_sin_cache,
+                                     const Tensor& batch_indices, const Tensor& positions, Tensor k_cache,
+                                     Tensor v_cache, const Tensor& kv_indices, const Tensor& kv_indptr,
+                                     const Tensor& kv_last_page_len, bool interleaved) {
+  const char* op = "rope_append_paged_kv_cache";
+  check_no_grads(op, query, cos_sin_cache);
+  AppendPagesParams p = check_append(op, append_key, append_value, batch_indices, positions, k_cache, v_cache,
+                                     kv_indices, kv_indptr, kv_last_page_len);
+  check_same_device(op, "query", query, "append_key", append_key);
+  check_same_dtype(op, "query", query, "append_key", append_key);
+  check_ndim(op, "query", query, 3, "[nnz, num_qo_heads, head_dim]");
+  check_shape(op, "query", query, {p.nnz, query.size(1), p.key.head_dim}, "[nnz, num_qo_heads, head_dim]");
+  check_last_dim_contiguous(op, "query", query);
+  check_same_device(op, "cos_sin_cache", cos_sin_cache, "append_key", append_key);
+  check_dtype(op, "cos_sin_cache", cos_sin_cache, std::array{ScalarType::Float});
+  check_ndim(op, "cos_sin_cache", cos_sin_cache, 2, "[max_len, rotary_dim]");
+  check_last_dim_contiguous(op, "cos_sin_cache", cos_sin_cache);
+  const int64_t rotary_dim = cos_sin_cache.size(1);
+  FI_CHECK(op, rotary_dim > 0 && rotary_dim % 2 == 0 && rotary_dim <= p.key.head_dim,
+           "cos_sin_cache must be [max_len, rotary_dim] with an even rotary_dim of at most head_dim ",
+           p.key.head_dim, ", got ", shape_of(cos_sin_cache), "; cat cos and sin along the last dimension");
+  check_append_values(op, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len, p.table,
+                      cos_sin_cache.size(0));
+  const auto* cos = static_cast<const float*>(cos_sin_cache.const_data_ptr());
+  p.rope.cos = cos;
+  p.rope.sin = cos + rotary_dim / 2;
+  p.rope.cos_stride_row = p.rope.sin_stride_row = cos_sin_cache.stride(0);
+  p.rope.width = rotary_dim / 2;
+  p.rope.rotary_dim = rotary_dim;
+  p.rope.interleaved = interleaved;
+  p.rope_len = cos_sin_cache.size(0);
+  Tensor rotated = empty({p.nnz, query.size(1), query.size(2)}, query.scalar_type(), query);
+  p.query = {query.const_data_ptr(), query.stride(0),   query.stride(1), rotated.mutable_data_ptr(),
+             rotated.stride(0),      rotated.stride(1), query.size(1)};
+  run(FI_KERNEL_OF(append_paged_kv_cache), k_cache, p);
+  return rotated;
 }
 
 // ---- index tensors ----
@@ -283,6 +325,7 @@ void copy_pages_op(Tensor k_cache, Tensor v_cache, const Tensor& src_pages, cons
 
 STABLE_TORCH_LIBRARY_IMPL(fi, FI_DEVICE, m) {
   m.impl("append_paged_kv_cache", TORCH_BOX(&fi::binding::append_paged_kv_cache_op));
+  m.impl("rope_append_paged_kv_cache", TORCH_BOX(&fi::binding::rope_append_paged_kv_cache_op));
   m.impl("get_batch_indices_positions", TORCH_BOX(&fi::binding::get_batch_indices_positions_op));
   m.impl("get_seq_lens", TORCH_BOX(&fi::binding::get_seq_lens_op));
   m.impl("copy_pages", TORCH_BOX(&fi::binding::copy_pages_op));
