@@ -105,7 +105,8 @@ void check_append_values(const char* op, const Tensor& batch_indices, const Tens
   const Indices requests = indices_of(host_batch), places = indices_of(host_positions);
   table.kv_indices = indices_of(indices);
   table.kv_indptr = indices_of(indptr);
-  std::vector<int64_t> slots;  // page * page_size + entry
+  std::vector<std::pair<int64_t, int64_t>>
+      runs;  // of tokens side by side: page * page_size + entry, and its end
   for (int64_t n = 0; n < positions.size(0); ++n) {
     const int64_t b = requests.at(n), position = places.at(n);
     FI_CHECK(op, b >= -1 && b < table.batch, "batch_indices must be -1 (padding) or a request, less than ",
@@ -117,14 +118,21 @@ void check_append_values(const char* op, const Tensor& batch_indices, const Tens
              table.page_size, "; give it pages for what is appended first");
     FI_CHECK(op, position < max_len, "positions must be rows of cos_sin_cache, less than ", max_len, ", got ",
              position, "; make it longer");
-    slots.push_back(at.page * table.page_size + at.entry);
+    const int64_t place = at.page * table.page_size + at.entry;
+    if (!runs.empty() && runs.back().second == place) {
+      ++runs.back().second;
+    } else {
+      runs.emplace_back(place, place + 1);
+    }
   }
-  if (!std::is_sorted(slots.begin(), slots.end())) std::sort(slots.begin(), slots.end());
-  const auto twice = std::adjacent_find(slots.begin(), slots.end());
-  FI_CHECK(op, twice == slots.end(),
-           "batch_indices and positions must give each token a place of its own, got page ",
-           *twice / table.page_size, ", entry ", *twice % table.page_size,
-           " twice; copy a page that requests share before they append to it");
+  std::sort(runs.begin(), runs.end());
+  const auto twice = std::adjacent_find(runs.begin(), runs.end(),
+                                        [](const auto& a, const auto& b) { return b.first < a.second; });
+  if (twice == runs.end()) return;
+  const int64_t place = twice[1].first;
+  fail(op, "batch_indices and positions must give each token a place of its own, got page ",
+       place / table.page_size, ", entry ", place % table.page_size,
+       " twice; copy a page that requests share before they append to it");
 }
 
 void append_paged_kv_cache_op(const Tensor& append_key, const Tensor& append_value,
