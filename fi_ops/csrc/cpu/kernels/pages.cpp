@@ -29,6 +29,7 @@ FI_INLINE void store_row(const T* x, void* y, int64_t n, Fp8 format) {
 template <class T>
 FI_INLINE void append_token(const PagedRows& rows, int64_t n, const PageEntry& at, int64_t num_heads,
                             Fp8 format) {
+  if (num_heads * rows.head_dim == 0) return;
   const int64_t size = format == Fp8::none ? sizeof(T) : 1;
   const T* x = static_cast<const T*>(rows.input) + rows.input_offset(n, 0);
   char* y = static_cast<char*>(rows.cache) + rows.cache_offset(at, 0) * size;
