@@ -6,6 +6,7 @@ python -m bench single_decode --batch 8        # attention of one new token
 python -m bench filters                        # softmax, renorm, top-k, log-probabilities, penalties, draft chains
 python -m bench generate                       # the sampling step of Hugging Face's generate
 python -m bench linear --batch 1               # linear layers of few rows
+python -m bench pages --length 4096            # paged caches: append, copies, index tensors
 python -m bench single_prefill --dtype float32
 python -m bench models --quick                 # whole decode steps, stock torch.compile against fi_ops
 python -m bench families --only gemma          # forward, prefill and decode of Hugging Face families
@@ -37,6 +38,7 @@ BENCHES = {
     "filters": "bench_filters",
     "generate": "bench_generate",
     "linear": "bench_linear",
+    "pages": "bench_pages",
     "models": "bench_models",
     "families": "bench_families",
     "ops": "bench_ops",
@@ -56,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: the bench's own (bfloat16; samplers float32)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: as torch chooses)")
     parser.add_argument("--batch", type=int, help="only this batch size")
-    parser.add_argument("--length", type=int, help="only this length (prefill, decode)")
+    parser.add_argument("--length", type=int, help="only this length (prefill, decode, pages)")
     parser.add_argument("--vocab", type=int, help="sampling, filters: this vocabulary (default 128256)")
     parser.add_argument("--only", metavar="TEXT", help="families: those whose name has this in it")
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")

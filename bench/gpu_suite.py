@@ -43,6 +43,7 @@ BENCHES = {
     "decline": 120,
     "ops": 60,
     "linear": 60,
+    "pages": 60,
 }
 LIMITS = {"tests": 420, "sanitize": 240}
 SANITIZERS = {

@@ -22,6 +22,7 @@ from .decode import *  # noqa: F403
 from .gemm import *  # noqa: F403
 from .logits import *  # noqa: F403
 from .norm import *  # noqa: F403
+from .page import *  # noqa: F403
 from .prefill import *  # noqa: F403
 from .quantization import *  # noqa: F403
 from .rope import *  # noqa: F403

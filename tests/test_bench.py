@@ -32,6 +32,7 @@ def _small(monkeypatch):
         ["single_decode", "--length", "100", "--batch", "2"],
         ["single_prefill", "--length", "70"],
         ["linear", "--batch", "2"],
+        ["pages", "--length", "70", "--batch", "2"],
         ["ops"],
         ["decline"],
     ],

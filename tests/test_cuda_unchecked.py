@@ -1,4 +1,7 @@
-"""Values that nothing checks by default on CUDA: whatever they hold, no kernel reaches outside a tensor."""
+"""Values that nothing checks by default on CUDA: whatever they hold, no kernel reaches outside a tensor.
+
+On a GPU, or with `--emulate-cuda` under FI_EMULATION_CHECK=0 (`test_emulation.py` does so) in the emulator.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,21 @@ import os
 import pytest
 import torch
 
-pytestmark = [
+from fi_ops.testing import canaries_intact, with_canaries
+
+EMULATED = os.environ.get("FI_EMULATION_CHECK") == "0"
+ON_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(os.environ.get("FI_OPS_CHECK", "0") not in ("", "0"), reason="FI_OPS_CHECK is set"),
 ]
-DEVICE = "cuda"
+pytestmark = [] if EMULATED else ON_GPU
+DEVICE = "cpu" if EMULATED else "cuda"
 FAR = [-1, -(2**31), 2**31 - 1, 100]
+
+
+def _wait():
+    if not EMULATED:
+        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
@@ -38,7 +50,7 @@ def test_rope_without_table_rows():
     q, k = (torch.randn(1, 2, 3, 32, device=DEVICE) for _ in range(2))
     empty = torch.empty(1, 0, 16, device=DEVICE)
     torch.ops.fi.rope(q, k, empty, empty, torch.zeros(3, device=DEVICE, dtype=torch.int64))
-    torch.cuda.synchronize()
+    _wait()
 
 
 @pytest.mark.parametrize(
@@ -75,4 +87,98 @@ def test_sampling_by_impossible_values():
         assert ((tokens >= 0) & (tokens < 5000)).all()
         torch.ops.fi.top_p_renorm_probs(probs[:, 0], numbers)
         torch.ops.fi.softmax(probs[:, 0], numbers)
-    torch.cuda.synchronize()
+    _wait()
+
+
+# ---------------------------------------------------------------------------------------------------- paged caches
+
+
+def _place(batch_indices, positions, kv_indices, kv_indptr, num_pages, page_size):
+    """(token, page, entry) of every token that the table, whatever it holds, places in the cache."""
+    for n, (b, position) in enumerate(zip(batch_indices.tolist(), positions.tolist(), strict=True)):
+        if not 0 <= b < len(kv_indptr) - 1 or position < 0:
+            continue
+        begin, end = kv_indptr[b : b + 2].tolist()
+        if not 0 <= begin <= end <= len(kv_indices) or position // page_size >= end - begin:
+            continue
+        page = int(kv_indices[begin + position // page_size])
+        if 0 <= page < num_pages:
+            yield n, page, position % page_size
+
+
+def _hostile_tables(index):
+    """Good index tensors, then with each far-off number in each place, then all rows of one tensor the same."""
+    good = [[0, 0, 1, 1, -1], [4, 5, 0, 1, -1], [3, 1, 5], [0, 2, 3], [2, 2]]
+    far = [*FAR, 2, 6, *([2**63 - 1, -(2**63), 2**32, 2**62] if index == torch.int64 else [])]
+    yield good
+    for which, values in enumerate(good):
+        for bad in far:
+            for at in range(len(values)):
+                yield [v if i != which else [*v[:at], bad, *v[at + 1 :]] for i, v in enumerate(good)]
+            yield [v if i != which else [bad] * len(v) for i, v in enumerate(good)]
+
+
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_paged_append_leaves_out_what_the_table_places_nowhere(index, rope):
+    """All tokens are the same, so that two at one place are no race."""
+    token = torch.randn(2, 64, device=DEVICE, dtype=torch.bfloat16)
+    new = token.expand(5, 2, 64).contiguous()
+    angles = torch.rand(1, 32, device=DEVICE).expand(
+        3, 32
+    )  # shorter than the positions: the nearest row, here the same
+    cos_sin_cache = torch.cat((angles.cos(), angles.sin()), -1)
+    rotated, _ = torch.ops.fi.rope(
+        token.view(1, 2, 1, 64), token.view(1, 2, 1, 64), *(t[None, :1] for t in cos_sin_cache.chunk(2, -1))
+    )
+    for values in _hostile_tables(index):
+        tensors = [torch.tensor(v, device=DEVICE, dtype=index) for v in values]
+        caches = [with_canaries(torch.zeros(6, 4, 2, 64, device=DEVICE, dtype=torch.bfloat16)) for _ in range(2)]
+        expected = [torch.zeros_like(c) for c in caches]
+        query = new.clone()
+        for n, page, entry in _place(*tensors[:4], 6, 4):
+            expected[0][page, entry] = rotated.view(2, 64) if rope else token
+            expected[1][page, entry] = token
+            query[n] = rotated.view(2, 64)
+        if rope:
+            got = torch.ops.fi.rope_append_paged_kv_cache(
+                new, new, new, cos_sin_cache, *tensors[:2], *caches, *tensors[2:]
+            )
+            assert torch.equal(got, query), values
+        else:
+            torch.ops.fi.append_paged_kv_cache(new, new, *tensors[:2], *caches, *tensors[2:])
+        assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True)), values
+        assert all(map(canaries_intact, caches)), values
+
+
+def test_rope_append_without_table_rows():
+    new, zero = torch.randn(1, 2, 64, device=DEVICE), torch.zeros(1, device=DEVICE, dtype=torch.int32)
+    caches = [torch.zeros(1, 4, 2, 64, device=DEVICE) for _ in range(2)]
+    table = zero, torch.tensor([0, 1], device=DEVICE), zero + 1
+    empty = torch.empty(0, 64, device=DEVICE)
+    got = torch.ops.fi.rope_append_paged_kv_cache(new, new, new, empty, zero, zero, *caches, *table)
+    assert torch.equal(got, new) and torch.equal(caches[0][0, 0], new[0])
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_page_copies_leave_out_pages_outside(index):
+    caches = [with_canaries(torch.randn(7, 4, 2, 16, device=DEVICE)) for _ in range(2)]
+    before = [c.clone() for c in caches]
+    src = torch.tensor([*FAR, 0, 0, 0, 0, 3], device=DEVICE, dtype=index)
+    dst = torch.tensor([1, 1, 1, 1, *FAR, 5], device=DEVICE, dtype=index)
+    torch.ops.fi.copy_pages(*caches, src, dst)
+    for cache, old in zip(caches, before, strict=True):
+        old[5] = old[3]
+        assert torch.equal(cache, old) and canaries_intact(cache)
+
+
+@pytest.mark.parametrize("indptr", [[0, 2**60, -5], [-(2**60), 2**60, 2**61], [5, 3, 1], [9, 9, 9], [0, 2, 4]])
+@pytest.mark.parametrize("lens", [[-1, -(2**62)], [2**62, 2**31], [3, 1]])
+def test_tokens_of_impossible_requests(indptr, lens):
+    """Each token has a request and a position, or -1 twice."""
+    ends, lens = (torch.tensor(values, device=DEVICE) for values in (indptr, lens))
+    batch_indices, positions = torch.ops.fi.get_batch_indices_positions(ends, lens, 7)
+    assert ((batch_indices >= 0) == (positions >= 0)).all()
+    assert (batch_indices >= -1).all() and (batch_indices < 2).all() and (positions >= -1).all()
+    torch.ops.fi.get_seq_lens(ends, lens, 16)
+    _wait()

@@ -14,6 +14,7 @@ from emulation import build as emulation
 from fi_ops import _build
 
 NATIVE = Path(__file__).parent / "native"
+UNCHECKED = Path(__file__).parent / "test_cuda_unchecked.py"
 SWEEP = Path(__file__).parent / "test_every_op.py"
 
 pytestmark = pytest.mark.skipif(not emulation.supported(), reason="the emulator runs on x86-64")
@@ -47,4 +48,12 @@ def test_sweep():
     parallel = ["-n", "2"] if importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *parallel, "--emulate-cuda"]
     run = subprocess.run([*command, str(SWEEP), "-k", select], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+
+
+def test_unchecked_values():
+    """Hostile index tensors that nothing refuses: the kernels stay in their tensors' memory."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--emulate-cuda", str(UNCHECKED)]
+    env = {**os.environ, "FI_EMULATION_CHECK": "0"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]

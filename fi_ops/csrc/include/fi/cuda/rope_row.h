@@ -53,10 +53,11 @@ FI_DEVICE_INLINE RopeAngles<N, per_member> load_rope_angles(const void* cos, int
   return angles;
 }
 
-// Pairs first .. first + N of the row x, rotated, into the row y, which may be x.
-template <bool interleaved, int N, bool per_member, class T>
-FI_DEVICE_INLINE void rotate_pairs(const T* x, T* y, const RopeAngles<N, per_member>& angles,
-                                   int64_t rotary_dim, int64_t first) {
+// Pairs first .. first + N of the row x, rotated: two calls put(i, values) with N neighbours of the rotated
+// row, from its element i on, once everything is read.
+template <bool interleaved, int N, bool per_member, class T, class Put>
+FI_DEVICE_INLINE void rotate_pairs_to(const T* x, const RopeAngles<N, per_member>& angles, int64_t rotary_dim,
+                                      int64_t first, const Put& put) {
   constexpr int second = per_member ? 1 : 0;
   const int64_t at_low = interleaved ? 2 * first : first;
   const int64_t at_high = interleaved ? 2 * first + N : rotary_dim / 2 + first;
@@ -64,14 +65,14 @@ FI_DEVICE_INLINE void rotate_pairs(const T* x, T* y, const RopeAngles<N, per_mem
   load_pack(low, x + at_low);
   load_pack(high, x + at_high);
   if constexpr (interleaved) {
-    auto put = [&](int j, float value) {
+    auto set = [&](int j, float value) {
       (j < N ? new_low[j < N ? j : 0] : new_high[j < N ? 0 : j - N]) = value;
     };
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float a = of_two_packs(low, high, 2 * i), b = of_two_packs(low, high, 2 * i + 1);
-      put(2 * i, fmaf(a, angles.cos[0][i], -(b * angles.sin[0][i])));
-      put(2 * i + 1, fmaf(b, angles.cos[second][i], a * angles.sin[second][i]));
+      set(2 * i, fmaf(a, angles.cos[0][i], -(b * angles.sin[0][i])));
+      set(2 * i + 1, fmaf(b, angles.cos[second][i], a * angles.sin[second][i]));
     }
   } else {
 #pragma unroll
@@ -81,8 +82,16 @@ FI_DEVICE_INLINE void rotate_pairs(const T* x, T* y, const RopeAngles<N, per_mem
       new_high[i] = fmaf(b, angles.cos[second][i], a * angles.sin[second][i]);
     }
   }
-  store_pack(y + at_low, new_low);
-  store_pack(y + at_high, new_high);
+  put(at_low, new_low);
+  put(at_high, new_high);
+}
+
+// The same into the row y, which may be x.
+template <bool interleaved, int N, bool per_member, class T>
+FI_DEVICE_INLINE void rotate_pairs(const T* x, T* y, const RopeAngles<N, per_member>& angles,
+                                   int64_t rotary_dim, int64_t first) {
+  rotate_pairs_to<interleaved>(x, angles, rotary_dim, first,
+                               [&](int64_t i, const float (&values)[N]) { store_pack(y + i, values); });
 }
 
 // Elements begin .. end of a row, bit for bit, by the block's threads along x.
