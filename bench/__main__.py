@@ -1,8 +1,9 @@
 """The benches' command line.
 
-python -m bench sampling                       # top-k, top-p samplers against stock torch
+python -m bench sampling                       # top-k, top-p samplers against Hugging Face's, gpt-fast's, vLLM's
+python -m bench sampling --full --device cuda  # the same at vocabularies of 32000 to 262144, batches of 1 to 512
 python -m bench single_decode --batch 8        # attention of one new token
-python -m bench filters                        # softmax, renorm, top-k, log-probabilities, penalties, draws from probs
+python -m bench filters                        # softmax, renorm, top-k, log-probabilities, penalties, draft chains
 python -m bench generate                       # the sampling step of Hugging Face's generate
 python -m bench linear --batch 1               # linear layers of few rows
 python -m bench single_prefill --dtype float32
@@ -55,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: the bench's own (bfloat16; samplers float32)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: as torch chooses)")
     parser.add_argument("--batch", type=int, help="only this batch size")
-    parser.add_argument("--length", type=int, help="only this length (prefill, decode) or vocabulary (sampling)")
+    parser.add_argument("--length", type=int, help="only this length (prefill, decode)")
+    parser.add_argument("--vocab", type=int, help="sampling, filters: this vocabulary (default 128256)")
     parser.add_argument("--only", metavar="TEXT", help="families: those whose name has this in it")
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and turns")
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     options = harness.Options(
         device=args.device, dtype=DTYPES.get(args.dtype), threads=args.threads, quick=args.quick, full=args.full,
-        batch=args.batch, length=args.length, only=args.only, compiled=not args.no_compile, turns=args.turns,
+        batch=args.batch, length=args.length, vocab=args.vocab, only=args.only, compiled=not args.no_compile, turns=args.turns,
         turn=TURN[args.device] if args.turn is None else args.turn, warm=args.warm, kernels=args.kernels,
     )  # fmt: skip
     torch.manual_seed(0)

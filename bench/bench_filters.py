@@ -1,4 +1,5 @@
-"""The ops beside the samplers at vocabulary 128256: filters written out, top-k, log-probabilities, penalties, draws from probs.
+"""The ops beside the samplers at vocabulary 128256: filters written out, top-k, log-probabilities, penalties, draws from probs,
+chains of draft tokens.
 
 Peers are stock torch's way to the same result: its softmax and topk, a sort where a filter is top-p, multinomial behind it.
 The ceiling is what the op's spec says: each input read once, each output written once. On CUDA calls go over up to 32 copies
@@ -17,7 +18,7 @@ from . import stock
 from .harness import Candidate, Case, Options, copies_beyond_caches
 
 OPS = torch.ops.fi
-TOP_K, TOP_P, NUM_TOP = 50, 0.9, 20
+TOP_K, TOP_P, NUM_TOP, NUM_DRAFT = 50, 0.9, 20, 4
 
 
 def batches(options: Options) -> tuple[int, ...]:
@@ -92,6 +93,13 @@ def jobs(batch: int, vocab: int, dtype: torch.dtype, device: str) -> Iterator[tu
     numbers = torch.rand(batch, device=device) + 0.5
     tensors = (logits, counts, counts > 1, numbers, numbers, numbers)
     yield "penalties", "apply_logits_processors", tensors, {}, penalised
+    draft = (torch.randn(batch, NUM_DRAFT, vocab, device=device) * 3).softmax(-1)
+    # the target's rows are like the draft's: some chains are accepted as a whole, some end early
+    target = (draft.log() + torch.randn(draft.shape, device=device)).softmax(-1)
+    target = torch.cat([target, probs[:, None]], 1)
+    ids = draft.view(-1, vocab).multinomial(1).view(batch, NUM_DRAFT)
+    tensors = (draft, ids, torch.rand(batch, NUM_DRAFT + 1, device=device), target)
+    yield f"{NUM_DRAFT} draft tokens", "chain_speculative_sampling", tensors, {}, stock.speculate
 
 
 def _call(op: str, options: dict) -> Callable:
@@ -115,7 +123,7 @@ def _cost(op: str, tensors: tuple, options: dict) -> Cost:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    vocab, dtype, device = options.length or 128256, options.pick(torch.float32), options.device
+    vocab, dtype, device = options.vocab or 128256, options.pick(torch.float32), options.device
     for batch in batches(options):
         for name, op, tensors, arguments, theirs in jobs(batch, vocab, dtype, device):
             nbytes = sum(t.nbytes for t in tensors)

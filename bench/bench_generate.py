@@ -69,7 +69,7 @@ def check(scores: torch.Tensor, settings: dict) -> Callable[[torch.Tensor], str]
 def cases(options: Options) -> Iterator[Case]:
     from fi_ops.integrations.transformers import DrawingProcessors
 
-    vocab, device = options.length or 128256, options.device
+    vocab, device = options.vocab or 128256, options.device
     batches = (options.batch,) if options.batch else (1, 16)
     for batch in batches:
         logits = torch.randn(batch, vocab, device=device) * 3

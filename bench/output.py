@@ -31,6 +31,7 @@ class Row:
     length: float = float("nan")
     unit: str = "us"
     ours: bool = False
+    target_us: float = float("nan")  # ours alone: what it is to take at the most
 
 
 @dataclass
@@ -81,6 +82,14 @@ def cells(row: Row) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def target(row: Row) -> str:
+    """A line about it, or nothing."""
+    if row.target_us != row.target_us or row.median_us != row.median_us:
+        return ""
+    verdict = "met" if row.median_us <= row.target_us else "missed"
+    return f"target: {row.candidate} in at most {row.target_us:g} us: {verdict} ({row.median_us:.1f} us)"
+
+
 def print_rows(rows: list[Row]) -> None:
     if not rows:
         return
@@ -90,6 +99,8 @@ def print_rows(rows: list[Row]) -> None:
     for r in table:
         left = f"  {r[0]:<{widths[0]}}  {r[1]:<{widths[1]}}"
         print(left + "".join(f"  {cell:>{width}}" for cell, width in zip(r[2:], widths[2:], strict=True)))
+    for line in filter(None, map(target, rows)):
+        print(f"  {line}")
     sys.stdout.flush()
 
 
@@ -130,4 +141,6 @@ def write_markdown(report: Report, path: Path) -> None:
             heading = columns(row.unit)
             text.write(f"\n**{row.bench}: {row.case}**\n\n| {' | '.join(heading)} |\n|{'---|' * len(heading)}\n")
         text.write(f"| {' | '.join(cells(row))} |\n")
+        if line := target(row):
+            text.write(f"\n{line}\n")
     path.write_text(text.getvalue())

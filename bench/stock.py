@@ -57,10 +57,37 @@ def gpt_fast_sample(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return torch.argmax(probs / torch.empty_like(probs).exponential_(1), dim=-1)
 
 
-def flashinfer_sample(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+def vllm_sample(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """vLLM's sampler in torch: one sort, k and p by row `[batch]`, softmax, argmax over independent exponential clocks."""
+    ascending, ids = logits.sort(dim=-1, descending=False)
+    kth = ascending.gather(1, (ascending.size(1) - top_k.to(torch.long)).unsqueeze(1))
+    ascending.masked_fill_(ascending < kth, -float("inf"))
+    removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p.unsqueeze(1)
+    removed[:, -1] = False
+    ascending.masked_fill_(removed, -float("inf"))
+    probs = torch.empty_like(ascending).scatter_(-1, ids, ascending).softmax(dim=-1, dtype=torch.float32)
+    return probs.div_(torch.empty_like(probs).exponential_()).argmax(dim=-1)
+
+
+def speculate(draft_probs, draft_ids, uniform, target_probs) -> torch.Tensor:
+    """A chain of draft tokens accepted as gpt-fast does, for a batch: the first refused one and what is behind it are replaced
+    by a draw from what the target has over the draft. Returns `[batch, num_speculative_tokens + 1]`, -1 behind the last."""
+    batch, num, _ = draft_probs.shape
+    p = draft_probs.gather(2, draft_ids[..., None])[..., 0]
+    q = target_probs[:, :num].gather(2, draft_ids[..., None])[..., 0]
+    accepted = (uniform[:, :num] * p < q).int().cumprod(1).sum(1)
+    rows = torch.arange(batch, device=accepted.device)
+    draft = torch.where((accepted < num)[:, None], draft_probs[rows, accepted.clamp_max(num - 1)], 0.0)
+    final = torch.multinomial((target_probs[rows, accepted] - draft).clamp_min_(0.0), 1)
+    places = torch.arange(num + 1, device=accepted.device)
+    ids = torch.cat([draft_ids, draft_ids[:, :1]], 1)
+    return torch.where(places < accepted[:, None], ids, torch.where(places == accepted[:, None], final, -1))
+
+
+def flashinfer_sample(logits: torch.Tensor, top_k: int | torch.Tensor, top_p: float | torch.Tensor) -> torch.Tensor:
     """FlashInfer's kernel for the filters asked for; those for a single one start from probabilities."""
     sampling = flashinfer().sampling
-    if top_k > 0 and top_p < 1.0:
+    if isinstance(top_k, torch.Tensor) or (top_k > 0 and top_p < 1.0):
         return sampling.top_k_top_p_sampling_from_logits(logits, top_k, top_p)
     probs = torch.softmax(logits, dim=-1)
     if top_k > 0:

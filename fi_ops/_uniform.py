@@ -20,9 +20,14 @@ def _philox_4x32_10(counter: list[torch.Tensor], key: list[torch.Tensor]) -> lis
     x0, x1, x2, x3 = counter
     k0, k1 = key
     even, odd, keys = torch.stack([x0, x2]), torch.stack([x1, x3]), torch.stack([k0, k1])
-    low = torch.tensor([[m & 0xFFFF] for m in _PHILOX_MULTIPLIERS], device=x0.device)
-    high = torch.tensor([[m >> 16] for m in _PHILOX_MULTIPLIERS], device=x0.device)
-    weyl = torch.tensor([[w] for w in _PHILOX_WEYL], device=x0.device)
+
+    def column(*values: int) -> torch.Tensor:
+        # (torch.tensor would copy them from the host: a wait for the device, which no CUDA graph can capture.)
+        return torch.stack([torch.full((1,), value, dtype=torch.int64, device=x0.device) for value in values])
+
+    low = column(*(m & 0xFFFF for m in _PHILOX_MULTIPLIERS))
+    high = column(*(m >> 16 for m in _PHILOX_MULTIPLIERS))
+    weyl = column(*_PHILOX_WEYL)
     for _ in range(10):
         by_low, by_high = even * low, even * high
         product_high = (by_high + (by_low >> 16)) >> 16

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import __main__ as command_line
-from bench import bench_families, harness, output, plot
+from bench import bench_families, harness, output, plot, stock
 from bench.clock import HostClock
 
 
@@ -24,9 +26,9 @@ def _small(monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["sampling", "--length", "3000", "--batch", "2"],
-        ["filters", "--length", "3000", "--batch", "2"],
-        ["generate", "--length", "3000", "--batch", "2"],
+        ["sampling", "--vocab", "3000", "--batch", "2"],
+        ["filters", "--vocab", "3000", "--batch", "2"],
+        ["generate", "--vocab", "3000", "--batch", "2"],
         ["single_decode", "--length", "100", "--batch", "2"],
         ["single_prefill", "--length", "70"],
         ["linear", "--batch", "2"],
@@ -107,6 +109,57 @@ def test_slower_than_stock_is_marked(ours, marked, monkeypatch, capsys):
     assert ("slower than stock: sampling: a job" in capsys.readouterr().out) == marked
 
 
+@pytest.mark.parametrize(("target", "verdict"), [(1100.0, "met"), (900.0, "missed")])
+def test_a_target_is_held_against_ours(target, verdict, monkeypatch, tmp_path, capsys):
+    from bench import bench_sampling
+
+    class GivenTimes(HostClock):
+        def prepare(self, candidate, seconds):
+            return lambda: 1e-3
+
+    candidates = [harness.Candidate("stock", lambda: None), harness.Candidate("fi_ops", lambda: None, ours=True)]
+    monkeypatch.setattr(bench_sampling, "cases", lambda options: [harness.Case("a job", candidates, target_us=target)])
+    monkeypatch.setattr(harness, "clock_of", lambda device: GivenTimes())
+    page = tmp_path / "page.md"
+    assert command_line.main(["sampling", "--quick", "--markdown", str(page)]) == 0
+    line = f"target: fi_ops in at most {target:g} us: {verdict} (1000.0 us)"
+    assert capsys.readouterr().out.count(line) == 1 and page.read_text().count(line) == 1
+
+
+def test_a_peer_that_does_not_compile_says_so(monkeypatch, capsys):
+    from bench import bench_sampling
+
+    def broken(graph, inputs):
+        raise RuntimeError("no")
+
+    peer = harness.Candidate("stock, compiled", torch.compile(lambda: torch.ones(2) + 1, backend=broken))
+    candidates = [peer, harness.Candidate("fi_ops", lambda: None, ours=True)]
+    monkeypatch.setattr(bench_sampling, "cases", lambda options: [harness.Case("a job", candidates)])
+    assert command_line.main(["sampling", "--turns", "1", "--turn", "0"]) == 0
+    assert "stock, compiled  fails: does not compile" in capsys.readouterr().out
+
+
+def test_a_slow_peer_gets_few_turns(monkeypatch):
+    """By a clock that only the peers' turns move: 15 turns of 0.03 s are ordered, and one of the slow peer's takes a second."""
+    turns, now = {"slow": 0, "stock": 0, "fi_ops": 0}, [0.0]
+
+    class GivenTimes(HostClock):
+        def prepare(self, candidate, seconds):
+            def turn():
+                turns[candidate.name] += 1
+                now[0] += 1.0 if candidate.name == "slow" else 0.03
+                return 1e-3
+
+            return turn
+
+    candidates = [harness.Candidate(name, lambda: None, ours=name == "fi_ops") for name in turns]
+    monkeypatch.setattr(harness, "clock_of", lambda device: GivenTimes())
+    monkeypatch.setattr(harness, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    rows = output.Report()
+    harness.run("sampling", [harness.Case("a job", candidates)], harness.Options(turns=15, turn=0.03), rows)
+    assert turns == {"slow": 5, "stock": 15, "fi_ops": 15} and len(rows.rows) == 3
+
+
 def test_a_wrong_answer_is_reported(monkeypatch, capsys):
     from bench import bench_sampling
 
@@ -116,3 +169,20 @@ def test_a_wrong_answer_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(bench_sampling, "cases", wrong)
     assert command_line.main(["sampling", "--turns", "1", "--quick"]) == 1
     assert "WRONG sampling: wrong: a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("likeness", [0.1, 3.0])
+def test_the_peer_of_draft_chains_accepts_what_the_op_does(likeness):
+    """Its last token is another draw; all before it, and how many there are, must be the op's."""
+    generator = torch.Generator().manual_seed(1)
+    draft = torch.randn(200, 4, 50, generator=generator)
+    noise = torch.randn(200, 5, 50, generator=generator) * likeness
+    target = (torch.cat([draft, draft[:, :1]], 1) + noise).softmax(-1)
+    draft = draft.softmax(-1)
+    ids = draft.view(-1, 50).multinomial(1, generator=generator).view(200, 4)
+    uniform = torch.rand(200, 5, generator=generator)
+    theirs = stock.speculate(draft, ids, uniform, target)
+    output, _, emitted = torch.ops.fi.chain_speculative_sampling(draft, ids, uniform, target)
+    drawn = torch.arange(5) == emitted[:, None]
+    assert torch.equal(theirs.masked_fill(drawn, 0), output.masked_fill(drawn, 0)) and emitted.unique().numel() == 5
+    assert (target[torch.arange(200), emitted.long(), theirs[drawn]] > 0).all()

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from inductor_capture import DEVICES, capture
+from inductor_capture import DEVICES, capture, without_caches
 from snippets import samplers, speculative
 
 import fi_ops
@@ -20,7 +20,8 @@ FROM_PROBS = "sampling_from_probs"
 @pytest.fixture(autouse=True)
 def _clean():
     torch._dynamo.reset()
-    yield
+    with without_caches():
+        yield
     torch._dynamo.reset()
 
 

@@ -53,7 +53,8 @@ def test_long_keys_with_values_that_only_count_alone(options, device):
 def prompt_call(seed, device, batches=(1, 2, 3), heads=(2, 4, 6), lengths=(64, 100, 129, 192, 300)):
     """A prompt over a static cache as models call it, (op, arguments, keyword arguments): what Hopper's kernel takes.
 
-    Positions that ascend or don't, shared or each entry's; masks that padding, causality and chance make; windows; soft caps; sinks.
+    Positions that ascend or don't, shared or each entry's; masks that padding, causality and chance make; windows; soft caps;
+    sinks.
     """
     draw = random.Random(seed)
     torch.manual_seed(seed)

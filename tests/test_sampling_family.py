@@ -1,14 +1,12 @@
-"""What samples can't say of the sampling family: exactness by brute force, other references, invariance, distribution.
+"""What samples can't say of the sampling family: other references, hostile rows, invariance.
 
-All seeds are fixed, so a pass or a failure repeats. False-alarm rate of the chi-square tests, had the seeds been fresh: 1e-6
-each.
+Exactness by brute force: `test_sampling_support.py`, which lists what all these files show. All seeds are fixed, so a pass or a
+failure repeats.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from fractions import Fraction
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fi_ops
+from fi_ops.library import SPECS
 from fi_ops.library._sampling import kept_probs
 
 OPS = torch.ops.fi
@@ -27,94 +26,7 @@ def device(request) -> str:
     return request.param
 
 
-# ------------------------------------------------------------------------------------------------ brute force
-
-
-def exactly_kept(row, top_k, top_p, min_p, top_k_first, min_p_first, ties) -> dict[int, Fraction]:
-    """The definition, in rational arithmetic: the kept tokens of a row of weights, and their probabilities."""
-    order = sorted(range(len(row)), key=lambda i: (-row[i], i))
-    largest = row[order[0]]
-    k = len(row) if top_k <= 0 or top_k >= len(row) else top_k
-    kth = row[order[k - 1]]
-    in_top_k = {i for n, i in enumerate(order) if (row[i] >= kth if ties == "threshold" else n < k)}
-    in_min_p = {i for i in order if row[i] >= Fraction(min_p) * largest}
-    counted = set(order) & (in_top_k if top_k_first else set(order)) & (in_min_p if min_p_first else set(order))
-    target, before, kept = Fraction(top_p) * sum(row[i] for i in counted), Fraction(0), []
-    for n, i in enumerate(order):
-        in_top_p = top_p >= 1 or before < target or n == 0
-        if top_p == 0:
-            in_top_p = n == 0
-        if in_top_p and (top_p == 0 or (i in in_top_k and i in in_min_p)) and row[i] > 0:
-            kept.append(i)
-        before += row[i] if i in counted else 0
-    total = sum(row[i] for i in kept)
-    return {i: row[i] / total for i in kept}
-
-
-@pytest.mark.parametrize("ties", ["exact", "threshold"])
-@pytest.mark.parametrize("top_k_first", [True, False])
-@pytest.mark.parametrize("min_p_first", [True, False])
-def test_every_small_row_with_ties(ties, top_k_first, min_p_first, device):
-    """All rows of four weights from {0, 1, 2, 4}: filters that end on a tie, or just where a sum reaches top_p."""
-    rows = [row for row in itertools.product((0, 1, 2, 4), repeat=4) if any(row)]
-    weights = torch.tensor(rows, dtype=torch.float32, device=device)
-    modes = {"top_k_first": top_k_first, "min_p_first": min_p_first, "top_k_ties": ties}
-    for top_k, top_p, min_p in itertools.product((0, 1, 2, 3), (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5)):
-        expected = torch.zeros(len(rows), 4, dtype=torch.float64)
-        for r, row in enumerate(rows):
-            for i, p in exactly_kept(list(map(Fraction, row)), top_k, top_p, min_p, **modes_of(modes)).items():
-                expected[r, i] = float(p)
-        filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p, **modes}
-        renormed = OPS.top_k_top_p_renorm_probs(weights, **filters).cpu().double()
-        assert torch.equal(renormed > 0, expected > 0), filters
-        assert (renormed - expected).abs().max() < 1e-6, filters
-        for u in (0.0, 0.3, 0.7, 1 - 2**-24):
-            uniform = torch.full((len(rows),), u, device=device)
-            samples, valid = OPS.top_k_top_p_sampling_from_probs(weights, uniform, **filters)
-            assert valid.all()
-            assert (expected.gather(1, samples.cpu().long()[:, None]) > 0).all(), (filters, u)
-
-
-def modes_of(modes: dict) -> dict:
-    return {**{key: modes[key] for key in ("top_k_first", "min_p_first")}, "ties": modes["top_k_ties"]}
-
-
 # ------------------------------------------------------------------------------------------------ other references
-
-
-def sorted_filter(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Top-k, then top-p of the rest, as Hugging Face's processors have them: by a sort and a running sum, in float64."""
-    if top_k > 0:
-        probs = probs.masked_fill(probs < probs.topk(min(top_k, probs.shape[-1]), -1).values[:, -1:], 0)
-        probs = probs / probs.sum(-1, keepdim=True)
-    ascending, order = probs.sort(-1)
-    removed = ascending.cumsum(-1) <= 1 - top_p
-    removed[:, -1] = False
-    probs = probs.masked_fill(torch.zeros_like(removed).scatter(1, order, removed), 0)
-    return probs / probs.sum(-1, keepdim=True)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_sort_based_reference(seed, device):
-    """Random sizes, spreads and parameters; kept sets may differ in a token whose running sum is at top_p to 1e-6."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def pick(*values):
-        return values[int(torch.randint(len(values), (1,), generator=generator))]
-
-    for _ in range(12):
-        rows, vocab = pick(1, 3, 7), pick(5, 130, 1000, 4097, 20_000)
-        top_k, top_p = pick(0, 1, 5, 50, 600, 3000), pick(0.05, 0.5, 0.9, 0.99, 1.0)
-        logits = torch.randn(rows, vocab, generator=generator) * pick(0.01, 1.0, 4.0)
-        expected = sorted_filter(logits.double().softmax(-1), top_k, top_p)
-        from_logits = OPS.top_k_top_p_softmax(logits.to(device), top_k=top_k, top_p=top_p).cpu().double()
-        probs = logits.double().softmax(-1).float().to(device)
-        from_probs = OPS.top_k_top_p_renorm_probs(probs, top_k=top_k, top_p=top_p).cpu().double()
-        for actual in (from_logits, from_probs):
-            apart = (actual - expected).abs()
-            at_the_edge = expected.where(expected > 0, 1.0).amin(-1, keepdim=True)  # the smallest that is kept
-            assert (apart <= 2 * at_the_edge.clamp_min(1e-6) + 1e-6).all(), (vocab, top_k, top_p)
-            assert ((actual > 0).sum(-1) - (expected > 0).sum(-1)).abs().max() <= 1, (vocab, top_k, top_p)
 
 
 def test_top_k_is_torchs(device):
@@ -209,6 +121,17 @@ PARAMETERS = st.fixed_dictionaries(
 )
 
 
+def a_little_wider(options: dict) -> dict:
+    """A filter may end on a boundary that rounding moves: a little more may be kept."""
+    wider = dict(options)
+    if "top_p" in options:
+        top_p = torch.as_tensor(options["top_p"], dtype=torch.float64)
+        wider["top_p"] = torch.where(top_p == 0, 0.0, top_p * 1.00001 + 1e-6)
+    if "min_p" in options:
+        wider["min_p"] = torch.as_tensor(options["min_p"], dtype=torch.float64) * 0.99999
+    return wider
+
+
 @RELAXED
 @given(
     row=st.lists(FLOATS, min_size=1, max_size=20),
@@ -217,26 +140,129 @@ PARAMETERS = st.fixed_dictionaries(
     temperature=st.sampled_from([0.0, 1e-30, 0.5, 1.0, 1e30]),
     u=st.floats(0, 1 - 2**-24, width=32),
 )
-def test_hostile_rows(row, copies, parameters, temperature, u):
+def test_hostile_rows(row, copies, parameters, temperature, u, device):
     """Whatever a row has, the id is in range and drawn from what can be kept, or the row is said to be invalid."""
-    x = torch.tensor(row, dtype=torch.float32).repeat(copies)[None]
-    uniform = torch.tensor([u])
+    x = torch.tensor(row, dtype=torch.float32).repeat(copies)[None].to(device)
+    uniform = torch.tensor([u], device=device)
     for from_probs in (False, True):
         options = parameters if from_probs else {**parameters, "temperature": temperature}
         name = f"top_k_top_p_sampling_from_{'probs' if from_probs else 'logits'}"
         samples, valid = getattr(OPS, name)(x, uniform, **options)
-        # a filter may end on a boundary that rounding moves: a little more is allowed to be kept
-        wider = {**options, "top_p": options["top_p"] * 1.00001 + 1e-6, "min_p": options["min_p"] * 0.99999}
-        wider["top_p"] = 0.0 if options["top_p"] == 0 else wider["top_p"]
-        probs = kept_probs(x, from_probs=from_probs, **wider)[0]
+        probs = kept_probs(x, from_probs=from_probs, **a_little_wider(options))[0]
         assert valid.item() != probs.isnan().any()
         assert 0 <= samples.item() < x.shape[1] and (valid.item() or samples.item() == 0)
         assert not valid.item() or probs[samples.item()] > 0 or probs.isnan().any()
     renormed = OPS.top_k_top_p_renorm_probs(x, **parameters)
     assert renormed.isnan().all() or abs(renormed.double().sum().item() - 1) < 1e-5
     logprobs, rank, _, ids = OPS.gather_logprobs(x, samples.long(), x.shape[1])
-    assert ids[0, rank.item() - 1] == samples.item() and torch.equal(ids.sort(-1).values[0], torch.arange(x.shape[1]))
+    assert ids[0, rank.item() - 1] == samples.item() and torch.equal(
+        ids.sort(-1).values[0].cpu(), torch.arange(x.shape[1])
+    )
     assert logprobs.isnan().all() or logprobs.max() <= 0
+
+
+# What becomes of a row of normal logits, or of their softmax.
+KINDS = {
+    "usual": lambda x: x,
+    "NaN": lambda x: torch.where(x == x.max(), math.nan, x),
+    "all -inf": lambda x: torch.full_like(x, -math.inf),
+    "infinities": lambda x: torch.where(x > x.median(), math.inf, x),
+    "zeros": torch.zeros_like,
+    "signed zeros": lambda x: torch.zeros_like(x).copysign(x - x.median()),
+    "denormals": lambda x: x * 1e-40,
+    "one token at 1": lambda x: (x == x.max()).to(x.dtype),
+    "unnormalised": lambda x: x * 1e30,
+    "ties": lambda x: x.mul(2).round(),
+    "all equal": lambda x: torch.full_like(x, 0.7),
+    "one negative": lambda x: torch.where(x == x.min(), -1e-3, x),
+}
+BY_ROW = st.fixed_dictionaries(
+    {
+        "top_k": st.one_of(st.sampled_from([0, 1, -7, 2**40]), st.integers(1, 400)),
+        "top_p": st.one_of(st.sampled_from([0.0, 1.0, 1e-30, 7.0]), st.floats(0, 1, width=32)),
+        "min_p": st.one_of(st.sampled_from([0.0, 1.0, 1e-30]), st.floats(0, 1, width=32)),
+        "temperature": st.one_of(st.sampled_from([0.0, 1.0, 1e-30, 1e30]), st.floats(0.125, 4, width=32)),
+        "u": st.floats(0, 1 - 2**-24, width=32),
+        "kind": st.sampled_from(list(KINDS)),
+    }
+)
+
+
+@settings(RELAXED, max_examples=150)
+@given(
+    rows=st.lists(BY_ROW, min_size=1, max_size=4),
+    vocab=st.sampled_from([1, 2, 33, 300, 3001]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    top_k_first=st.booleans(),
+    min_p_first=st.booleans(),
+    top_k_ties=st.sampled_from(["exact", "threshold"]),
+    seed=st.integers(0, 2**16),
+)
+def test_hostile_batches(rows, vocab, dtype, top_k_first, min_p_first, top_k_ties, seed, device):
+    """Every op of one row of logits or probabilities: rows that can't be sampled beside others that can, each with filters of
+    its own. A row's output is what it is alone, bit for bit, and is right in the sense of `test_hostile_rows`."""
+    logits = torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(seed)) * 3
+    numbers = {key: torch.tensor([row[key] for row in rows]) for key in ("top_k", "top_p", "min_p", "temperature", "u")}
+    orders = {"top_k_first": top_k_first, "min_p_first": min_p_first, "top_k_ties": top_k_ties}
+    for spec in SPECS.values():
+        if spec.family not in ("sampling", "renorm"):
+            continue
+        names = [a.name for a in spec.parsed.arguments]
+        from_probs = names[0] == "probs"
+        x = logits.softmax(-1) if from_probs else logits.to(dtype)
+        x = torch.stack([KINDS[row["kind"]](x[r]) for r, row in enumerate(rows)])
+        filters = {key: value for key, value in numbers.items() if f"{key}_arr" in names}
+        options = {key: value for key, value in orders.items() if key in names}
+
+        def call(some, x=x, filters=filters, options=options, draws="uniform" in names, op=spec.overload):
+            args = (x[some], numbers["u"][some]) if draws else (x[some],)
+            arrays = {f"{key}_arr": value[some].to(device) for key, value in filters.items()}
+            result = op(*(t.to(device) for t in args), **arrays, **options)
+            return [t.cpu() for t in (result if isinstance(result, tuple) else (result,))]
+
+        whole = call(slice(None))
+        for r in range(len(rows)):
+            for of_batch, alone in zip(whole, call(slice(r, r + 1)), strict=True):
+                assert torch.equal(of_batch[r].nan_to_num(7.0), alone[0].nan_to_num(7.0)), (spec.name, r)
+        if spec.name == "top_k_mask_logits":
+            continue  # (infinities are numbers like others to it; its samples have them)
+        probs = kept_probs(x, from_probs=from_probs, **a_little_wider(filters | options))
+        can_be_sampled = ~probs.isnan().any(-1)
+        if "uniform" in names:
+            tokens, valid = whole[0].long(), whole[1]
+            assert (tokens >= 0).all() and (tokens < vocab).all() and (tokens[~valid] == 0).all(), spec.name
+            assert torch.equal(valid, can_be_sampled), spec.name
+            assert (probs.gather(1, tokens[:, None])[valid] > 0).all(), spec.name
+        else:
+            assert torch.equal(~whole[0].isnan().any(-1), can_be_sampled), spec.name
+            written = whole[0][can_be_sampled].double()
+            assert ((written.sum(-1) - 1).abs() < 1e-5).all(), spec.name
+            assert (probs[can_be_sampled][written > 0] > 0).all(), spec.name
+
+
+@settings(RELAXED, max_examples=150)
+@given(
+    kinds=st.lists(st.sampled_from(list(KINDS)), min_size=6, max_size=6),
+    vocab=st.sampled_from([2, 33, 3001]),
+    u=st.lists(st.floats(0, 1 - 2**-24, width=32), min_size=6, max_size=6),
+    seed=st.integers(0, 2**16),
+)
+def test_hostile_chains(kinds, vocab, u, seed, device):
+    """Draft chains of hostile rows: a prefix of the draft's tokens, one token in range, -1 behind it; alone as in a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    probs = (torch.randn(2, 6, vocab, generator=generator) * 2).softmax(-1)
+    draft = torch.stack([KINDS[kind](row) for kind, row in zip(kinds, probs[0], strict=True)]).view(2, 3, -1)[:, :2]
+    target = torch.stack([KINDS[kind](row) for kind, row in zip(kinds[::-1], probs[1], strict=True)]).view(2, 3, -1)
+    ids = torch.randint(0, vocab, (2, 2), generator=generator)
+    args = [t.to(device) for t in (draft, ids, torch.tensor(u).view(2, 3), target)]
+    whole = [t.cpu() for t in OPS.chain_speculative_sampling(*args)]
+    output, accepted, emitted = whole
+    for b in range(2):
+        alone = OPS.chain_speculative_sampling(*(t[b : b + 1] for t in args))
+        assert all(torch.equal(one[b], other[0].cpu()) for one, other in zip(whole, alone, strict=True))
+        n = int(emitted[b])
+        assert 0 <= n <= accepted[b] <= 2
+        assert torch.equal(output[b, :n], ids[b, :n]) and 0 <= output[b, n] < vocab and (output[b, n + 1 :] == -1).all()
 
 
 # ------------------------------------------------------------------------------------------------ invariance
@@ -292,60 +318,3 @@ def test_a_row_depends_on_itself_alone(name):
                     assert torch.equal(actual, whole[rows]), f"{count} threads, rows {rows}"
     finally:
         torch.set_num_threads(threads)
-
-
-# ------------------------------------------------------------------------------------------------ distribution
-
-
-def assert_distributed(tokens: torch.Tensor, probs: torch.Tensor) -> None:
-    """Chi-square of draws against float64 probabilities, at a false-alarm rate of 1e-6 (Wilson and Hilferty's cube)."""
-    kept = probs > 0
-    assert kept[tokens].all(), "a token outside the support"
-    counts = torch.bincount(tokens, minlength=len(probs)).double()[kept]
-    expected = probs[kept] * len(tokens)
-    assert expected.min() > 5
-    freedom = int(kept.sum()) - 1
-    spread = 2 / (9 * freedom)
-    limit = freedom * (1 - spread + 4.7534 * spread**0.5) ** 3
-    assert ((counts - expected) ** 2 / expected).sum().item() < limit
-
-
-DRAWS = 100_000
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"top_p": 0.8}, {"top_k": 12}, {"min_p": 0.2}, {"top_k": 30, "top_p": 0.9, "min_p": 0.1}], ids=str
-)
-@pytest.mark.parametrize("spread", [0.1, 1.5])
-def test_chi_square_from_probs(options, spread, device):
-    name = "sampling_from_probs"
-    for key in options:
-        name = f"{key}_sampling_from_probs"
-    name = "top_k_top_p_sampling_from_probs" if len(options) > 1 else name
-    row = (torch.randn(53, generator=torch.Generator().manual_seed(7)) * spread).exp()  # not normalised
-    uniform = fi_ops.philox_uniform(8, 0, DRAWS).to(device)
-    rows = torch.zeros(DRAWS, dtype=torch.int64, device=device)
-    samples, valid = getattr(OPS, name)(row[None].to(device), uniform, **options, indices=rows)
-    assert valid.all()
-    assert_distributed(samples.cpu(), kept_probs(row[None], from_probs=True, **options)[0])
-
-
-@pytest.mark.parametrize("likeness", [0.2, 1.0])
-def test_speculative_tokens_are_the_targets(likeness, device):
-    """Draft tokens drawn from the draft: the first token of the output is distributed as the target's first, and where
-    the first was accepted, the second as the target's second."""
-    generator = torch.Generator().manual_seed(9)
-    draft_logits = torch.randn(2, 17, generator=generator)
-    target_logits = torch.cat([draft_logits, torch.zeros(1, 17)]) + likeness * torch.randn(3, 17, generator=generator)
-    draft, target = draft_logits.softmax(-1), target_logits.softmax(-1)
-    ids = torch.stack([row.multinomial(DRAWS, replacement=True, generator=generator) for row in draft], 1)
-    uniform = torch.rand(DRAWS, 3, generator=generator)
-    args = (draft.expand(DRAWS, -1, -1), ids, uniform, target.expand(DRAWS, -1, -1))
-    output, accepted, emitted = (t.cpu() for t in OPS.chain_speculative_sampling(*(t.to(device) for t in args)))
-    assert_distributed(output[:, 0], target[0].double() / target[0].double().sum())
-    second = output[emitted >= 1, 1]
-    assert_distributed(second, target[1].double() / target[1].double().sum())
-    third = output[emitted == 2, 2]
-    assert_distributed(third, target[2].double() / target[2].double().sum())
-    assert (output[emitted == 0, 1:] == -1).all() and (output[emitted == 1, 2] == -1).all()
-    assert (accepted >= emitted).all() and (accepted <= 2).all()

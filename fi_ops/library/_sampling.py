@@ -61,13 +61,16 @@ class RowOp:
         return f"({', '.join(parts)}) -> " + ("(Tensor, Tensor)" if self.draws else "Tensor")
 
     def bind(self, args: tuple, kwargs: dict) -> dict:
-        """All that such an op can be given, by name: what this one doesn't have at its default."""
+        """All that such an op can be given, by name: what this one doesn't have at its default.
+
+        The row is `input`, and `from_probs` says what it is.
+        """
         positional = (self.source, *(("uniform",) if self.draws else ()), *self.options)
         bound = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0, "top_k_ties": "exact"}
         bound |= {f"{f}_arr": None for f in _PARAMETERS}
         bound |= {"uniform": None, "indices": None, "top_k_first": True, "min_p_first": False}
         bound |= dict(zip(positional, args, strict=False)) | kwargs
-        bound["input"] = bound.pop(self.source)
+        bound |= {"input": bound.pop(self.source), "from_probs": self.source == "probs"}
         return bound
 
     def check(self, args: tuple, kwargs: dict) -> tuple[dict, int]:
@@ -213,6 +216,6 @@ def middle_uniform(probs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def filters_of(a: dict) -> dict:
-    """The parameters of `kept_probs` among the arguments of an op, by name."""
+    """The parameters of `kept_probs` among the bound arguments of an op (`RowOp.bind`), by name."""
     filters = {f: a[f] if a[f"{f}_arr"] is None else a[f"{f}_arr"] for f in _PARAMETERS}
-    return filters | {key: a[key] for key in ("top_k_first", "min_p_first", "top_k_ties")}
+    return filters | {key: a[key] for key in ("from_probs", "top_k_first", "min_p_first", "top_k_ties")}

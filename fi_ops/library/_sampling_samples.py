@@ -131,7 +131,7 @@ def row_samples(row_op: RowOp):
             if row_op.draws:
                 a = row_op.bind(args, options)
                 of_draw = x if a["indices"] is None else x[a["indices"].long()]
-                probs = kept_probs(of_draw, from_probs=row_op.source == "probs", **filters_of(a))
+                probs = kept_probs(of_draw, **filters_of(a))
                 wanted = torch.rand(of_draw.shape[0], generator=generator, dtype=torch.float64) * 0.98 + 0.01
                 args = (x, middle_uniform(probs, wanted))
             yield Sample(args, options, name).map_tensors(lambda t: t.to(device))

@@ -7,7 +7,9 @@ sampler that has the filters itself. A row that can't be sampled comes out as Na
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -17,10 +19,14 @@ from ._spec import Cost, op
 
 
 def _row_filter(source: str, *filters: str, masks: bool = False):
-    """Register the decorated reference, which gets its arguments as the op does. `masks`: the output is as the input."""
+    """Register the decorated function of the bound arguments (`RowOp.bind`). `masks`: the output is as the input."""
 
-    def decorate(reference):
-        row_op = RowOp(reference.__name__, source, filters, draws=False)
+    def decorate(of_bound: Callable[[dict], torch.Tensor]):
+        row_op = RowOp(of_bound.__name__, source, filters, draws=False)
+
+        @functools.wraps(of_bound)
+        def reference(*args, **kwargs):
+            return of_bound(row_op.bind(args, kwargs))
 
         def fake(*args, **kwargs):
             a, _ = row_op.check(args, kwargs)
@@ -44,49 +50,47 @@ def _row_filter(source: str, *filters: str, masks: bool = False):
     return decorate
 
 
-def _probs(source: str, filters: tuple[str, ...], args: tuple, kwargs: dict) -> torch.Tensor:
-    a = RowOp("", source, filters, draws=False).bind(args, kwargs)
+def _probs(a: dict) -> torch.Tensor:
     dtype = torch.float64 if a["input"].dtype == torch.float64 else torch.float32
-    return kept_probs(a["input"], from_probs=source == "probs", **filters_of(a)).to(dtype)
+    return kept_probs(a["input"], **filters_of(a)).to(dtype)
 
 
 @_row_filter("logits", "temperature")
-def softmax(*args, **kwargs):
+def softmax(a):
     """`softmax(logits / temperature)` in float32; temperature 0 is 1 at the largest logit (lowest id on ties)."""
-    return _probs("logits", ("temperature",), args, kwargs)
+    return _probs(a)
 
 
 @_row_filter("logits", *ALL_FILTERS, "temperature")
-def top_k_top_p_softmax(*args, **kwargs):
+def top_k_top_p_softmax(a):
     """The distribution that `top_k_top_p_sampling_from_logits` draws from, float32, 0 where a token is not kept."""
-    return _probs("logits", (*ALL_FILTERS, "temperature"), args, kwargs)
+    return _probs(a)
 
 
 @_row_filter("probs", "top_p")
-def top_p_renorm_probs(*args, **kwargs):
+def top_p_renorm_probs(a):
     """Probabilities with all but the smallest prefix whose mass reaches top_p set to 0, normalised."""
-    return _probs("probs", ("top_p",), args, kwargs)
+    return _probs(a)
 
 
 @_row_filter("probs", "top_k")
-def top_k_renorm_probs(*args, **kwargs):
+def top_k_renorm_probs(a):
     """Probabilities with all but the k largest set to 0, normalised."""
-    return _probs("probs", ("top_k",), args, kwargs)
+    return _probs(a)
 
 
 @_row_filter("probs", *ALL_FILTERS)
-def top_k_top_p_renorm_probs(*args, **kwargs):
+def top_k_top_p_renorm_probs(a):
     """The distribution that `top_k_top_p_sampling_from_probs` draws from, 0 where a token is not kept."""
-    return _probs("probs", ALL_FILTERS, args, kwargs)
+    return _probs(a)
 
 
 @_row_filter("logits", "top_k", masks=True)
-def top_k_mask_logits(*args, **kwargs):
+def top_k_mask_logits(a):
     """Logits with all but the k largest set to -inf, in logits' dtype; a row with NaN is all NaN.
 
     An infinite logit is a number like any other here: +inf is the largest.
     """
-    a = RowOp("", "logits", ("top_k",), draws=False).bind(args, kwargs)
     x, ids = in_order(a["input"])
     rows, vocab = x.shape
     k = a["top_k"] if a["top_k_arr"] is None else a["top_k_arr"]

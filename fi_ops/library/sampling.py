@@ -8,6 +8,9 @@ False. The token is the first kept one, in the order of the ids, whose cumulativ
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from ._sampling import ALL_FILTERS, RowOp, draw, filters_of, kept_probs
@@ -15,11 +18,15 @@ from ._sampling_samples import row_errors, row_samples
 from ._spec import Cost, op
 
 
-def _sampler(source: str, *filters: str, **options):
-    """Register the decorated reference, which gets its arguments as the op does."""
+def _sampler(source: str, *filters: str):
+    """Register the decorated function of the bound arguments (`RowOp.bind`)."""
 
-    def decorate(reference):
-        row_op = RowOp(reference.__name__, source, filters, draws=True)
+    def decorate(of_bound: Callable[[dict], tuple[torch.Tensor, torch.Tensor]]):
+        row_op = RowOp(of_bound.__name__, source, filters, draws=True)
+
+        @functools.wraps(of_bound)
+        def reference(*args, **kwargs):
+            return of_bound(row_op.bind(args, kwargs))
 
         def fake(*args, **kwargs):
             a, batch = row_op.check(args, kwargs)
@@ -43,27 +50,25 @@ def _sampler(source: str, *filters: str, **options):
             cost=cost,
             dtypes=row_op.dtypes,
             exact=True,
-            **options,
         )(reference)
 
     return decorate
 
 
-def _sample(source: str, filters: tuple[str, ...], args: tuple, kwargs: dict):
-    a = RowOp("", source, filters, draws=True).bind(args, kwargs)
+def _sample(a: dict) -> tuple[torch.Tensor, torch.Tensor]:
     x = a["input"] if a["indices"] is None else a["input"][a["indices"].long()]
-    samples, valid = draw(kept_probs(x, from_probs=source == "probs", **filters_of(a)), a["uniform"])
+    samples, valid = draw(kept_probs(x, **filters_of(a)), a["uniform"])
     return samples.to(torch.int32 if a["indices"] is None else a["indices"].dtype), valid
 
 
 @_sampler("logits")
-def sampling_from_logits(*args, **kwargs):
+def sampling_from_logits(a):
     """Draw one token for each entry of `uniform` from `softmax(logits)`, which is not written out."""
-    return _sample("logits", (), args, kwargs)
+    return _sample(a)
 
 
 @_sampler("logits", *ALL_FILTERS, "temperature")
-def top_k_top_p_sampling_from_logits(*args, **kwargs):
+def top_k_top_p_sampling_from_logits(a):
     """Draw one token for each entry of `uniform` from `softmax(logits / temperature)`, of the tokens that are kept.
 
     Filters (an `_arr [batch]` overrides its scalar): top_k keeps the k largest (<= 0 or >= vocab_size: all; ties by
@@ -72,34 +77,34 @@ def top_k_top_p_sampling_from_logits(*args, **kwargs):
     token. That mass is the whole row's, without what top-k (`top_k_first`) or min-p (`min_p_first`) removed: the order in
     which the filters are applied. temperature 0 and top_p 0 are argmax (lowest id on ties).
     """
-    return _sample("logits", (*ALL_FILTERS, "temperature"), args, kwargs)
+    return _sample(a)
 
 
 @_sampler("probs")
-def sampling_from_probs(*args, **kwargs):
+def sampling_from_probs(a):
     """Draw one token for each entry of `uniform` from rows of probabilities (any non-negative weights)."""
-    return _sample("probs", (), args, kwargs)
+    return _sample(a)
 
 
 @_sampler("probs", "top_p")
-def top_p_sampling_from_probs(*args, **kwargs):
+def top_p_sampling_from_probs(a):
     """Draw from the smallest prefix, in descending order, whose mass reaches top_p of the row's own sum."""
-    return _sample("probs", ("top_p",), args, kwargs)
+    return _sample(a)
 
 
 @_sampler("probs", "top_k")
-def top_k_sampling_from_probs(*args, **kwargs):
+def top_k_sampling_from_probs(a):
     """Draw from the k largest probabilities (ties at the k-th as in `top_k_top_p_sampling_from_logits`)."""
-    return _sample("probs", ("top_k",), args, kwargs)
+    return _sample(a)
 
 
 @_sampler("probs", "min_p")
-def min_p_sampling_from_probs(*args, **kwargs):
+def min_p_sampling_from_probs(a):
     """Draw from the tokens with `p >= min_p * max(p)`."""
-    return _sample("probs", ("min_p",), args, kwargs)
+    return _sample(a)
 
 
 @_sampler("probs", *ALL_FILTERS)
-def top_k_top_p_sampling_from_probs(*args, **kwargs):
+def top_k_top_p_sampling_from_probs(a):
     """Draw from what top-k, min-p and top-p keep, as `top_k_top_p_sampling_from_logits` does."""
-    return _sample("probs", ALL_FILTERS, args, kwargs)
+    return _sample(a)

@@ -213,6 +213,11 @@ inline float __fadd_rz(float a, float b) {
   const float rounded = float(sum);
   return fabs(double(rounded)) > fabs(sum) ? nextafterf(rounded, 0.0f) : rounded;
 }
+inline float __fmaf_rz(float a, float b, float c) {
+  const double sum = fma(double(a), double(b), double(c));
+  const float rounded = float(sum);
+  return fabs(double(rounded)) > fabs(sum) ? nextafterf(rounded, 0.0f) : rounded;
+}
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }

@@ -23,10 +23,10 @@ struct TopPlaces {
   }
 };
 
-template <class T, bool kKept>
-__global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1)
-    logprob_rows(LogprobsParams p, int fraction_bits) {
-  using Row = RowSlice<OrderedLogits<T>, kKept>;
+template <class T, Keep kKeep>
+__global__ void __launch_bounds__(kSampleThreads, 2)
+    logprob_rows(LogprobsParams p, int32_t room, int fraction_bits) {
+  using Row = RowSlice<OrderedLogits<T>, kKeep>;
   auto team = begin_team();
   const int64_t row = blockIdx.x / team.size;
   const T* const logits = static_cast<const T*>(p.logits) + row * p.row_stride;
@@ -34,10 +34,11 @@ __global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1)
 
   const FirstFinder<Row> finder(team);
   Range finite;
-  const auto counts = finder.fetch({logits, p.vocab_size, team.rank, team.size}, finite);
+  const auto counts = finder.fetch({logits, p.vocab_size, team.rank, team.size, room}, p.num_top, finite);
   const bool can_be = counts.nan == 0 && counts.infinite + counts.finite > 0;
 
-  // The row's weight, and how many tokens come before the chosen one (id 0 for one that no check has seen).
+  // The row's weight, and how many tokens come before the chosen one (id 0 for one that no check has seen);
+  // the largest tokens too where they are few.
   const int32_t chosen = token >= 0 && token < p.vocab_size ? int32_t(token) : 0;
   const float value = to_float(logits[chosen]);
   FirstTokens before{value, uint32_t(chosen)};
@@ -49,6 +50,9 @@ __global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1)
   WeightSum sum;
   uint64_t in_front = 0;
   const int32_t n = finder.slice.n;
+  ShortTop<Row> top = finder.short_top();
+  Selector<Row> list{finder.slice, finder.weights, team, finder.s.select};
+  const bool is_short = finder.find_bound(top, p.num_top, counts, finite);
   finder.slice.for_each_own_vector([&](const auto& x, int32_t id) {
     float fractions[Row::kLogits];
 #pragma unroll
@@ -57,12 +61,13 @@ __global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1)
       in_front += id + j >= 0 && id + j < n && before(x[j], id + j);
     }
     sum.add(weights, fractions);
+    if (is_short) top.collect(list, x, id);
   });
   team.sync();  // the sums of the first look are no more in use
   auto& select = finder.s.select;
   select.of_row.tell(team, sum.total(weights));
   select.kept.tell(team, in_front);
-  team.sync();
+  const uint32_t num_listed = top.end_list(list);
   const uint64_t rank = select.kept.total(team);
   double lse;  // less the maximum
   if (counts.infinite > 0) {
@@ -80,13 +85,21 @@ __global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1)
     p.write_id(p.ranks, row, int64_t(rank));
   }
   if (p.num_top == 0) return;
-  const FirstTokens first = finder.find(p.num_top, /*exact_ties=*/true, counts, finite);
   const int64_t at = row * p.num_top;
-  for_each_first_in_order(finder, first, p.num_top, TopPlaces{p, at}, [&](int64_t i, uint64_t place) {
+  auto put = [&](int64_t i, uint64_t place) {
     const int32_t id = int32_t(uint32_t(place));
     p.top_logprobs[at + i] = logprob_of(to_float(logits[id]));
     p.write_id(p.top_ids, at + i, id);
-  });
+  };
+  if (is_short && num_listed > 0) {
+    if (team.rank != 0) return;
+    top.gather(list, num_listed);
+    top.sort(num_listed);
+    for_each_of_short(finder, num_listed, p.num_top, /*sorted=*/true, put);
+    return;
+  }
+  const FirstTokens first = finder.find(p.num_top, /*exact_ties=*/true, counts, finite);
+  for_each_first_in_order(finder, first, p.num_top, TopPlaces{p, at}, put);
 }
 
 }  // namespace
@@ -95,8 +108,8 @@ void gather_logprobs(const LogprobsParams& p, const Gpu& gpu) {
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
     const RowLaunch launch(gpu, p.rows, p.vocab_size, sizeof(T));
-    launch.run(gpu, launch.keep ? &logprob_rows<T, true> : &logprob_rows<T, false>, p.rows, p,
-               std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
+    launch.run(gpu, launch.keep ? &logprob_rows<T, Keep::kAll> : &logprob_rows<T, Keep::kPart>, p.rows, p,
+               launch.room, std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
   });
 }
 

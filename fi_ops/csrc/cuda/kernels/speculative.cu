@@ -7,7 +7,7 @@
 namespace fi::cuda {
 namespace {
 
-using Row = RowSlice<ResidualProbs, /*kKept=*/false>;
+using Row = RowSlice<ResidualProbs, Keep::kNone>;
 
 // A token from a row, by the one thread that calls write(id). False, for all threads, where nothing can be
 // drawn.

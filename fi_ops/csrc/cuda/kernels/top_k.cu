@@ -16,9 +16,9 @@ struct IndexPlaces {
   __device__ void set(int64_t i, uint64_t place) const { indices[i] = int64_t(place); }
 };
 
-template <class T, bool kKept>
-__global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1) top_k_rows(TopKParams p) {
-  using Row = RowSlice<OrderedLogits<T>, kKept>;
+template <class T, Keep kKeep>
+__global__ void __launch_bounds__(kSampleThreads, 2) top_k_rows(TopKParams p, int32_t room) {
+  using Row = RowSlice<OrderedLogits<T>, kKeep>;
   auto team = begin_team();
   const int64_t row = blockIdx.x / team.size;
   const T* const input = static_cast<const T*>(p.input) + row * p.row_stride;
@@ -27,12 +27,17 @@ __global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1) top_k_rows(TopK
 
   const FirstFinder<Row> finder(team);
   Range finite;
-  const auto counts = finder.fetch({input, p.vocab_size, team.rank, team.size}, finite);
-  const FirstTokens first = finder.find(p.k, /*exact_ties=*/true, counts, finite);
+  const auto counts = finder.fetch({input, p.vocab_size, team.rank, team.size, room}, p.k, finite);
   auto put = [&](int64_t i, int32_t id) {
     values[i] = input[id];
     indices[i] = id;
   };
+  if (const uint32_t n = finder.sort_short(p.k, counts, finite); n > 0) {
+    for_each_of_short(finder, n, p.k, p.sorted,
+                      [&](int64_t i, uint64_t place) { put(i, int32_t(uint32_t(place))); });
+    return;
+  }
+  const FirstTokens first = finder.find(p.k, /*exact_ties=*/true, counts, finite);
   if (p.sorted) {
     for_each_first_in_order(finder, first, p.k, IndexPlaces{indices},
                             [&](int64_t i, uint64_t place) { put(i, int32_t(uint32_t(place))); });
@@ -41,19 +46,24 @@ __global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1) top_k_rows(TopK
   }
 }
 
-template <class T, bool kKept>
-__global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1) mask_rows(RenormParams p) {
-  using Row = RowSlice<OrderedLogits<T>, kKept>;
+template <class T, Keep kKeep>
+__global__ void __launch_bounds__(kSampleThreads, 2) mask_rows(RenormParams p, int32_t room) {
+  using Row = RowSlice<OrderedLogits<T>, kKeep>;
   auto team = begin_team();
   const int64_t row = blockIdx.x / team.size;
   const T* const input = static_cast<const T*>(p.input) + row * p.row_stride;
 
   const FirstFinder<Row> finder(team);
   Range finite;
-  const auto counts = finder.fetch({input, p.vocab_size, team.rank, team.size}, finite);
-  FirstTokens first;  // all
   const int64_t k = p.top_k.at(row);
-  if (counts.nan == 0 && k > 0 && k < p.vocab_size) first = finder.find(k, p.exact_ties, counts, finite);
+  const auto counts = finder.fetch({input, p.vocab_size, team.rank, team.size, room}, k, finite);
+  FirstTokens first;                               // all
+  if (finder.sort_short(k, counts, finite) > 0) {  // in every block
+    const uint64_t last = finder.s.select.own.brief.sorted[k - 1];
+    first = {logit_at(last), p.exact_ties ? uint32_t(last) : 0xffffffffu};
+  } else if (counts.nan == 0 && k > 0 && k < p.vocab_size) {
+    first = finder.find(k, p.exact_ties, counts, finite);
+  }
   T* const output = static_cast<T*>(p.output) + row * p.vocab_size;
   if (counts.nan > 0) {
     write_row(finder.slice, output, [](float, int32_t) { return __uint_as_float(0x7fc00000u); });
@@ -68,7 +78,8 @@ void top_k(const TopKParams& p, const Gpu& gpu) {
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
     const RowLaunch launch(gpu, p.rows, p.vocab_size, sizeof(T));
-    launch.run(gpu, launch.keep ? &top_k_rows<T, true> : &top_k_rows<T, false>, p.rows, p);
+    launch.run(gpu, launch.keep ? &top_k_rows<T, Keep::kAll> : &top_k_rows<T, Keep::kPart>, p.rows, p,
+               launch.room);
   });
 }
 
@@ -76,7 +87,8 @@ void top_k_mask_logits(const RenormParams& p, const Gpu& gpu) {
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
     const RowLaunch launch(gpu, p.batch, p.vocab_size, sizeof(T));
-    launch.run(gpu, launch.keep ? &mask_rows<T, true> : &mask_rows<T, false>, p.batch, p);
+    launch.run(gpu, launch.keep ? &mask_rows<T, Keep::kAll> : &mask_rows<T, Keep::kPart>, p.batch, p,
+               launch.room);
   });
 }
 

@@ -14,10 +14,6 @@
 
 namespace fi::FI_ISA {
 
-// Up to this length all tokens are candidates at once: a radix search costs some 10 ns a token, walking the
-// buckets of a histogram some 0.5 us.
-inline constexpr int64_t kShortRow = 32;
-
 enum class Keeps {
   nothing,     // the row has values that can't be, or none that weighs something
   first,       // the first token in order alone: argmax
@@ -68,11 +64,11 @@ struct FilterSearch {
       row.sum_kept(all);
       return {Keeps::row, all, row.total_of_chunks()};
     }
-    if (row.n <= kShortRow) {
+    if (use_top_k && d.top_k <= row.num_blocks() / 2) return among_candidates(bucket_of_top_k());
+    if (row.n <= kChunk / 2) {  // clearing and walking a histogram would cost more than it saves
       row.set_buckets_of_row();
       return among_candidates(kBuckets - 1);
     }
-    if (use_top_k && d.top_k <= row.num_blocks() / 2) return among_candidates(bucket_of_top_k());
     return by_histogram();
   }
 

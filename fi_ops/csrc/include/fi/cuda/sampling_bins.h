@@ -34,25 +34,50 @@ struct Bins {
   __device__ int32_t bin_at(float at) const {  // a conversion runs at an eighth of an addition's rate
     return int32_t(__float_as_uint(__fadd_rz(fminf(at, float(kBins - 1)), 0x1p23f)) & 0x7fffffu);
   }
+  // The same for a fraction, in [0, 1], of the range of all bins but the last.
+  static __device__ uint32_t bin_of_fraction(float fraction) {
+    return __float_as_uint(__fmaf_rz(fraction, float(kBins - 1), 0x1p23f)) - 0x4b000000u;
+  }
 
-  // Makes `totals` the sums of all blocks' counts, which fit into 16 bits: every block tells all its own.
-  __device__ void sum_counts() {
+  // Whether blocks can tell each other all their counts: in 16 bits, or in 32 where there are few blocks.
+  static __device__ bool can_tell(const Row& slice, uint32_t team_size) {
+    return in_16_bits(slice) || team_size <= kMaxTeam / 2;
+  }
+  static __device__ bool in_16_bits(const Row& slice) { return slice.per_block() * Row::kLogits <= 0xffff; }
+  // Tells all blocks this one's counts, which `totals` becomes the sums of behind a barrier of the team.
+  __device__ void tell_counts() const {
     static_assert(kEach == 2);
-    __syncthreads();
     auto& own = s.own.bins;
-    const uint32_t mine = own.counts[2 * threadIdx.x] | own.counts[2 * threadIdx.x + 1] << 16;
+    const uint32_t first = own.counts[2 * threadIdx.x], second = own.counts[2 * threadIdx.x + 1];
+    const bool narrow = in_16_bits(slice);
 #pragma unroll
-    for (uint32_t block = 0; block < kMaxTeam; ++block)
-      if (block < team.size)
-        *team.at(reinterpret_cast<uint32_t*>(own.of_blocks[team.rank]) + threadIdx.x, block) = mine;
-    team.sync();
+    for (uint32_t block = 0; block < kMaxTeam; ++block) {
+      if (block >= team.size) continue;
+      if (narrow) {
+        *team.at(reinterpret_cast<uint32_t*>(own.of_blocks[team.rank]) + threadIdx.x, block) =
+            first | second << 16;
+      } else {
+        *team.at(reinterpret_cast<uint64_t*>(own.of_few_blocks[team.rank]) + threadIdx.x, block) =
+            first | uint64_t(second) << 32;
+      }
+    }
+  }
+  __device__ void gather_counts() {
+    const auto& own = s.own.bins;
+    const bool narrow = in_16_bits(slice);
     uint32_t first = 0, second = 0;
 #pragma unroll
     for (uint32_t block = 0; block < kMaxTeam; ++block) {
       if (block >= team.size) continue;
-      const uint32_t two = reinterpret_cast<const uint32_t*>(own.of_blocks[block])[threadIdx.x];
-      first += two & 0xffffu;
-      second += two >> 16;
+      if (narrow) {
+        const uint32_t two = reinterpret_cast<const uint32_t*>(own.of_blocks[block])[threadIdx.x];
+        first += two & 0xffffu;
+        second += two >> 16;
+      } else {
+        const uint64_t two = reinterpret_cast<const uint64_t*>(own.of_few_blocks[block])[threadIdx.x];
+        first += uint32_t(two);
+        second += uint32_t(two >> 32);
+      }
     }
     s.totals[2 * threadIdx.x] = first;
     s.totals[2 * threadIdx.x + 1] = threadIdx.x == kSampleThreads - 1 ? 0 : second;
@@ -76,8 +101,11 @@ struct Bins {
       if (weigh) sum.add(weights, fractions);
     });
     s.of_row.tell(team, sum.total(weights));
-    if (slice.per_block() * Row::kLogits <= 0xffff) {
-      sum_counts();
+    if (can_tell(slice, team.size)) {
+      __syncthreads();
+      tell_counts();
+      team.sync();
+      gather_counts();
     } else {
       auto& wide = s.own.wide_bins;
       team.template sum_arrays<kBins>(wide.counts, wide.inbox, s.totals);
@@ -110,19 +138,21 @@ struct Bins {
     return b;
   }
 
-  // The bins in which the weight of tokens is likely to reach `target`, as if all tokens of a bin weighed
+  // The bins that are likely to have `behind` of the weight behind them, as if all tokens of a bin weighed
   // what its middle does; with a margin for what that leaves out. The heaviest tokens are the least like
-  // that, so it counts from the light end. At worst bins without that place.
-  __device__ Bracket likely_bracket_of_mass(uint64_t target) {
+  // that, so it counts from the light end. At worst bins without that place. `lift`: how many octaves the
+  // first bin begins below the maximum; heavier tokens are in it too.
+  __device__ Bracket likely_bracket_of_mass(uint64_t behind, float lift) {
     const Weights weights = shared_weights;
     const float one = __uint_as_float(uint32_t(127 + weights.fraction_bits) << 23), width = 1.0f / scale;
     const int32_t eligible = bin_of_eligible(weights);
-    const uint64_t behind = s.mass - target, margin = behind >> 10;
+    const uint64_t margin = behind >> 10;
     uint64_t guesses[kEach], mine = 0;
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       const int32_t b = kBins - 1 - (int32_t(threadIdx.x) * kEach + j);
-      const float weight = b <= eligible ? weights.fraction_at((float(b) + 0.5f) * width) : 0.0f;
+      float weight = b <= eligible ? weights.fraction_at((float(b) + 0.5f) * width + lift) : 0.0f;
+      if (b == 0) weight = 1.0f;
       guesses[j] = b < kBins - 1 ? uint64_t(float(s.totals[b]) * weight * one) : 0;
       mine += guesses[j];
     }

@@ -2,7 +2,7 @@
 // top-p end.
 #pragma once
 
-#include "fi/cuda/sampling_row.h"
+#include "fi/cuda/sampling_early.h"
 
 namespace fi::cuda {
 
@@ -56,16 +56,17 @@ struct RowFilter : TeamRow<Row> {
   __device__ RowFilter(const FilterParams& p, Team<kSampleThreads>& team) : Base(team), p(p) {}
 
   // This block's part of a row.
-  static __device__ Row slice_of(const FilterParams& p, int64_t row, const Team<kSampleThreads>& team) {
+  static __device__ Row slice_of(const FilterParams& p, int64_t row, const Team<kSampleThreads>& team,
+                                 int32_t room) {
     return {static_cast<const typename Row::T*>(p.input) + row * p.row_stride, p.vocab_size, team.rank,
-            team.size};
+            team.size, room};
   }
 
-  // A draw's row comes to the second-level cache while others are worked on.
+  // A draw's row comes to the second-level cache while others are worked on, unless that is full of those.
   __device__ void prefetch_row(int64_t index) const {
-    if (index >= p.batch) return;
+    if (Row::kKeeping != Keep::kAll || index >= p.batch) return;
     const int64_t row = p.indices.data == nullptr ? index : p.indices.at(index);
-    if (row >= 0 && row < p.rows) slice_of(p, row, team).prefetch();
+    if (row >= 0 && row < p.rows) slice_of(p, row, team, 0).prefetch();
   }
 
   // What all threads need and one can find out.
@@ -83,24 +84,47 @@ struct RowFilter : TeamRow<Row> {
   // The first read of row `row`, that of draw `index`. `rows_at_once`: how many rows on the one lies that a
   // block is likely to work on next.
   __device__ ThreadRange fetch(const Row& row, int64_t index, int64_t rows_at_once, int fraction_bits) const {
+    row.begin_copies();
+    if (threadIdx.x == 0) {
+      slice = row;
+      s.index = index;
+      s.early.used = false;
+      prepare(p.draw(index), fraction_bits);
+    }
+    if constexpr (Row::kEarly) {
+      if (is_top_p_alone(index) && Bins<Row>::can_tell(row, team.size)) {
+        __syncthreads();
+        EarlyBins<Row> early(row, team, s);
+        if (s.early.used) {
+          row.end_copies();
+          row.template for_each_vector<true>([&](const auto& x, int32_t) { early.add(s, x); });
+          team_has_started(team);
+          early.tell(Bins<Row>{slice, weights, team, s.select}, s);
+          return early.range();
+        }
+      }
+    }
+    row.end_copies();
     ThreadRange range;
-    row.fetch(
-        [&] {
-          if (threadIdx.x != 0) return;
-          slice = row;
-          s.index = index;
-          prepare(p.draw(index), fraction_bits);
-        },
-        [&](const auto& x, int32_t) { range.add(x); });
+    row.template for_each_vector<true>([&](const auto& x, int32_t) { range.add(x); });
     if (threadIdx.x == kSampleThreads - 1) prefetch_row(index + rows_at_once);
     team_has_started(team);
     return range;
+  }
+
+  // Whether top-p is the first filter that has to be found, from the arguments themselves.
+  __device__ bool is_top_p_alone(int64_t index) const {
+    const int64_t top_k = p.top_k.at(index);
+    const double top_p = p.top_p.at(index);
+    return top_p > 0.0 && top_p < 1.0 && (top_k <= 0 || top_k >= p.vocab_size) &&
+           float(p.temperature.at(index)) > 0.0f && !(p.min_p_first && p.min_p.at(index) > 0.0);
   }
 
   // Makes +inf in the row the limit of ever larger values.
   __device__ void take_limit(float& max, float& min) const {
     if (max < kInfinity) return;
     slice.set_infinite();
+    if (threadIdx.x == 0) s.early.used = false;
     __syncthreads();
     max = min = Row::kInfinite;
   }
@@ -141,22 +165,30 @@ struct RowFilter : TeamRow<Row> {
   // `spread` is the distance between the row's largest and smallest finite logits.
   __device__ uint64_t end_of_filters(Selector<Row>& selector, float spread) const {
     const SamplingDraw& d = s.draw;
+    uint64_t cut = kAllPlaces;
+    if constexpr (Row::kEarly) {
+      if (s.early.used) {
+        cut = EarlyBins<Row>::find_end();
+        selector.has_sums = true;
+        if (cut != kAllPlaces) return cut;
+        team.sync();  // counts, lists and sums are no more in use
+      }
+    }
     // Bins are for what weighs something and is there.
     const float there = fmaxf(spread * weights.exponent_scale * (kBins / (kBins - 2.0f)), 0x1p-20f);
     float octaves = fminf(float(weights.fraction_bits) + Weights::kBeyond, there);
-    // Tokens so light that all of the row's together are less than 1 - top_p of the largest one are not where
-    // top-p ends; a hundredth of that is little to the guess of its place.
-    if (!s.use_top_k) octaves = fminf(octaves, log2f(float(slice.n) / float(1.0 - d.top_p)) + 7.0f);
+    if (!s.use_top_k) octaves = fminf(octaves, octaves_of_top_p(slice.n, d.top_p));
     Bins<Row>& bins = selector.bins;
     bins.set(octaves);
     bins.count_row(s.use_top_p);
 
     if (!s.use_top_k) {
       const uint64_t target = uint64_t(mass_target(d.top_p, int64_t(s.select.mass)));
-      const Bracket likely = bins.likely_bracket_of_mass(target);
-      uint64_t cut = kAllPlaces;
-      if (likely.inside <= kShort && selector.list_bins(likely) &&
-          selector.end_of_short_list(likely, target, cut))
+      const Bracket likely = bins.likely_bracket_of_mass(s.select.mass - target, /*lift=*/0.0f);
+      const float width = 1.0f / bins.scale;
+      if (likely.inside <= kGuessed && selector.list_bins(likely) &&
+          selector.end_of_guessed_list(float(likely.first) * width, float(likely.last + 1) * width, target,
+                                       cut))
         return cut;
     }
     const auto ends = search_ends<Row>(bins.scale, p.top_k_first, p.exact_ties);

@@ -2,10 +2,12 @@
 // values alone: nothing is weighed.
 //
 // What isn't finite is counted in the first look; where the k-th token is among those it is the k-th of them
-// by id. Else the finite values' histogram and list find it (fi/cuda/sampling_select.h).
+// by id. Else a short list has it (fi/cuda/sampling_short.h), or the finite values' histogram and list find
+// it (fi/cuda/sampling_select.h).
 #pragma once
 
 #include "fi/cuda/sampling_row.h"
+#include "fi/cuda/sampling_short.h"
 
 namespace fi::cuda {
 
@@ -36,8 +38,9 @@ struct FirstFinder : TeamRow<Row> {
     uint32_t nan, infinite, finite;  // of the row; `infinite`: +inf
   };
 
-  // The first read of a row: what it has, and the range of what is finite (max < min: nothing is).
-  __device__ Counts fetch(const Row& row, Range& finite) const {
+  // The first read of a row of which the k first tokens are to be found: what it has, and the range of what
+  // is finite (max < min: nothing is).
+  __device__ Counts fetch(const Row& row, int64_t k, Range& finite) const {
     ThreadRange mine;
     uint32_t num_nan = 0, num_infinite = 0, num_finite = 0;
     row.fetch(
@@ -58,11 +61,29 @@ struct FirstFinder : TeamRow<Row> {
           }
         });
     team_has_started(team);
+    if (is_short(k)) short_top().publish(mine.high);
     s.select.of_row.tell(team, uint64_t(num_nan) << 32 | num_infinite);
     s.select.kept.tell(team, num_finite);
     finite = this->range_of(mine);
     const uint64_t others = s.select.of_row.total(team);
     return {uint32_t(others >> 32), uint32_t(others), uint32_t(s.select.kept.total(team))};
+  }
+
+  // Whether a short list can be tried for the k first tokens: `fetch` was called with the same k.
+  __device__ bool is_short(int64_t k) const { return k >= 1 && ShortTop<Row>::fits(k, team.size); }
+  __device__ ShortTop<Row> short_top() const { return {slice, weights, team, s.select}; }
+  // Whether `top` knows what bounds such a list; no, for all blocks, where some of them may not be finite.
+  __device__ bool find_bound(ShortTop<Row>& top, int64_t k, const Counts& counts, const Range& finite) const {
+    if (!is_short(k) || counts.nan > 0 || counts.infinite > 0 || uint64_t(k) > counts.finite) return false;
+    // Of values far below the maximum one more or less in a step does no harm.
+    return top.find_bound(uint32_t(k), finite.max, fminf(finite.max - finite.min, 64.0f));
+  }
+  // The same, with the k tokens and more in s.select.own.brief.sorted; returns how many, 0 if not so.
+  __device__ uint32_t sort_short(int64_t k, const Counts& counts, const Range& finite) const {
+    ShortTop<Row> top = short_top();
+    const uint32_t n = find_bound(top, k, counts, finite) ? top.list_row() : 0;
+    if (n > 0) top.sort(n);
+    return n;
   }
 
   // The k first tokens of the row, 1 <= k <= its tokens; with all that equal the last of them unless

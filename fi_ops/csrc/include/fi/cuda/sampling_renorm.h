@@ -44,23 +44,27 @@ struct Renorm : RowFilter<Row> {
   }
 };
 
-template <class Source, bool kKept>
-__global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1)
-    renorm(RenormParams p, int64_t rows_at_once, int fraction_bits) {
+template <class Source, Keep kKeep>
+__global__ void __launch_bounds__(kSampleThreads, 2)
+    renorm(RenormParams p, int32_t room, int64_t rows_at_once, int fraction_bits) {
   auto team = begin_team();
   const int64_t row = blockIdx.x / team.size;
-  using Row = RowSlice<Source, kKept>;
-  Renorm<Row>(p, team).run(Renorm<Row>::slice_of(p, row, team), row, rows_at_once, fraction_bits);
+  using Row = RowSlice<Source, kKeep>;
+  Renorm<Row>(p, team).run(Renorm<Row>::slice_of(p, row, team, room), row, rows_at_once, fraction_bits);
 }
 
 template <class Source>
 void renorm_rows(const RenormParams& p, const Gpu& gpu) {
   const RowLaunch launch(gpu, p.batch, p.vocab_size, sizeof(typename Source::Value));
-  launch.run(gpu, launch.keep ? &renorm<Source, true> : &renorm<Source, false>, p.batch, p,
-             launch.rows_at_once(gpu), std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
+  launch.run(gpu, launch.keep ? &renorm<Source, Keep::kAll> : &renorm<Source, Keep::kPart>, p.batch, p,
+             launch.room, launch.rows_at_once(gpu),
+             std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
 }
 
 // In files of their own, as the compiler takes long.
 void renorm_from_probs(const RenormParams& p, const Gpu& gpu);
+
+// Softmax of logits; false, with nothing done, where there are filters or rows that are too long for it.
+bool softmax(const RenormParams& p, const Gpu& gpu);
 
 }  // namespace fi::cuda

@@ -8,15 +8,28 @@
 
 namespace fi::cuda {
 
-inline constexpr int64_t kKeptBytes = 64 * 1024;  // of a row in a block: two blocks fit on a multiprocessor
-inline constexpr int64_t kWorthABlock = 4096;     // tokens
+inline constexpr int64_t kKeptBytes = 64 * 1024;   // of a row in a block: two blocks fit on a multiprocessor
+inline constexpr int64_t kReadBytes = 264 * 1024;  // of a row for a block, at most, where not all is kept
+inline constexpr int64_t kWorthABlock = 4096;      // tokens
+
+// The bins of the first pass (fi/cuda/sampling_early.h).
+struct EarlyScale {
+  float base, octaves;
+  bool used;
+};
+
+// Of each warp of the team: first and last order key.
+struct RowEnds {
+  uint32_t keys[2][kMaxTeam * kSampleWarps];
+};
 
 // In dynamic shared memory, in front of what is kept of the row.
 struct alignas(16) RowScratch {
   Team<kSampleThreads>::Scratch team;
   SelectScratch select;
-  uint32_t warp_keys[2]
-                    [kMaxTeam * kSampleThreads / 32];  // of each warp of the team: first and last order key
+  RowEnds ends;
+  float warp_mass[kMaxTeam * kSampleWarps];  // of each warp of the team, by the early bins
+  EarlyScale early;
   SamplingDraw draw;
   int64_t index;                          // of the draw
   alignas(16) unsigned char slice[64];    // a RowSlice
@@ -24,8 +37,8 @@ struct alignas(16) RowScratch {
   bool use_top_k, use_top_p;
 };
 
-template <class Source, bool kKept>
-using RowSlice = Slice<Source, kSampleThreads, kKept, uint32_t(sizeof(RowScratch))>;
+template <class Source, Keep kKeep>
+using RowSlice = Slice<Source, kSampleThreads, kKeep, uint32_t(sizeof(RowScratch))>;
 
 FI_DEVICE_INLINE RowScratch& row_scratch() { return *reinterpret_cast<RowScratch*>(dynamic_smem()); }
 
@@ -45,6 +58,13 @@ struct Range {
   float max, min;
 };
 
+// How many octaves below the maximum tokens are so light that all of the row's together are less than
+// 1 - top_p of the largest one, which is not where top-p ends; a hundredth of that is little to a guess of
+// its place.
+FI_DEVICE_INLINE float octaves_of_top_p(int32_t tokens, double top_p) {
+  return log2f(float(tokens) / float(1.0 - top_p)) + 7.0f;
+}
+
 // Those of a thread.
 struct ThreadRange {
   float high = -kInfinity, low = kInfinity;  // finite for the lower one
@@ -61,6 +81,33 @@ struct ThreadRange {
   }
 };
 
+// The range of a row from those of the threads; one barrier of the team.
+FI_DEVICE_INLINE Range range_of_row(const Team<kSampleThreads>& team, RowEnds& ends,
+                                    const ThreadRange& mine) {
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const float high = mine.nan ? __uint_as_float(0x7fffffffu) : mine.high;
+  uint32_t first = __reduce_min_sync(kAllLanes, order_key(high + 0.0f)),
+           last = __reduce_max_sync(kAllLanes, order_key(mine.low + 0.0f));
+  team.tell_all(&ends.keys[0][team.rank * kSampleWarps + warp], first);
+  team.tell_all(&ends.keys[1][team.rank * kSampleWarps + warp], last);
+  team.sync();
+  for (uint32_t i = lane; i < team.size * kSampleWarps; i += 32) {
+    first = ::min(first, ends.keys[0][i]);
+    last = ::max(last, ends.keys[1][i]);
+  }
+  return {key_logit(__reduce_min_sync(kAllLanes, first)), key_logit(__reduce_max_sync(kAllLanes, last))};
+}
+
+// The lowest id of a row with that value, if it has one; else kAllPlaces.
+template <class Row>
+__device__ uint64_t first_id_of_row(Team<kSampleThreads>& team, const Row& slice, float value) {
+  uint64_t first = kAllPlaces;
+  slice.for_each([&](float x, int32_t id) {
+    if (x == value && uint64_t(id) < first) first = uint64_t(id);
+  });
+  return team.min(first);
+}
+
 template <class Row>
 struct TeamRow {
   using Weights = typename Row::Weights;
@@ -73,31 +120,8 @@ struct TeamRow {
   __device__ explicit TeamRow(Team<kSampleThreads>& team)
       : s(row_scratch()), slice(shared_slice<Row>()), weights(shared_weights<Row>()), team(team) {}
 
-  // The range of the row from those of the threads; one barrier of the team.
-  __device__ Range range_of(const ThreadRange& mine) const {
-    constexpr uint32_t kWarps = kSampleThreads / 32;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const float high = mine.nan ? __uint_as_float(0x7fffffffu) : mine.high;
-    uint32_t first = __reduce_min_sync(kAllLanes, order_key(high + 0.0f)),
-             last = __reduce_max_sync(kAllLanes, order_key(mine.low + 0.0f));
-    team.tell_all(&s.warp_keys[0][team.rank * kWarps + warp], first);
-    team.tell_all(&s.warp_keys[1][team.rank * kWarps + warp], last);
-    team.sync();
-    for (uint32_t i = lane; i < team.size * kWarps; i += 32) {
-      first = ::min(first, s.warp_keys[0][i]);
-      last = ::max(last, s.warp_keys[1][i]);
-    }
-    return {key_logit(__reduce_min_sync(kAllLanes, first)), key_logit(__reduce_max_sync(kAllLanes, last))};
-  }
-
-  // The lowest id of the row with that value, if it has one; else kAllPlaces.
-  __device__ uint64_t first_id_of(float value) const {
-    uint64_t first = kAllPlaces;
-    slice.for_each([&](float x, int32_t id) {
-      if (x == value && uint64_t(id) < first) first = uint64_t(id);
-    });
-    return team.min(first);
-  }
+  __device__ Range range_of(const ThreadRange& mine) const { return range_of_row(team, s.ends, mine); }
+  __device__ uint64_t first_id_of(float value) const { return first_id_of_row(team, slice, value); }
 
   // Calls found(id) in one thread of the team: for the first id at which the sum over ids of weight_of(x, id)
   // exceeds target_of(the sum of all). `sums` has the sums by warp; where all are 0 all threads call none().
@@ -143,7 +167,7 @@ struct TeamRow {
       uint64_t weight[kLogits] = {}, mine = 0;
       if (vector < end) {
         float x[kLogits];
-        slice.read(vector, x);
+        slice.read(vector, warp % kSampleWarps, x);
 #pragma unroll
         for (int j = 0; j < kLogits; ++j) mine += weight[j] = weight_of(x[j], id + j);
       }
@@ -193,29 +217,44 @@ FI_DEVICE_INLINE void team_has_started(const Team<kSampleThreads>& team) {
 // How the rows of a launch are spread over blocks. The answer is the same however they are.
 struct RowLaunch {
   unsigned blocks;  // a row
-  bool keep;        // the row in shared memory
+  bool keep;        // all of the row in shared memory
+  int32_t room;     // vectors of each warp that are kept
   size_t smem;
+  int a_multiprocessor;  // blocks that fit on one
 
   // As many blocks a row as keep it in shared memory with two of them on a multiprocessor, and more while
-  // there are multiprocessors to spare. `element_size`: bytes of a value.
-  RowLaunch(const Gpu& gpu, int64_t rows, int64_t vocab_size, int64_t element_size) : blocks(1) {
-    auto kept_bytes = [&] {
-      const int64_t vectors = (vocab_size * element_size + 15) / 16 + 1;
+  // there are multiprocessors to spare. Where so many blocks can't run at once, fewer of them a row, which
+  // keep what they can: passes that read the second-level cache cost less than rows that wait for others.
+  // `element_size`: bytes of a value; `scratch`: of a block's shared memory beside the row. Kernels of which
+  // more than two blocks fit on a multiprocessor keep all of the row or nothing.
+  RowLaunch(const Gpu& gpu, int64_t rows, int64_t vocab_size, int64_t element_size,
+            int64_t scratch = sizeof(RowScratch), int a_multiprocessor = 2)
+      : blocks(1), a_multiprocessor(a_multiprocessor) {
+    const int64_t vectors = (vocab_size * element_size + 15) / 16 + 1;
+    auto a_warp = [&] {
       const int64_t warps = int64_t(blocks) * kSampleWarps;
-      return (vectors + warps - 1) / warps * kSampleWarps * 16;
+      return (vectors + warps - 1) / warps;
     };
+    auto a_block = [&] { return a_warp() * kSampleWarps * 16; };  // bytes
     if (has_clusters(gpu)) {
-      while (blocks < kMaxTeam && kept_bytes() > kKeptBytes) blocks *= 2;
+      while (blocks < kMaxTeam && a_block() > kKeptBytes) blocks *= 2;
       while (blocks < kMaxTeam && rows * blocks * 2 <= gpu.num_sms && vocab_size > blocks * kWorthABlock)
         blocks *= 2;
+      // Clusters of eight leave out up to a sixteenth of the blocks that there is room for.
+      while (a_multiprocessor == 2 && blocks > 1 &&
+             rows * blocks > 2 * gpu.num_sms * (blocks == 8 ? 15 : 16) / 16 && 2 * a_block() <= kReadBytes)
+        blocks /= 2;
     }
-    keep = int64_t(sizeof(RowScratch)) + kept_bytes() <= gpu.max_block_smem;
-    smem = sizeof(RowScratch) + (keep ? size_t(kept_bytes()) : 0);
+    const int64_t part = (gpu.max_block_smem + 1024) / a_multiprocessor - 1024;
+    const bool one_each = rows * blocks <= gpu.num_sms;  // multiprocessor
+    keep = scratch + a_block() <= (one_each ? gpu.max_block_smem : part);
+    room = int32_t(keep ? a_warp() : std::min(a_warp(), (part - scratch) / (kSampleWarps * 16)));
+    smem = size_t(scratch + room * kSampleWarps * 16);
   }
 
   // About how many rows are worked on at the same time.
   int64_t rows_at_once(const Gpu& gpu) const {
-    return std::max<int64_t>(1, 2 * gpu.num_sms / int64_t(blocks));
+    return std::max<int64_t>(1, a_multiprocessor * gpu.num_sms / int64_t(blocks));
   }
 
   // With a team for each row: kernel(args...), which calls begin_team().

@@ -29,10 +29,9 @@ struct Sampler : RowFilter<Row> {
   // `row`: what will be in `slice`.
   __device__ void run(const Row& row, int64_t index, int64_t rows_at_once, int fraction_bits) const {
     const ThreadRange mine = this->fetch(row, index, rows_at_once, fraction_bits);
-    ShortDraw<Row> short_draw{slice, weights, team, s.select};
+    ShortDraw<Row> short_draw{{slice, weights, team, s.select}};
     const bool try_short = s.use_top_k && short_draw.fits(s.draw.top_k, team.size) &&
-                           (!s.use_top_p || (p.top_k_first && (p.min_p_first || s.draw.min_p <= 0.0))) &&
-                           s.draw.temperature > 0.0f;
+                           (!s.use_top_p || p.top_k_first) && s.draw.temperature > 0.0f;
     if (try_short) short_draw.publish(mine.high);
     const Range range = this->range_of(mine);
     float max = range.max, min = range.min;
@@ -56,9 +55,9 @@ struct Sampler : RowFilter<Row> {
   }
 };
 
-template <class Source, bool kKept>
-__global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1)
-    sample(SamplingParams p, int64_t rows_at_once, int fraction_bits) {
+template <class Source, Keep kKeep>
+__global__ void __launch_bounds__(kSampleThreads, 2)
+    sample(SamplingParams p, int32_t room, int64_t rows_at_once, int fraction_bits) {
   auto team = begin_team();
   const int64_t index = blockIdx.x / team.size;
   const int64_t row = p.indices.data == nullptr ? index : p.indices.at(index);
@@ -67,15 +66,16 @@ __global__ void __launch_bounds__(kSampleThreads, kKept ? 2 : 1)
     if (team.rank == 0 && threadIdx.x == 0) p.write(index, 0, false);
     return;
   }
-  using Row = RowSlice<Source, kKept>;
-  Sampler<Row>(p, team).run(Sampler<Row>::slice_of(p, row, team), index, rows_at_once, fraction_bits);
+  using Row = RowSlice<Source, kKeep>;
+  Sampler<Row>(p, team).run(Sampler<Row>::slice_of(p, row, team, room), index, rows_at_once, fraction_bits);
 }
 
 template <class Source>
 void sample_rows(const SamplingParams& p, const Gpu& gpu) {
   const RowLaunch launch(gpu, p.batch, p.vocab_size, sizeof(typename Source::Value));
-  launch.run(gpu, launch.keep ? &sample<Source, true> : &sample<Source, false>, p.batch, p,
-             launch.rows_at_once(gpu), std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
+  launch.run(gpu, launch.keep ? &sample<Source, Keep::kAll> : &sample<Source, Keep::kPart>, p.batch, p,
+             launch.room, launch.rows_at_once(gpu),
+             std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
 }
 
 // In files of their own, as the compiler takes long.

@@ -1,7 +1,7 @@
 // What the selection of a row's tokens keeps in shared memory.
 //
-// Peers write into `inbox`, `of_blocks`, `maxima`, `totals`, `all` and what follows it. What shares room with
-// those is only used when a barrier of the team lies between.
+// Peers write into `inbox`, `of_blocks` (or `of_few_blocks`), `maxima`, `totals`, `all` and what follows it.
+// What shares room with those is only used when a barrier of the team lies between.
 #pragma once
 
 #include "fi/cuda/sampling_slice.h"
@@ -11,8 +11,9 @@ namespace fi::cuda {
 
 inline constexpr int kSampleThreads = 512, kSampleWarps = kSampleThreads / 32;
 inline constexpr int kBins = 1024, kFineBits = 9, kFineBins = 1 << kFineBits;
-inline constexpr uint32_t kListed = 2048;  // tokens that the list can hold, an equal part for each block
-inline constexpr uint32_t kShort = 512;    // so few are compared each with each
+inline constexpr uint32_t kListed = 2048;   // tokens that the list can hold, an equal part for each block
+inline constexpr uint32_t kShort = 512;     // so few are compared each with each
+inline constexpr uint32_t kGuessed = 1536;  // so many, blocks' parts being uneven, are likely to fit
 
 struct FineHistogram {
   uint64_t values[kFineBins];  // counts or weights
@@ -54,7 +55,10 @@ struct SelectScratch {
     } wide_bins;
     struct {
       uint32_t counts[kBins];
-      uint16_t of_blocks[kMaxTeam][kBins];
+      union {
+        uint16_t of_blocks[kMaxTeam][kBins];
+        uint32_t of_few_blocks[kMaxTeam / 2][kBins];
+      };
     } bins;
     struct {
       FineHistogram fine;  // of this block

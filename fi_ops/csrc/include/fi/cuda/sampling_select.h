@@ -107,6 +107,35 @@ struct Selector {
     return has_sums;
   }
 
+  // Makes the tokens in [low, high] the list, s.kept the weight in front of them, and s.of_row that of the
+  // row, where all tokens are eligible. False if the list has no room.
+  __device__ bool list_between(float high, float low) {
+    const Weights weights = shared_weights;
+    WeightSum all, in_front;
+    // What is in the list is no further from its middle than its ends are; nor are few others.
+    const float middle = 0.5f * low + 0.5f * high, near = fmaxf(high - middle, middle - low);
+    slice.for_each_vector([&](const auto& x, int32_t id) {
+      float nearest = kInfinity, fractions[Row::kLogits];
+      bool front[Row::kLogits];
+#pragma unroll
+      for (int j = 0; j < Row::kLogits; ++j) {
+        fractions[j] = weights.fraction_of_any(x[j]);
+        front[j] = x[j] > high;
+        nearest = fminf(nearest, fabsf(x[j] - middle));
+      }
+      all.add_some(weights, fractions, front, in_front);
+      if (nearest > near) return;
+      uint32_t found = 0;
+#pragma unroll
+      for (int j = 0; j < Row::kLogits; ++j) found |= (x[j] >= low) & (x[j] <= high) ? 1u << j : 0;
+      Row::for_each_of(found, x, id, [&](float logit, int32_t token) { collect(logit, token); });
+    });
+    s.of_row.tell(team, all.total(weights));
+    s.kept.tell(team, in_front.total(weights));
+    has_sums = end_list();
+    return has_sums;
+  }
+
   // Adds to s.kept the weights of the list's tokens up to `cut`.
   __device__ void add_listed(uint64_t cut) const {
     const Weights weights = shared_weights;
@@ -288,39 +317,47 @@ struct Selector {
     end_among_few(span.before, target, end);
   }
 
-  // The same, by weight, for the list that list_bins() made, which must be short; s.kept becomes what is
-  // kept. False, for all blocks, if the end is not there.
-  __device__ bool end_of_short_list(const Bracket& bracket, uint64_t target, uint64_t& end) {
+  // The same, by weight, for a list with s.kept in front of it, of tokens [from, to) octaves below the
+  // maximum, about; s.kept becomes what is kept. False, for all blocks, if the end is not there.
+  __device__ bool end_of_guessed_list(float from, float to, uint64_t target, uint64_t& end) {
     const uint64_t in_front = s.kept.total(team);
-    if (in_front >= target || listed > kShort) return false;
-    // A histogram of the list over even parts of the bracket leaves a few of its tokens.
-    const uint32_t i = threadIdx.x;
-    uint64_t place = kAllPlaces, weight = 0;
-    uint32_t part = 0;
-    s.own.end.parts[i] = 0;
-    if (i == 0) s.answer[0] = kFineBins;
+    if (in_front >= target) return false;
+    // A histogram of the list over even parts of those octaves leaves a few of its tokens.
+    const uint32_t thread = threadIdx.x;
+    auto part_of = [&](uint64_t place) {
+      const float at = (shared_weights.octaves(logit_at(place)) - from) / (to - from);
+      return uint32_t(fminf(fmaxf(at * float(kFineBins), 0.0f), float(kFineBins - 1)));
+    };
+    s.own.end.parts[thread] = 0;
+    if (thread == 0) s.answer[0] = kFineBins;
     __syncthreads();
-    if (i < listed) {
-      place = in_list(i);
-      const float logit = logit_at(place), at = bins.at(shared_weights, logit) - float(bracket.first);
-      part = min(uint32_t(at * (float(kFineBins) / float(bracket.last + 1 - bracket.first))), kFineBins - 1u);
-      weight = weigh(shared_weights, logit);
-      atomicAdd(reinterpret_cast<unsigned long long*>(&s.own.end.parts[part]), weight);
+    for (uint32_t i = thread; i < listed; i += Threads) {
+      const uint64_t place = in_list(i);
+      atomicAdd(reinterpret_cast<unsigned long long*>(&s.own.end.parts[part_of(place)]),
+                weigh(shared_weights, logit_at(place)));
     }
     __syncthreads();
-    const uint64_t mine = s.own.end.parts[i], before = in_front + team.scan(mine);
+    const uint64_t mine = s.own.end.parts[thread], before = in_front + team.scan(mine);
     if (before < target && before + mine >= target) {
-      s.answer[0] = i;
+      s.answer[0] = thread;
       s.answer[1] = before;
     }
     __syncthreads();
     if (s.answer[0] == kFineBins) return false;
-    if (i < listed && part == s.answer[0]) set_few(atomicAdd(&s.num_found, 1u), place, weight);
+    for (uint32_t i = thread; i < listed; i += Threads) {
+      const uint64_t place = in_list(i);
+      if (part_of(place) != s.answer[0]) continue;
+      const uint32_t slot = atomicAdd(&s.num_found, 1u);
+      if (slot < kShort) set_few(slot, place, weigh(shared_weights, logit_at(place)));
+    }
+    __syncthreads();
+    if (s.num_found > kShort) {  // ties
+      __syncthreads();
+      if (thread == 0) s.num_found = 0;
+      return false;
+    }
     end_among_few(s.answer[1], target, end);
-    if (place <= end && i < listed)
-      atomicAdd(
-          reinterpret_cast<unsigned long long*>(&s.kept.values[slice.warp_of(int32_t(uint32_t(place)))]),
-          weight);
+    add_listed(end);
     listed = 0;
     return true;
   }

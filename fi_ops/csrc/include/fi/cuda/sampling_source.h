@@ -55,19 +55,42 @@ struct WeightSum {
   uint64_t high = 0;  // of 2^-22
   uint32_t low = 0;   // of 2^-fraction_bits, signed
 
-  // N at once: 64-bit additions are two.
+  static constexpr uint32_t kTwo = 0x40000000u;  // 2.0f, the last place of which is 2^-22
+
+  // N at once: 64-bit additions are two, and what the bits of the floats begin at is subtracted once.
   template <int N>
   __device__ void add(const FixedPoint& weights, const float (&fractions)[N]) {
-    constexpr uint32_t kTwo = 0x40000000u;  // 2.0f, the last place of which is 2^-22
-    uint32_t highs = 0;
+    uint32_t highs = 0, lows = 0;
 #pragma unroll
     for (const float fraction : fractions) {
       const float a = __fadd_rn(fraction, 2.0f);
       const float rest = __fadd_rn(fraction, -__fadd_rn(a, -2.0f));
-      highs += __float_as_uint(a) - kTwo;
-      low += __float_as_uint(__fadd_rn(rest, weights.low_base)) - __float_as_uint(weights.low_base);
+      highs += __float_as_uint(a);
+      lows += __float_as_uint(__fadd_rn(rest, weights.low_base));
     }
-    high += highs;
+    high += highs - uint32_t(N) * kTwo;
+    low += lows - uint32_t(N) * __float_as_uint(weights.low_base);
+  }
+  // The same, and of those in `some` to `sum_of_some` too.
+  template <int N>
+  __device__ void add_some(const FixedPoint& weights, const float (&fractions)[N], const bool (&some)[N],
+                           WeightSum& sum_of_some) {
+    const uint32_t base = __float_as_uint(weights.low_base);
+    uint32_t highs = 0, lows = 0, some_highs = 0, some_lows = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float a = __fadd_rn(fractions[i], 2.0f);
+      const float rest = __fadd_rn(fractions[i], -__fadd_rn(a, -2.0f));
+      const uint32_t h = __float_as_uint(a), l = __float_as_uint(__fadd_rn(rest, weights.low_base));
+      highs += h;
+      lows += l;
+      some_highs += some[i] ? h : kTwo;
+      some_lows += some[i] ? l : base;
+    }
+    high += highs - uint32_t(N) * kTwo;
+    low += lows - uint32_t(N) * base;
+    sum_of_some.high += some_highs - uint32_t(N) * kTwo;
+    sum_of_some.low += some_lows - uint32_t(N) * base;
   }
   __device__ uint64_t total(const FixedPoint& weights) const {
     return (high << (weights.fraction_bits - 22)) + uint64_t(int64_t(int32_t(low)));
@@ -108,6 +131,7 @@ struct LogitWeights : FixedPoint {
   __device__ float fraction(float x) const {
     return exp2_approx(max - x <= eligible ? -octaves(x) : -kInfinity);  // a select, no branch
   }
+  __device__ float fraction_of_any(float x) const { return exp2_approx(-octaves(x)); }  // all are eligible
   // The least and the most that a weight can be, as a fraction, that many octaves below the maximum. The
   // margin is for what rounding does to octaves and exponentials.
   static constexpr float kMargin = 0x1p-15f;
@@ -177,6 +201,7 @@ struct NoWeights : FixedPoint {
     max = largest;
     unit = 1.0f / fmaxf(0.25f * largest - 0.25f * smallest, 0x1p-100f);
   }
+  static __device__ float distance(float from, float x) { return from - x; }
   // 0 for the largest, 1 for the smallest finite value, infinity for others.
   __device__ float octaves(float x) const {
     // (Rounded alike, so that no difference is negative.)
@@ -191,6 +216,7 @@ struct Logits {
   using Value = T;
   using Weights = LogitWeights;
   static constexpr bool kSubtracts = false;
+  static constexpr bool kEarly = true;  // bins can be laid out by a sample (fi/cuda/sampling_early.h)
   static constexpr float kNothing = -kInfinity;
   static constexpr float kInfinite = 0.0f;  // +inf counts as this, others as nothing then
 
@@ -207,6 +233,7 @@ struct Probs {
   using Value = float;
   using Weights = ProbWeights;
   static constexpr bool kSubtracts = false;
+  static constexpr bool kEarly = false;
   static constexpr float kNothing = 0.0f;
   static constexpr float kInfinite = 1.0f;
 

@@ -46,7 +46,7 @@ __device__ void for_each_first(const TeamRow<Row>& row, const FirstTokens& first
     float x[kLogits];
     uint32_t mask = 0;
     if (vector < end) {
-      slice.read(vector, x);
+      slice.read(vector, threadIdx.x / 32, x);
       mask = among(x, id);
     }
     if (!__any_sync(kAllLanes, mask != 0)) continue;
@@ -62,6 +62,27 @@ __device__ void for_each_first(const TeamRow<Row>& row, const FirstTokens& first
       Row::for_each_of(mask, x, id, [&](float value, int32_t token) { put(at++, value, token); });
     before += __shfl_sync(kAllLanes, up_to, 31);
   }
+}
+
+// The same from a short list that is sorted (FirstFinder::sort_short), in the first block.
+template <class Row, class Put>
+__device__ void for_each_of_short(const TeamRow<Row>& row, uint32_t n, int64_t k, bool sorted,
+                                  const Put& put) {
+  if (row.team.rank != 0) return;
+  ShortList& brief = row.s.select.own.brief;
+  const uint32_t i = threadIdx.x;
+  const bool is_first = i < uint32_t(k);
+  const uint64_t place = i < n ? brief.sorted[i] : 0;
+  if (sorted) {
+    if (is_first) put(int64_t(i), place);
+    return;
+  }
+  if (i < n) brief.ranks[brief.id_rank[i]] = is_first;
+  __syncthreads();
+  const uint64_t before = row.team.scan(i < n ? brief.ranks[i] : 0);
+  if (i < n) brief.ranks[i] = uint32_t(before);
+  __syncthreads();
+  if (is_first) put(int64_t(brief.ranks[brief.id_rank[i]]), place);
 }
 
 // Calls put(i, place) for the k tokens that `first` has, i in their order; after a barrier of the team,

@@ -164,9 +164,7 @@ class PrefillBlock {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& x = s[m][n][2 * half + e];
-            // tanh(y) = 1 - 2 / (2^(2 y log2(e)) + 1)
-            x = cap > 0.0f ? cap * kLog2e * (1.0f - __fdividef(2.0f, exp2_approx(x * to_cap) + 1.0f))
-                           : x * (p.scale * kLog2e);
+            x = cap > 0.0f ? cap * kLog2e * tanh_exp2(x * to_cap) : x * (p.scale * kLog2e);
             x += (static_cast<float>(first + key_of(n, e)) - row.position) * row.slope;
           }
         }

@@ -293,8 +293,7 @@ class PrefillConsumer {
         if (inside) *reinterpret_cast<uint4*>(out + 32 * i) = make_uint4(w[0], w[1], w[2], w[3]);
       }
       if (args_.lse != nullptr && inside && lane_ % 4 == 0)
-        args_.lse[(static_cast<int64_t>(work.b) * shape.num_qo_heads + work.head) * shape.qo_len + row] =
-            lse;
+        args_.lse[(static_cast<int64_t>(work.b) * shape.num_qo_heads + work.head) * shape.qo_len + row] = lse;
     }
   }
 

@@ -56,7 +56,7 @@ struct DeviceKeysSmem : PrefillSmem<Config> {
 struct PrefillArgs {
   PrefillShape shape;
   float scale_log2;  // a logit in base 2 is a score times this; with kSoftCap, its tanh times this, which is
-  float to_cap;      // 1 - 2 / (2^(score * to_cap) + 1)
+  float to_cap;      // tanh_exp2(score * to_cap)
   PerHead sinks;
   void* out;  // [batch, num_qo_heads, qo_len, head_dim]
   int64_t o_stride_b, o_stride_h, o_stride_n;

@@ -39,11 +39,28 @@ FI_DEVICE_INLINE void mask_unset(float (&s)[N], const uint32_t (&bits)[2]) {
     if (!(bits[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
 }
 
-// Scores become the tanh that caps them (PrefillArgs).
+// Scores become the tanh that caps them (PrefillArgs). As a rule all of a warp's are near 0. Few at a time:
+// registers are short.
 template <int N>
 FI_DEVICE_INLINE void tanh_of(float (&s)[N], float to_cap) {
+  constexpr int kAtOnce = 8;
+  static_assert(N % kAtOnce == 0);
 #pragma unroll
-  for (int i = 0; i < N; ++i) s[i] = 1.0f - __fdividef(2.0f, exp2_approx(s[i] * to_cap) + 1.0f);
+  for (int first = 0; first < N; first += kAtOnce) {
+    float most = 0.0f;
+#pragma unroll
+    for (int i = first; i < first + kAtOnce; ++i) {
+      s[i] *= to_cap;
+      most = fmaxf(most, fabsf(s[i]));
+    }
+    if (__any_sync(0xffffffff, most >= kTanhNear)) {
+#pragma unroll
+      for (int i = first; i < first + kAtOnce; ++i) s[i] = tanh_exp2(s[i]);
+    } else {
+#pragma unroll
+      for (int i = first; i < first + kAtOnce; ++i) s[i] = tanh_near(s[i]);
+    }
+  }
 }
 
 // Softmax of two rows as their scores come. Weights are 2^((s - origin) * scale_log2), where the origin
