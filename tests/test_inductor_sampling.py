@@ -421,9 +421,10 @@ def gpt_fast_sample(x, temperature, top_k):
     return samplers.exponential_trick(torch.softmax(x, -1))
 
 
-def test_symbolic_numbers(monkeypatch):
+@pytest.mark.parametrize("device", DEVICES)
+def test_symbolic_numbers(device, monkeypatch):
     """With dynamic=True the temperature comes as a tensor and k as a symbolic size: no second compile for others."""
-    x = distinct_logits()
+    x = distinct_logits().to(device)
     result, ours = distributions(monkeypatch, gpt_fast_sample, x, 0.8, 5, dynamic=True)
     assert sampler_pieces(result) == [("exponential trick", "temperature", "top-k")]
     torch.testing.assert_close(ours[0], stock_probabilities(gpt_fast_sample, x, 0.8, 5), rtol=2e-5, atol=0)

@@ -41,7 +41,7 @@ from .emit import Emitter, replace
 
 FROM_LOGITS, FROM_PROBS = "top_k_top_p_sampling_from_logits", "sampling_from_probs"
 SOFTMAX_AND_DRAW = "top_k_top_p_softmax + sampling_from_probs"
-MIN_VOCAB_TO_FILTER = 8192
+MIN_VOCAB_TO_FILTER = 1024
 """Filtered probabilities are written by the op from this vocabulary on: Inductor takes about as long for shorter rows."""
 _FILTERS = ("top_k", "top_p", "min_p")
 _ARGUMENTS = (*_FILTERS, "temperature")
