@@ -68,8 +68,8 @@ bool softmax(const RenormParams& p, const Gpu& gpu) {
   bool taken = false;
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
-    const RowLaunch launch(gpu, p.batch, p.vocab_size, sizeof(T), sizeof(SoftmaxScratch),
-                           /*a_multiprocessor=*/3);
+    const RowLaunch launch(gpu, p.batch, p.vocab_size, sizeof(T), /*writes_rows=*/true,
+                           sizeof(SoftmaxScratch), /*a_multiprocessor=*/3);
     taken = launch.keep;
     if (taken)
       launch.run(gpu, &softmax_rows<T>, p.batch, p, launch.rows_at_once(gpu),

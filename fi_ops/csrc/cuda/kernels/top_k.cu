@@ -86,7 +86,7 @@ void top_k(const TopKParams& p, const Gpu& gpu) {
 void top_k_mask_logits(const RenormParams& p, const Gpu& gpu) {
   dispatch_float(p.dtype, [&](auto t) {
     using T = decltype(t);
-    const RowLaunch launch(gpu, p.batch, p.vocab_size, sizeof(T));
+    const RowLaunch launch(gpu, p.batch, p.vocab_size, sizeof(T), /*writes_rows=*/true);
     launch.run(gpu, launch.keep ? &mask_rows<T, Keep::kAll> : &mask_rows<T, Keep::kPart>, p.batch, p,
                launch.room);
   });

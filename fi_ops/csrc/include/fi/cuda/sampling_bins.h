@@ -49,31 +49,33 @@ struct Bins {
     static_assert(kEach == 2);
     auto& own = s.own.bins;
     const uint32_t first = own.counts[2 * threadIdx.x], second = own.counts[2 * threadIdx.x + 1];
-    const bool narrow = in_16_bits(slice);
+    if (in_16_bits(slice)) {
 #pragma unroll
-    for (uint32_t block = 0; block < kMaxTeam; ++block) {
-      if (block >= team.size) continue;
-      if (narrow) {
-        *team.at(reinterpret_cast<uint32_t*>(own.of_blocks[team.rank]) + threadIdx.x, block) =
-            first | second << 16;
-      } else {
+      for (uint32_t block = 0; block < kMaxTeam; ++block)
+        if (block < team.size)
+          *team.at(reinterpret_cast<uint32_t*>(own.of_blocks[team.rank]) + threadIdx.x, block) =
+              first | second << 16;
+    } else {
+#pragma unroll 1
+      for (uint32_t block = 0; block < team.size; ++block)
         *team.at(reinterpret_cast<uint64_t*>(own.of_few_blocks[team.rank]) + threadIdx.x, block) =
             first | uint64_t(second) << 32;
-      }
     }
   }
   __device__ void gather_counts() {
     const auto& own = s.own.bins;
-    const bool narrow = in_16_bits(slice);
     uint32_t first = 0, second = 0;
+    if (in_16_bits(slice)) {
 #pragma unroll
-    for (uint32_t block = 0; block < kMaxTeam; ++block) {
-      if (block >= team.size) continue;
-      if (narrow) {
+      for (uint32_t block = 0; block < kMaxTeam; ++block) {
+        if (block >= team.size) continue;
         const uint32_t two = reinterpret_cast<const uint32_t*>(own.of_blocks[block])[threadIdx.x];
         first += two & 0xffffu;
         second += two >> 16;
-      } else {
+      }
+    } else {
+#pragma unroll 1
+      for (uint32_t block = 0; block < team.size; ++block) {
         const uint64_t two = reinterpret_cast<const uint64_t*>(own.of_few_blocks[block])[threadIdx.x];
         first += uint32_t(two);
         second += uint32_t(two >> 32);

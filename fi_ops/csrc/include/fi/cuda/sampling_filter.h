@@ -185,10 +185,8 @@ struct RowFilter : TeamRow<Row> {
     if (!s.use_top_k) {
       const uint64_t target = uint64_t(mass_target(d.top_p, int64_t(s.select.mass)));
       const Bracket likely = bins.likely_bracket_of_mass(s.select.mass - target, /*lift=*/0.0f);
-      const float width = 1.0f / bins.scale;
-      if (likely.inside <= kGuessed && selector.list_bins(likely) &&
-          selector.end_of_guessed_list(float(likely.first) * width, float(likely.last + 1) * width, target,
-                                       cut))
+      if (likely.inside <= kShort && selector.list_bins(likely) &&
+          selector.end_of_short_list(likely, target, cut))
         return cut;
     }
     const auto ends = search_ends<Row>(bins.scale, p.top_k_first, p.exact_ties);

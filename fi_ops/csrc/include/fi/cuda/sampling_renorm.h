@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
 
 template <class Source>
 void renorm_rows(const RenormParams& p, const Gpu& gpu) {
-  const RowLaunch launch(gpu, p.batch, p.vocab_size, sizeof(typename Source::Value));
+  const RowLaunch launch(gpu, p.batch, p.vocab_size, sizeof(typename Source::Value), /*writes_rows=*/true);
   launch.run(gpu, launch.keep ? &renorm<Source, Keep::kAll> : &renorm<Source, Keep::kPart>, p.batch, p,
              launch.room, launch.rows_at_once(gpu),
              std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));

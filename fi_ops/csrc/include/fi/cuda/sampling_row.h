@@ -11,6 +11,7 @@ namespace fi::cuda {
 inline constexpr int64_t kKeptBytes = 64 * 1024;   // of a row in a block: two blocks fit on a multiprocessor
 inline constexpr int64_t kReadBytes = 264 * 1024;  // of a row for a block, at most, where not all is kept
 inline constexpr int64_t kWorthABlock = 4096;      // tokens
+inline constexpr int64_t kManyRows = 96;           // for fewer, blocks that keep all of a row are faster
 
 // The bins of the first pass (fi/cuda/sampling_early.h).
 struct EarlyScale {
@@ -225,9 +226,9 @@ struct RowLaunch {
   // As many blocks a row as keep it in shared memory with two of them on a multiprocessor, and more while
   // there are multiprocessors to spare. Where so many blocks can't run at once, fewer of them a row, which
   // keep what they can: passes that read the second-level cache cost less than rows that wait for others.
-  // `element_size`: bytes of a value; `scratch`: of a block's shared memory beside the row. Kernels of which
-  // more than two blocks fit on a multiprocessor keep all of the row or nothing.
-  RowLaunch(const Gpu& gpu, int64_t rows, int64_t vocab_size, int64_t element_size,
+  // That is so from about a hundred rows on, and not for kernels that write rows.
+  // `element_size`: bytes of a value; `scratch`: of a block's shared memory beside the row.
+  RowLaunch(const Gpu& gpu, int64_t rows, int64_t vocab_size, int64_t element_size, bool writes_rows = false,
             int64_t scratch = sizeof(RowScratch), int a_multiprocessor = 2)
       : blocks(1), a_multiprocessor(a_multiprocessor) {
     const int64_t vectors = (vocab_size * element_size + 15) / 16 + 1;
@@ -241,7 +242,7 @@ struct RowLaunch {
       while (blocks < kMaxTeam && rows * blocks * 2 <= gpu.num_sms && vocab_size > blocks * kWorthABlock)
         blocks *= 2;
       // Clusters of eight leave out up to a sixteenth of the blocks that there is room for.
-      while (a_multiprocessor == 2 && blocks > 1 &&
+      while (!writes_rows && rows >= kManyRows && blocks > 2 &&
              rows * blocks > 2 * gpu.num_sms * (blocks == 8 ? 15 : 16) / 16 && 2 * a_block() <= kReadBytes)
         blocks /= 2;
     }

@@ -317,8 +317,45 @@ struct Selector {
     end_among_few(span.before, target, end);
   }
 
-  // The same, by weight, for a list with s.kept in front of it, of tokens [from, to) octaves below the
-  // maximum, about; s.kept becomes what is kept. False, for all blocks, if the end is not there.
+  // The same, by weight, for the list that list_bins() made, which must be short; s.kept becomes what is
+  // kept. False, for all blocks, if the end is not there.
+  __device__ bool end_of_short_list(const Bracket& bracket, uint64_t target, uint64_t& end) {
+    const uint64_t in_front = s.kept.total(team);
+    if (in_front >= target || listed > kShort) return false;
+    // A histogram of the list over even parts of the bracket leaves a few of its tokens.
+    const uint32_t i = threadIdx.x;
+    uint64_t place = kAllPlaces, weight = 0;
+    uint32_t part = 0;
+    s.own.end.parts[i] = 0;
+    if (i == 0) s.answer[0] = kFineBins;
+    __syncthreads();
+    if (i < listed) {
+      place = in_list(i);
+      const float logit = logit_at(place), at = bins.at(shared_weights, logit) - float(bracket.first);
+      part = min(uint32_t(at * (float(kFineBins) / float(bracket.last + 1 - bracket.first))), kFineBins - 1u);
+      weight = weigh(shared_weights, logit);
+      atomicAdd(reinterpret_cast<unsigned long long*>(&s.own.end.parts[part]), weight);
+    }
+    __syncthreads();
+    const uint64_t mine = s.own.end.parts[i], before = in_front + team.scan(mine);
+    if (before < target && before + mine >= target) {
+      s.answer[0] = i;
+      s.answer[1] = before;
+    }
+    __syncthreads();
+    if (s.answer[0] == kFineBins) return false;
+    if (i < listed && part == s.answer[0]) set_few(atomicAdd(&s.num_found, 1u), place, weight);
+    end_among_few(s.answer[1], target, end);
+    if (place <= end && i < listed)
+      atomicAdd(
+          reinterpret_cast<unsigned long long*>(&s.kept.values[slice.warp_of(int32_t(uint32_t(place)))]),
+          weight);
+    listed = 0;
+    return true;
+  }
+
+  // The same for the list of list_between(), which may be longer: of tokens [from, to) octaves below the
+  // maximum, about.
   __device__ bool end_of_guessed_list(float from, float to, uint64_t target, uint64_t& end) {
     const uint64_t in_front = s.kept.total(team);
     if (in_front >= target) return false;

@@ -117,11 +117,12 @@ struct ShortDraw : ShortTop<Row> {
     uint64_t total = team.sum(weight, Among::kBlock);
     if (use_top_p) {
       const uint64_t before = team.scan(weight);
-      // What min-p keeps behind top-p is its prefix.
-      Weights limited = weights;
-      limited.eligible = weights.min_p_limit;
-      const bool in_top_p = before < uint64_t(mass_target(d.top_p, int64_t(total)));
-      weight = weight != 0 && in_top_p ? weigh(limited, logit_at(place)) : 0;
+      if (before >= uint64_t(mass_target(d.top_p, int64_t(total)))) weight = 0;
+      if (weights.eligible != weights.min_p_limit) {  // what min-p keeps behind top-p is its prefix
+        Weights limited = weights;
+        limited.eligible = weights.min_p_limit;
+        weight = weight != 0 ? weigh(limited, logit_at(place)) : 0;
+      }
       total = team.sum(weight, Among::kBlock);
     }
     if (total == 0) {  // of values that no check has seen

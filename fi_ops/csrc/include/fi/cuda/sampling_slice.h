@@ -22,7 +22,7 @@ struct Slice {
   using Weights = typename Source::Weights;
   static constexpr float kInfinite = Source::kInfinite;
   static constexpr Keep kKeeping = kKeep;
-  static constexpr bool kEarly = Source::kEarly;
+  static constexpr bool kEarly = Source::kEarly && kKeep == Keep::kPart;  // as it is not faster for kept rows
   static_assert(Source::kSubtracts == (kKeep == Keep::kNone), "copies to shared memory can't subtract");
   static constexpr int kLogits = 16 / sizeof(T);  // in a vector
   static constexpr int kWarps = Threads / 32;
@@ -123,7 +123,20 @@ struct Slice {
 
   // Copies what is to be kept to shared memory: each thread what it will read, so that no barrier is needed.
   __device__ void begin_copies() const {
-    if constexpr (kKeep != Keep::kNone) {
+    if constexpr (kKeep == Keep::kAll) {
+      const int32_t end = warp_end();
+      uint4* const to = kept() - block_begin;
+#pragma unroll 1
+      for (int32_t v = warp_begin() + int32_t(threadIdx.x % 32); v < end; v += 32) {
+        const int64_t id = int64_t(v) * kLogits - lead();
+        if (v >= whole_begin() && v < whole_end()) {
+          cp_async_16(to + v, row + id);
+        } else {
+          to[v] = load_partial(row, n, id);
+        }
+      }
+      cp_async_commit();
+    } else if constexpr (kKeep == Keep::kPart) {
       const Range range = range_of(threadIdx.x / 32);
       uint4* const to = kept_of(threadIdx.x / 32);
 #pragma unroll 1
@@ -131,17 +144,13 @@ struct Slice {
         const int32_t v = range.vector_of(i);
         const int64_t id = int64_t(v) * kLogits - lead();
         if (v >= whole_begin() && v < whole_end()) {
-          if constexpr (kKeep == Keep::kPart) {
-            cp_async_16(to + i, row + id, true, l2_evict_first());  // the rest of the row is what L2 is for
-          } else {
-            cp_async_16(to + i, row + id);
-          }
+          cp_async_16(to + i, row + id, true, l2_evict_first());  // the rest of the row is what L2 is for
         } else {
           to[i] = load_partial(row, n, id);
         }
       }
       cp_async_commit();
-      if constexpr (kKeep == Keep::kPart) prefetch_streamed(range, 0, kAhead);
+      prefetch_streamed(range, 0, kAhead);
     }
   }
   __device__ void end_copies() const {
