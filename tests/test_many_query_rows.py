@@ -120,6 +120,41 @@ def test_prompt_of_many_heads(seed):
     assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"prompt of many heads {seed}"))
 
 
+def biased_call(seed, device):
+    """A prompt without a cache under a mask of numbers: biases of every broadcast, keys and whole rows that are excluded, by
+    -inf or by finfo.min; (arguments, keyword arguments)."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = draw.choice([torch.bfloat16, torch.float16])
+    dim, kv_heads, batch = draw.choice([64, 128, 256]), draw.choice([1, 2]), draw.choice([1, 2])
+    heads, length = kv_heads * draw.choice([1, 3, 16]), draw.choice([64, 100, 126, 192, 258, 301, 400])
+    q, k, v = (torch.randn(batch, h, length, dim, device=device).to(dtype) for h in (heads, kv_heads, kv_heads))
+    sizes = [size if draw.random() < 0.6 else 1 for size in (batch, heads, length)]
+    mask = torch.randn(*sizes, length, device=device).to(draw.choice([dtype, torch.float32]))
+    low = draw.choice([-float("inf"), torch.finfo(mask.dtype).min])
+    if draw.random() < 0.6:
+        mask = mask.masked_fill(torch.rand_like(mask, dtype=torch.float32) < draw.choice([0.1, 0.9]), low)
+    if draw.random() < 0.4:
+        mask[..., draw.randrange(sizes[2]), :] = low
+    if draw.random() < 0.3:
+        mask = torch.nn.functional.pad(mask, (draw.choice([1, 2]), 3))[..., draw.choice([1, 2]) :][..., :length]
+    options: dict = {"causal": draw.random() < 0.5}
+    if draw.random() < 0.3:
+        options["window_left"] = draw.choice([0, 30, 150])
+    if draw.random() < 0.3:
+        options["sinks"] = torch.randn(heads, device=device)
+    return (q, k, v, mask), options
+
+
+@pytest.mark.parametrize(
+    ("device", "seed"),
+    [("cpu", seed) for seed in range(6)] + [pytest.param("cuda", seed, marks=pytest.mark.gpu) for seed in range(60)],
+)
+def test_biased_prompt(device, seed):
+    args, options = biased_call(seed, device)
+    assert_op_matches_reference(SPECS["attention_with_lse"], Sample(args, options, f"biased prompt {seed}"))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("level", [-float("inf"), -300.0, 300.0])
 def test_sinks_far_from_the_logits(level, device):

@@ -58,7 +58,7 @@ class PrefillConsumer {
       hold(s);
       release(smem_.k_empty[k_at_.stage]);
       k_at_.advance();
-      if constexpr (Config::kSoftCap) tanh_of(s, args_.to_cap);
+      vary(s, work, tile);
       mask(s, work, tile);
       softmax.weigh(s, rescale);
       pack(p, s);
@@ -76,7 +76,7 @@ class PrefillConsumer {
         hold(s);
         release(smem_.k_empty[k_at_.stage]);
         k_at_.advance();
-        if constexpr (Config::kSoftCap) tanh_of(s, args_.to_cap);
+        vary(s, work, tile);
         mask(s, work, tile);
         const bool moved = softmax.weigh(s, rescale);
         hold(s);
@@ -187,6 +187,34 @@ class PrefillConsumer {
   // One arrival a warp: every warp has seen its own part of the products finished.
   FI_DEVICE_INLINE void release(Barrier& empty) {
     if (lane_ == 0) barrier_arrive(empty);
+  }
+
+  // ---- what the softmax takes instead of scores ----
+
+  FI_DEVICE_INLINE void vary(float (&s)[kBlockN / 2], const PrefillWork& work, Tile tile) {
+    if constexpr (Config::kVariant == PrefillVariant::kSoftCap) tanh_of(s, args_.to_variant);
+    if constexpr (Config::kVariant == PrefillVariant::kMask) {
+      switch (args_.p.mask_dtype) {
+        case DType::f32:
+          return add_mask_values<float>(s, work, tile);
+        case DType::bf16:
+          return add_mask_values<bf16>(s, work, tile);
+        default:
+          return add_mask_values<f16>(s, work, tile);
+      }
+    }
+  }
+
+  template <class M>
+  FI_DEVICE_INLINE void add_mask_values(float (&s)[kBlockN / 2], const PrefillWork& work, int tile) {
+    const AttentionParams& p = args_.p;
+    const int row = work.q_start + warp_row_ + lane_ / 4, last = args_.shape.qo_len - 1;
+    const int key = tile * kBlockN + lane_ % 4 * 2;
+    const M* mask =
+        static_cast<const M*>(p.mask) + work.b * p.mask_stride_b + work.head * p.mask_stride_h + key;
+    const M* const rows[2] = {mask + min(row, last) * p.mask_stride_q,
+                              mask + min(row + 8, last) * p.mask_stride_q};
+    add_mask(s, args_.to_variant, rows, args_.shape.kv_len - key);
   }
 
   // ---- keys that a row doesn't see ----

@@ -11,15 +11,23 @@
 
 namespace fi::cuda::sm90 {
 
+// What is done to scores before the softmax.
+enum class PrefillVariant {
+  kPlain,
+  kSoftCap,
+  kMask,  // an additive mask is added
+};
+
 // T: bf16 or f16. A query tile has 64 * kConsumers rows, a KV tile kBlockN. With kQInRegisters the queries
 // are read from shared memory once a tile rather than in every product. With kDeviceKeys positions or a mask
-// say which keys a row sees, else a formula. kSoftCap: logits are capped.
+// say which keys a row sees, else a formula.
 template <class T_, int kHeadDim_, int kConsumers_, int kBlockN_, int kStages_, bool kQInRegisters_,
-          bool kDeviceKeys_ = false, bool kSoftCap_ = false>
+          bool kDeviceKeys_ = false, PrefillVariant kVariant_ = PrefillVariant::kPlain>
 struct PrefillConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kConsumers = kConsumers_, kBlockN = kBlockN_, kStages = kStages_;
-  static constexpr bool kQInRegisters = kQInRegisters_, kDeviceKeys = kDeviceKeys_, kSoftCap = kSoftCap_;
+  static constexpr bool kQInRegisters = kQInRegisters_, kDeviceKeys = kDeviceKeys_;
+  static constexpr PrefillVariant kVariant = kVariant_;
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
   static constexpr int kPanels = kHeadDim / kBoxColumns;
@@ -55,15 +63,14 @@ struct DeviceKeysSmem : PrefillSmem<Config> {
 
 struct PrefillArgs {
   PrefillShape shape;
-  float scale_log2;  // a logit in base 2 is a score times this; with kSoftCap, its tanh times this, which is
-  float to_cap;      // tanh_exp2(score * to_cap)
+  float scale_log2;  // what the softmax takes, times this, is a logit in base 2
+  float to_variant;  // a score times this is the argument of tanh_exp2, or what a mask in base 2 is added to
   PerHead sinks;
   void* out;  // [batch, num_qo_heads, qo_len, head_dim]
   int64_t o_stride_b, o_stride_h, o_stride_n;
-  float* lse;  // [batch, num_qo_heads, qo_len] contiguous; null: not wanted
-  // With kDeviceKeys:
-  AttentionParams p;
-  MaskBits mask;
+  float* lse;         // [batch, num_qo_heads, qo_len] contiguous; null: not wanted
+  AttentionParams p;  // with kDeviceKeys or kMask
+  MaskBits mask;      // with kDeviceKeys
 };
 
 }  // namespace fi::cuda::sm90

@@ -11,7 +11,8 @@ namespace fi::cuda::sm90 {
 
 // Whether only the device knows which keys a row sees.
 inline bool keys_on_device(const AttentionParams& p) {
-  return p.mask || (p.query_positions && (p.causal || p.window_left >= 0));
+  return (p.mask && p.mask_dtype == DType::boolean) ||
+         (p.query_positions && (p.causal || p.window_left >= 0));
 }
 
 // Where keys_on_device, the last and the first key are what a prompt at the start of its cache would have:
@@ -31,7 +32,7 @@ inline PrefillShape prefill_shape(const AttentionParams& p, int num_sms) {
   shape.section_heads =
       static_cast<int>(std::min(p.batch * p.num_qo_heads, section_kv_heads * shape.group_size));
   const bool guess = keys_on_device(p);
-  const bool causal = p.causal || (p.mask && p.mask_stride_q != 0);
+  const bool causal = p.causal || (guess && p.mask && p.mask_stride_q != 0);
   const int64_t q_offset = guess ? 0 : p.q_offset;
   shape.last_key = causal ? bounded(q_offset) : shape.kv_len;
   int64_t first_key = INT64_MIN;
@@ -62,8 +63,17 @@ template <class Config>
 void launch_prefill(const AttentionParams& p, const PrefillShape& shape, const Gpu& gpu) {
   PrefillArgs args{};
   args.shape = shape;
-  args.scale_log2 = kLog2e * (Config::kSoftCap ? p.logits_soft_cap : p.scale);
-  args.to_cap = Config::kSoftCap ? 2.0f * kLog2e * p.scale / p.logits_soft_cap : 0.0f;
+  const float scale_log2 = kLog2e * p.scale;
+  if constexpr (Config::kVariant == PrefillVariant::kPlain) {
+    args.scale_log2 = scale_log2;
+  } else if constexpr (Config::kVariant == PrefillVariant::kSoftCap) {
+    args.scale_log2 = kLog2e * p.logits_soft_cap;
+    args.to_variant = 2.0f * scale_log2 / p.logits_soft_cap;
+  } else {
+    args.scale_log2 = 1.0f;
+    args.to_variant = scale_log2;
+    args.p = p;
+  }
   args.sinks = p.sinks;
   args.out = p.out;
   args.o_stride_b = p.o_stride_b;
@@ -84,35 +94,37 @@ void launch_prefill(const AttentionParams& p, const PrefillShape& shape, const G
 
 // The tiles of each head dim: 128 query rows, and 192 where the registers allow it. A block of 192 rows reads
 // each key for more rows and has a third warpgroup to fill gaps with: kWideSpeed times as fast per row and
-// key, where its coarser rounds don't cost more than that. KV tiles are as long as registers allow.
-template <class T, int kHeadDim, bool kDeviceKeys, bool kSoftCap>
+// key, where its coarser rounds don't cost more than that. KV tiles are as long as registers allow;
+// those that a mask's values take too are missing to wide tiles.
+template <class T, int kHeadDim, bool kDeviceKeys, PrefillVariant kVariant>
 struct PrefillTiles;
 
-template <class T, bool kDeviceKeys, bool kSoftCap>
-struct PrefillTiles<T, 64, kDeviceKeys, kSoftCap> {
-  using Narrow = PrefillConfig<T, 64, 2, 128, 3, true, kDeviceKeys, kSoftCap>;
-  static constexpr int kWideKeys = !kDeviceKeys ? 128 : kSoftCap ? 80 : 112;
-  using Wide = PrefillConfig<T, 64, 3, kWideKeys, 2, false, kDeviceKeys, kSoftCap>;
+template <class T, bool kDeviceKeys, PrefillVariant kVariant>
+struct PrefillTiles<T, 64, kDeviceKeys, kVariant> {
+  using Narrow = PrefillConfig<T, 64, 2, 128, 3, true, kDeviceKeys, kVariant>;
+  static constexpr int kWideKeys = !kDeviceKeys ? 128 : kVariant == PrefillVariant::kSoftCap ? 80 : 112;
+  using Wide = PrefillConfig<T, 64, 3, kWideKeys, 2, false, kDeviceKeys, kVariant>;
   static constexpr double kWideSpeed = 1.15;
 };
-template <class T, bool kDeviceKeys, bool kSoftCap>
-struct PrefillTiles<T, 128, kDeviceKeys, kSoftCap> {
-  static constexpr bool kShort = kDeviceKeys && kSoftCap;
-  using Narrow = PrefillConfig<T, 128, 2, kShort ? 112 : 128, 2, true, kDeviceKeys, kSoftCap>;
-  using Wide = PrefillConfig<T, 128, 3, kShort ? 64 : 80, 3, false, kDeviceKeys, kSoftCap>;
+template <class T, bool kDeviceKeys, PrefillVariant kVariant>
+struct PrefillTiles<T, 128, kDeviceKeys, kVariant> {
+  static constexpr bool kShort = kDeviceKeys && kVariant == PrefillVariant::kSoftCap;
+  static constexpr bool kQInRegisters = kVariant != PrefillVariant::kMask;
+  using Narrow = PrefillConfig<T, 128, 2, kShort ? 112 : 128, 2, kQInRegisters, kDeviceKeys, kVariant>;
+  using Wide = PrefillConfig<T, 128, 3, kShort ? 64 : 80, 3, false, kDeviceKeys, kVariant>;
   static constexpr double kWideSpeed = 1.06;
 };
-template <class T, bool kDeviceKeys, bool kSoftCap>
-struct PrefillTiles<T, 256, kDeviceKeys, kSoftCap> {
-  static constexpr int kKeys = kDeviceKeys && kSoftCap ? 64 : 80;
-  using Narrow = PrefillConfig<T, 256, 2, kKeys, 2, false, kDeviceKeys, kSoftCap>;
+template <class T, bool kDeviceKeys, PrefillVariant kVariant>
+struct PrefillTiles<T, 256, kDeviceKeys, kVariant> {
+  static constexpr int kKeys = kDeviceKeys && kVariant == PrefillVariant::kSoftCap ? 64 : 80;
+  using Narrow = PrefillConfig<T, 256, 2, kKeys, 2, false, kDeviceKeys, kVariant>;
 };
 
-template <class T, int kHeadDim, bool kDeviceKeys, bool kSoftCap>
+template <class T, int kHeadDim, bool kDeviceKeys, PrefillVariant kVariant>
 void prefill_with(const AttentionParams& p, const Gpu& gpu) {
-  using Tiles = PrefillTiles<T, kHeadDim, kDeviceKeys, kSoftCap>;
+  using Tiles = PrefillTiles<T, kHeadDim, kDeviceKeys, kVariant>;
   const PrefillShape shape = prefill_shape(p, gpu.num_sms);
-  if constexpr (requires { typename Tiles::Wide; }) {
+  if constexpr (kVariant != PrefillVariant::kMask && requires { typename Tiles::Wide; }) {
     using Wide = typename Tiles::Wide;
     if (prefill_cost<Wide>(shape, gpu.num_sms) <
         prefill_cost<typename Tiles::Narrow>(shape, gpu.num_sms) * Tiles::kWideSpeed)
@@ -123,9 +135,11 @@ void prefill_with(const AttentionParams& p, const Gpu& gpu) {
 
 template <class T, int kHeadDim>
 void prefill(const AttentionParams& p, const Gpu& gpu) {
+  using enum PrefillVariant;
+  if (p.mask && p.mask_dtype != DType::boolean) return prefill_with<T, kHeadDim, false, kMask>(p, gpu);
   const auto with = [&]<bool kDeviceKeys>() {
-    p.logits_soft_cap > 0.0f ? prefill_with<T, kHeadDim, kDeviceKeys, true>(p, gpu)
-                             : prefill_with<T, kHeadDim, kDeviceKeys, false>(p, gpu);
+    p.logits_soft_cap > 0.0f ? prefill_with<T, kHeadDim, kDeviceKeys, kSoftCap>(p, gpu)
+                             : prefill_with<T, kHeadDim, kDeviceKeys, kPlain>(p, gpu);
   };
   keys_on_device(p) ? with.template operator()<true>() : with.template operator()<false>();
 }

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "fi/cuda/ptx.h"
+#include "fi/cuda/attention_rows.h"
 
 namespace fi::cuda::sm90 {
 
@@ -63,6 +63,31 @@ FI_DEVICE_INLINE void tanh_of(float (&s)[N], float to_cap) {
   }
 }
 
+// Scores become logits in base 2 with a mask added. rows[r]: the mask at the thread's first key; pairs of its
+// values are aligned. Of keys behind the last, whose scores are excluded afterwards, another's values are
+// read.
+template <class M, int N>
+FI_DEVICE_INLINE void add_mask(float (&s)[N], float scale_log2, const M* const (&rows)[2], int keys_left) {
+  struct alignas(2 * sizeof(M)) Pair {
+    M value[2];
+  };
+  constexpr int kAtOnce = 16;  // registers are short; nothing is read ahead over the branch
+#pragma unroll
+  for (int first = 0; first < N; first += kAtOnce) {
+    if (first / 4 * 8 >= keys_left) break;
+#pragma unroll
+    for (int i = first; i < first + kAtOnce && i < N; i += 2) {
+      Pair pair = {};
+      if (i / 4 * 8 < keys_left) pair = *reinterpret_cast<const Pair*>(rows[i / 2 % 2] + i / 4 * 8);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float addend = mask_addend(pair.value[e]);
+        s[i + e] = addend == -kInf ? addend : fmaf(s[i + e], scale_log2, addend);
+      }
+    }
+  }
+}
+
 // Softmax of two rows as their scores come. Weights are 2^((s - origin) * scale_log2), where the origin
 // follows the row's maximum only once it lags behind by a factor of 2^kLag: any origin near the maximum gives
 // the same quotient, and one that stays spares the rescaling of everything summed so far.
@@ -105,15 +130,17 @@ class OnlineSoftmax {
     return sum_[0] + sum_[1] < 0.0f ? ~value : value;
   }
 
-  // What divides a row's output, and log2 of the sum of 2^(s * scale_log2), which is -inf where nothing was
-  // seen. `sink_log2` is one more logit in that sum, -inf where there is none.
+  // What a row's output is multiplied by, and log2 of the sum of 2^(s * scale_log2), which is -inf where
+  // nothing was seen. `sink_log2` is one more logit in that sum, -inf where there is none.
   struct Row {
     float inverse, lse;
   };
   FI_DEVICE_INLINE Row finish(int r, float sink_log2) const {
     const float sum = quad_sum(sum_[r]);
-    if (sink_log2 == -INFINITY)
-      return sum == 0.0f ? Row{0.0f, -INFINITY} : Row{1.0f / sum, base_[r] + log2f(sum)};
+    if (sink_log2 == -INFINITY) {
+      const bool excluded = sum == 0.0f || base_[r] <= 0.99f * kLowestLogit;
+      return {sum == 0.0f ? 0.0f : 1.0f / sum, excluded ? -INFINITY : base_[r] + log2f(sum)};
+    }
     const float top = sum == 0.0f ? sink_log2 : fmaxf(base_[r], sink_log2);
     const float keep = exp2_approx(base_[r] - top);  // not used where sum is 0
     const float total = (sum == 0.0f ? 0.0f : sum * keep) + exp2_approx(sink_log2 - top);
