@@ -23,6 +23,9 @@ prims = torch.ops.prims
 
 END = 2**63 - 1
 """What ATen writes for "to the end" in a slice."""
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+RESHAPES = (*VIEWS, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+"""The same elements in the same order."""
 
 
 def is_call(node: object, *targets) -> bool:

@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from ..sites import Declined
 from ..walk import (
+    VIEWS,
     argument,
     aten,
     commuted,
@@ -40,7 +41,7 @@ from ..walk import (
 )
 from .attention import Attention
 from .masks import NEVER, Mask, Scale, check_fill, kept_by
-from .products import VIEWS, Views, key_of, operand_of, result_of
+from .products import Views, key_of, operand_of, result_of
 from .softmax import match_softmax
 
 PRODUCTS = (aten.bmm.default, aten.baddbmm.default)

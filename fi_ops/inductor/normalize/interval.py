@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from ..walk import aten, is_tensor, keeps_value, number, prims, shape, value
+from ..walk import RESHAPES, aten, is_tensor, keeps_value, number, prims, shape, value
 
 Interval = tuple[float, float]
 """The least and the greatest number that it may be; both finite, and it is not NaN."""
@@ -155,27 +155,17 @@ _RULES: dict[object, Callable[[Intervals, Node], Interval | None]] = {
 }
 for _target in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor):
     _RULES[_target] = _at_the_ends(getattr(operator, _target._schema.name.removeprefix("aten::")))
-_RULES.update(
-    dict.fromkeys(
-        (
-            prims.convert_element_type.default,
-            aten._to_copy.default,
-            aten.expand.default,
-            aten.view.default,
-            aten.reshape.default,
-            aten._unsafe_view.default,
-            aten.unsqueeze.default,
-            aten.squeeze.dim,
-            aten.squeeze.dims,
-            aten.squeeze.default,
-            aten.permute.default,
-            aten.transpose.int,
-            aten.slice.Tensor,
-            aten.select.int,
-            aten.repeat.default,
-            aten.index.Tensor,
-        ),
-        _same,
-    )
+_SOME_OF = (
+    *RESHAPES,
+    prims.convert_element_type.default,
+    aten._to_copy.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.repeat.default,
+    aten.index.Tensor,
 )
+_RULES.update(dict.fromkeys(_SOME_OF, _same))
 _RULES.update(dict.fromkeys((aten.pow.Scalar, aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor), _power))

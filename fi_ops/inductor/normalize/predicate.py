@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from ..walk import (
+    RESHAPES,
     argument,
     at_least,
     aten,
@@ -528,20 +529,7 @@ _RULES: dict[object, Callable[[Predicates, Node, Index], Value]] = {
     aten.bitwise_not.default: _not,
     aten.cumsum.default: _count,
 }
-_RULES.update(
-    dict.fromkeys(
-        (
-            aten.view.default,
-            aten.reshape.default,
-            aten._unsafe_view.default,
-            aten.unsqueeze.default,
-            aten.squeeze.dim,
-            aten.squeeze.dims,
-            aten.squeeze.default,
-        ),
-        _view,
-    )
-)
+_RULES.update(dict.fromkeys(RESHAPES, _view))
 _RULES.update((op, _logic(True)) for op in (aten.logical_and.default, aten.bitwise_and.Tensor))
 _RULES.update((op, _logic(False)) for op in (aten.logical_or.default, aten.bitwise_or.Tensor))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):

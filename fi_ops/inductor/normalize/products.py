@@ -19,9 +19,8 @@ from typing import Protocol
 
 from torch.fx import Node
 
-from ..walk import aten, erase_dead, is_call, keeps_order, layout, permutation, same_shape, shape, strip
+from ..walk import VIEWS, aten, erase_dead, is_call, keeps_order, layout, permutation, same_shape, shape, strip
 
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 IDENTITY = (0, 1, 2, 3)
 
 

@@ -25,6 +25,7 @@ from torch.fx import Node
 
 from ..sites import Declined
 from ..walk import (
+    VIEWS,
     argument,
     aten,
     commuted,
@@ -44,7 +45,6 @@ from ..walk import (
     value,
 )
 
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 HALF, PAIR = "rotate-half", "interleaved"
 HEADS_FIRST = (0, 2, 1, 3)
 
