@@ -6,7 +6,7 @@
 namespace fi::cuda {
 namespace {
 
-struct alignas(16) SoftmaxScratch {
+struct alignas(128) SoftmaxScratch {
   Team<kSampleThreads>::Scratch team;
   RowEnds ends;
   WarpSums sums;

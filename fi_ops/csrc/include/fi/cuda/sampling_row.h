@@ -24,8 +24,9 @@ struct RowEnds {
   uint32_t keys[2][kMaxTeam * kSampleWarps];
 };
 
-// In dynamic shared memory, in front of what is kept of the row.
-struct alignas(16) RowScratch {
+// In dynamic shared memory, in front of what is kept of the row: copies to where 128-byte lines don't begin
+// are slower.
+struct alignas(128) RowScratch {
   Team<kSampleThreads>::Scratch team;
   SelectScratch select;
   RowEnds ends;

@@ -24,6 +24,7 @@ struct Slice {
   static constexpr Keep kKeeping = kKeep;
   static constexpr bool kEarly = Source::kEarly && kKeep == Keep::kPart;  // as it is not faster for kept rows
   static_assert(Source::kSubtracts == (kKeep == Keep::kNone), "copies to shared memory can't subtract");
+  static_assert(kOffset % 128 == 0);
   static constexpr int kLogits = 16 / sizeof(T);  // in a vector
   static constexpr int kWarps = Threads / 32;
 
@@ -43,6 +44,8 @@ struct Slice {
     per_warp = (all + warps - 1) / warps;
     block_begin = int32_t(min(int64_t(all), int64_t(rank) * kWarps * per_warp));
     block_end = int32_t(min(int64_t(all), int64_t(block_begin) + kWarps * per_warp));
+    // So that lines of 128 bytes begin at the same vectors in both memories, as they do where all is kept.
+    if constexpr (kKeep == Keep::kPart) this->room = room - ((room - per_warp) & 7);
   }
 
   __device__ uint4* kept() const { return reinterpret_cast<uint4*>(dynamic_smem() + kOffset); }
