@@ -115,8 +115,8 @@ struct Bins {
       __syncthreads();
     }
     const uint64_t mass = s.of_row.total(team);
-    if (threadIdx.x % 32 == 0) s.mass = mass;  // all warps write the same
-    __syncwarp();
+    if (threadIdx.x == 0) s.mass = mass;
+    __syncthreads();
   }
 
   // The bin in which the number of tokens reaches `target`; the last one if none does.
