@@ -87,7 +87,12 @@ def test_compiler_errors_are_shown(one_kernel_file):
         _build_cuda.build_cuda(progress=lambda line: None)
 
 
-SMALL_SPILL = 16  # bytes stored a thread, 4 registers: ptxas spills a few to fit one more block
+def allowed_spill(kernel: str) -> int:
+    """Bytes stored a thread: ptxas spills a few registers to fit one more block. Samplers that keep a part of a row on chip
+    (large batches) hold more values across passes: measured faster than what keeps all and does not spill
+    (docs/kernels/sampling_cuda.md)."""
+    keeps_a_part = "4KeepE1E" in kernel
+    return 96 if keeps_a_part else 16
 
 
 @needs_nvcc
@@ -95,7 +100,7 @@ def test_whole_library():
     """Every CUDA source compiles for every architecture, no kernel spills to speak of, and the library has every op."""
     library = _build_cuda.build_cuda()
     uses = _build_cuda.plan_uses(_build_cuda.cuda_plan())
-    spills = [use for use in uses if use.spill_stores > SMALL_SPILL]
+    spills = [use for use in uses if use.spill_stores > allowed_spill(use.kernel)]
     assert uses and not spills, "\n".join(map(str, spills))
     script = f"""
 import torch, fi_ops
