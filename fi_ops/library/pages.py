@@ -57,6 +57,14 @@ def _check_indptr(name: str, arg: str, t) -> None:
     check(name, t.shape[0] >= 1, lambda: f"{arg} must be [batch + 1], got [0]; start it with 0")
 
 
+def _check_requests(name: str, indptr_arg: str, indptr, arg: str, of_requests) -> None:
+    """`indptr` [batch + 1], and something of each request [batch]."""
+    check_dtype(name, indptr_arg, indptr, INDEX_TYPES)
+    _check_indptr(name, indptr_arg, indptr)
+    _check_indices(name, arg, of_requests, indptr_arg, indptr)
+    check_shape(name, arg, of_requests, (indptr.shape[0] - 1,), "[batch]")
+
+
 def _check_caches(name: str, k_cache, v_cache) -> None:
     check_dtype(name, "paged_k_cache", k_cache, (*FLOATS, *FP8))
     check_ndim(name, "paged_k_cache", k_cache, 4, _CACHE)
@@ -149,20 +157,14 @@ def _rope_append_fake(
 
 def _batch_positions_fake(append_indptr, seq_lens, nnz):
     name = "get_batch_indices_positions"
-    check_dtype(name, "append_indptr", append_indptr, INDEX_TYPES)
-    _check_indptr(name, "append_indptr", append_indptr)
-    _check_indices(name, "seq_lens", seq_lens, "append_indptr", append_indptr)
-    check_shape(name, "seq_lens", seq_lens, (append_indptr.shape[0] - 1,), "[batch]")
+    _check_requests(name, "append_indptr", append_indptr, "seq_lens", seq_lens)
     check(name, nnz >= 0, lambda: f"nnz must be 0 or more, got {nnz}; pass the number of appended tokens")
     return tuple(torch.empty((nnz,), dtype=torch.int32, device=append_indptr.device) for _ in range(2))
 
 
 def _seq_lens_fake(kv_indptr, kv_last_page_len, page_size):
     name = "get_seq_lens"
-    check_dtype(name, "kv_indptr", kv_indptr, INDEX_TYPES)
-    _check_indptr(name, "kv_indptr", kv_indptr)
-    _check_indices(name, "kv_last_page_len", kv_last_page_len, "kv_indptr", kv_indptr)
-    check_shape(name, "kv_last_page_len", kv_last_page_len, (kv_indptr.shape[0] - 1,), "[batch]")
+    _check_requests(name, "kv_indptr", kv_indptr, "kv_last_page_len", kv_last_page_len)
     check(name, page_size >= 1, lambda: f"page_size must be 1 or more, got {page_size}; pass the cache's")
     dtype = torch.promote_types(kv_indptr.dtype, kv_last_page_len.dtype)
     return torch.empty((kv_indptr.shape[0] - 1,), dtype=dtype, device=kv_indptr.device)

@@ -188,14 +188,21 @@ Tensor rope_append_paged_kv_cache_op(const Tensor& query, const Tensor& append_k
 
 // ---- index tensors ----
 
+// `indptr` [batch + 1], and something of each request [batch]; the batch.
+int64_t check_requests(const char* op, const char* indptr_name, const Tensor& indptr, const char* name,
+                       const Tensor& of_requests) {
+  check_dtype(op, indptr_name, indptr, index_types);
+  check_indptr(op, indptr_name, indptr);
+  check_indices(op, name, of_requests, indptr_name, indptr);
+  const int64_t batch = indptr.size(0) - 1;
+  check_shape(op, name, of_requests, {batch}, "[batch]");
+  return batch;
+}
+
 std::tuple<Tensor, Tensor> get_batch_indices_positions_op(const Tensor& append_indptr, const Tensor& seq_lens,
                                                           int64_t nnz) {
   const char* op = "get_batch_indices_positions";
-  check_dtype(op, "append_indptr", append_indptr, index_types);
-  check_indptr(op, "append_indptr", append_indptr);
-  check_indices(op, "seq_lens", seq_lens, "append_indptr", append_indptr);
-  const int64_t batch = append_indptr.size(0) - 1;
-  check_shape(op, "seq_lens", seq_lens, {batch}, "[batch]");
+  const int64_t batch = check_requests(op, "append_indptr", append_indptr, "seq_lens", seq_lens);
   FI_CHECK(op, nnz >= 0, "nnz must be 0 or more, got ", nnz, "; pass the number of appended tokens");
   if (checks_values()) {
     const Tensor host_indptr = *values_to_check(append_indptr), host_lens = *values_to_check(seq_lens);
@@ -224,11 +231,7 @@ std::tuple<Tensor, Tensor> get_batch_indices_positions_op(const Tensor& append_i
 
 Tensor get_seq_lens_op(const Tensor& kv_indptr, const Tensor& kv_last_page_len, int64_t page_size) {
   const char* op = "get_seq_lens";
-  check_dtype(op, "kv_indptr", kv_indptr, index_types);
-  check_indptr(op, "kv_indptr", kv_indptr);
-  check_indices(op, "kv_last_page_len", kv_last_page_len, "kv_indptr", kv_indptr);
-  const int64_t batch = kv_indptr.size(0) - 1;
-  check_shape(op, "kv_last_page_len", kv_last_page_len, {batch}, "[batch]");
+  const int64_t batch = check_requests(op, "kv_indptr", kv_indptr, "kv_last_page_len", kv_last_page_len);
   FI_CHECK(op, page_size >= 1, "page_size must be 1 or more, got ", page_size, "; pass the cache's");
   if (checks_values()) {
     const Tensor host_indptr = *values_to_check(kv_indptr);

@@ -301,12 +301,12 @@ class PrefillConsumer {
   FI_DEVICE_INLINE void store(const float (&o)[kHeadDim / 2], const OnlineSoftmax& softmax,
                               const PrefillWork& work) const {
     const PrefillShape& shape = args_.shape;
-    const float sink_log2 = args_.sinks ? args_.sinks.at(work.head) * kLog2e : -INFINITY;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = work.q_start + warp_row_ + lane_ / 4 + 8 * r;
       const bool inside = row < shape.qo_len;
-      const auto [inverse, lse] = softmax.finish(r, sink_log2);
+      const float sum = softmax.sum(r);
+      const auto [factor, lse] = finish_row(args_.p, work.head, softmax.origin(r, sum), sum);
       T* out = static_cast<T*>(args_.out) + work.b * args_.o_stride_b + work.head * args_.o_stride_h +
                row * args_.o_stride_n + lane_ % 4 * 8;
 #pragma unroll
@@ -315,7 +315,7 @@ class PrefillConsumer {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const float* x = o + 4 * (4 * i + j) + 2 * r;
-          w[j] = pack2<T>(x[0] * inverse, x[1] * inverse);
+          w[j] = pack2<T>(x[0] * factor, x[1] * factor);
         }
         gather_quad(w);
         if (inside) *reinterpret_cast<uint4*>(out + 32 * i) = make_uint4(w[0], w[1], w[2], w[3]);

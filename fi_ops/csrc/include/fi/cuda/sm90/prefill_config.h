@@ -65,12 +65,11 @@ struct PrefillArgs {
   PrefillShape shape;
   float scale_log2;  // what the softmax takes, times this, is a logit in base 2
   float to_variant;  // a score times this is the argument of tanh_exp2, or what a mask in base 2 is added to
-  PerHead sinks;
-  void* out;  // [batch, num_qo_heads, qo_len, head_dim]
+  void* out;         // [batch, num_qo_heads, qo_len, head_dim]
   int64_t o_stride_b, o_stride_h, o_stride_n;
-  float* lse;         // [batch, num_qo_heads, qo_len] contiguous; null: not wanted
-  AttentionParams p;  // with kDeviceKeys or kMask
-  MaskBits mask;      // with kDeviceKeys
+  float* lse;  // [batch, num_qo_heads, qo_len] contiguous; null: not wanted
+  AttentionParams p;
+  MaskBits mask;  // with kDeviceKeys
 };
 
 }  // namespace fi::cuda::sm90

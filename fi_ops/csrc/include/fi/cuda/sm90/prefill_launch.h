@@ -72,16 +72,14 @@ void launch_prefill(const AttentionParams& p, const PrefillShape& shape, const G
   } else {
     args.scale_log2 = 1.0f;
     args.to_variant = scale_log2;
-    args.p = p;
   }
-  args.sinks = p.sinks;
   args.out = p.out;
   args.o_stride_b = p.o_stride_b;
   args.o_stride_h = p.o_stride_h;
   args.o_stride_n = p.o_stride_n;
   args.lse = p.lse;
+  args.p = p;
   if constexpr (Config::kDeviceKeys) {
-    args.p = p;
     if (p.mask) args.mask = scan_mask(p, gpu, Config::kBlockM, Config::kBlockN);
   }
   const int64_t tiles = p.batch * p.num_qo_heads * shape.q_tiles(Config::kBlockM);

@@ -64,8 +64,7 @@ FI_DEVICE_INLINE void tanh_of(float (&s)[N], float to_cap) {
 }
 
 // Scores become logits in base 2 with a mask added. rows[r]: the mask at the thread's first key; pairs of its
-// values are aligned. Of keys behind the last, whose scores are excluded afterwards, another's values are
-// read.
+// values are aligned, and none is half behind the last key. Keys behind it are excluded afterwards.
 template <class M, int N>
 FI_DEVICE_INLINE void add_mask(float (&s)[N], float scale_log2, const M* const (&rows)[2], int keys_left) {
   struct alignas(2 * sizeof(M)) Pair {
@@ -130,22 +129,9 @@ class OnlineSoftmax {
     return sum_[0] + sum_[1] < 0.0f ? ~value : value;
   }
 
-  // What a row's output is multiplied by, and log2 of the sum of 2^(s * scale_log2), which is -inf where
-  // nothing was seen. `sink_log2` is one more logit in that sum, -inf where there is none.
-  struct Row {
-    float inverse, lse;
-  };
-  FI_DEVICE_INLINE Row finish(int r, float sink_log2) const {
-    const float sum = quad_sum(sum_[r]);
-    if (sink_log2 == -INFINITY) {
-      const bool excluded = sum == 0.0f || base_[r] <= 0.99f * kLowestLogit;
-      return {sum == 0.0f ? 0.0f : 1.0f / sum, excluded ? -INFINITY : base_[r] + log2f(sum)};
-    }
-    const float top = sum == 0.0f ? sink_log2 : fmaxf(base_[r], sink_log2);
-    const float keep = exp2_approx(base_[r] - top);  // not used where sum is 0
-    const float total = (sum == 0.0f ? 0.0f : sum * keep) + exp2_approx(sink_log2 - top);
-    return {sum == 0.0f ? 0.0f : keep / total, top + log2f(total)};
-  }
+  // The row as finish_row() takes it: the sum of its weights over the quad, and what they are relative to.
+  FI_DEVICE_INLINE float sum(int r) const { return quad_sum(sum_[r]); }
+  FI_DEVICE_INLINE float origin(int r, float sum) const { return sum == 0.0f ? -kInf : base_[r]; }
 
  private:
   static constexpr float kLag = 8.0f;  // weights up to 2^8: far from the end of fp16
