@@ -9,7 +9,7 @@ import torch
 from ._spec import ErrorSample, Sample
 
 
-def _page_table(device, lengths, page_size: int, num_pages: int, index=torch.int32):
+def page_table(device, lengths, page_size: int, num_pages: int, index=torch.int32):
     """(kv_indices, kv_indptr, kv_last_page_len) of requests of `lengths` tokens, their pages scattered over the cache."""
     counts = [-(-n // page_size) for n in lengths]
     kv_indices = torch.randperm(num_pages)[: sum(counts)]
@@ -33,7 +33,7 @@ def _append_parts(
 ):  # fmt: skip
     head_dim_vo = head_dim_vo or head_dim
     batch_indices, positions = _tokens(device, appended, lengths, padding, token_index)
-    table = _page_table(device, lengths, page_size, num_pages, index)
+    table = page_table(device, lengths, page_size, num_pages, index)
     new = [torch.randn(len(positions), heads, d, device=device).to(dtype) for d in (head_dim, head_dim_vo)]
     caches = [torch.randn(num_pages, page_size, heads, d, device=device).to(dtype) for d in (head_dim, head_dim_vo)]
     return (*new, batch_indices, positions, *caches, *table)
@@ -150,12 +150,12 @@ def batch_positions_samples(device, dtype):
 def seq_lens_samples(device, dtype):
     for page_size in (1, 16, 5):
         lengths = [1, page_size, page_size + 1, 0, 1000, 0]
-        _, kv_indptr, last = _page_table(device, lengths, page_size, 1200, dtype)
+        _, kv_indptr, last = page_table(device, lengths, page_size, 1200, dtype)
         yield Sample((kv_indptr, last, page_size), name=f"page_size {page_size}")
         yield Sample((kv_indptr + 7, last.long(), page_size), name=f"page_size {page_size}, int64 kv_last_page_len")
         strided = (kv_indptr.repeat_interleave(2)[::2], last.repeat_interleave(2)[::2])
         yield Sample((*strided, page_size), name=f"page_size {page_size}, strided")
-    _, kv_indptr, last = _page_table(device, list(range(700)), 32, 20000, dtype)
+    _, kv_indptr, last = page_table(device, list(range(700)), 32, 20000, dtype)
     yield Sample((kv_indptr, last, 32), name="batch of 700")
     yield Sample((kv_indptr[:1], last[:0], 32), name="no requests")
 
@@ -324,7 +324,7 @@ def batch_positions_errors(device):
 
 
 def seq_lens_errors(device):
-    _, indptr, last = _page_table(device, [5, 0, 8], 4, 10)
+    _, indptr, last = page_table(device, [5, 0, 8], 4, 10)
     yield ErrorSample((indptr.float(), last, 4), r"kv_indptr must be int32 or int64, got float32; convert")
     yield ErrorSample((indptr[None], last, 4), r"kv_indptr must be \[batch \+ 1\], got \[1, 4\]; reshape")
     yield ErrorSample((indptr[:0], last, 4), r"kv_indptr must be \[batch \+ 1\], got \[0\]; start it with 0")

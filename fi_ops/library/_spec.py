@@ -17,6 +17,7 @@ from .._load import make_stub
 from ._checks import check_no_grad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 INDEX_TYPES = (torch.int32, torch.int64)
 
 

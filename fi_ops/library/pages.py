@@ -41,9 +41,8 @@ from ._page_samples import (
     seq_lens_samples,
 )
 from ._reference import rotate
-from ._spec import FLOATS, INDEX_TYPES, Cost, op
+from ._spec import FLOATS, FP8, INDEX_TYPES, Cost, op
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _CACHE = "[num_pages, page_size, num_kv_heads, head_dim]"
 
 

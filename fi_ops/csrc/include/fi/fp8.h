@@ -32,4 +32,21 @@ FI_INLINE uint8_t to_fp8_bits(float x) {
 FI_INLINE uint8_t to_e4m3(float x) { return to_fp8_bits<3, 7, 0x7e, 0x7f>(x); }
 FI_INLINE uint8_t to_e5m2(float x) { return to_fp8_bits<2, 15, 0x7b, 0x7f>(x); }
 
+// Exact. The format's exponent and mantissa, moved into a float's place, are off by a power of two alone;
+// what is all ones is infinity or NaN.
+template <int mantissa_bits, int bias>
+FI_INLINE float from_fp8_bits(uint8_t x) {
+  const float magnitude =
+      bits_float(static_cast<uint32_t>(x & 0x7f) << (23 - mantissa_bits)) * bits_float((254u - bias) << 23);
+  return bits_float(float_bits(magnitude) | static_cast<uint32_t>(x & 0x80) << 24);
+}
+
+FI_INLINE float from_e4m3(uint8_t x) {
+  return (x & 0x7f) == 0x7f ? bits_float(0x7fc00000u) : from_fp8_bits<3, 7>(x);
+}
+FI_INLINE float from_e5m2(uint8_t x) {
+  if ((x & 0x7c) != 0x7c) return from_fp8_bits<2, 15>(x);
+  return bits_float((x & 3 ? 0x7fc00000u : 0x7f800000u) | static_cast<uint32_t>(x & 0x80) << 24);
+}
+
 }  // namespace fi
