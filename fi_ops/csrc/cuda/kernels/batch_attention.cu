@@ -3,6 +3,7 @@
 #include "fi/batch_attention.h"
 
 #include "fi/cuda/batch/generic.h"
+#include "fi/cuda/sm80/batch.h"
 
 namespace fi::cuda {
 namespace {
@@ -34,6 +35,7 @@ void few_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& gp
 
 // The tiles of the plan, requests with many rows.
 void many_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& gpu) {
+  if (sm80_batch_supports(p)) return batch_tiles_sm80(p, plan, gpu);
   batch::on_cuda_cores(p, plan, /*segments=*/false, /*tiles=*/true, gpu);
 }
 

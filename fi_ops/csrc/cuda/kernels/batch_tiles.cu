@@ -44,18 +44,9 @@ bool sm80_batch_supports(const BatchAttentionParams& p) {
          fits(p, c.value, p.v_stride_page, c.v_stride_n, c.v_stride_h);
 }
 
-void batch_tiles_sm80(const BatchAttentionParams& p, const int32_t* plan, const Gpu& gpu) {
+void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
   const AttentionParams& c = p.call;
-  if (c.batch == 0 || c.num_qo_heads == 0) return;
-  BatchTilesArgs args{};
-  args.p = p;
-  args.group = static_cast<unsigned>(c.num_qo_heads / c.num_kv_heads);
-  if (c.qo_len * args.group <= kFewRows) return;  // then no request is cut into tiles
-  const PlanSizes sizes = plan_sizes(c.batch, c.qo_len, args.group);
-  args.header = reinterpret_cast<const PlanHeader*>(plan);
-  args.tiles = reinterpret_cast<const PlanTile*>(reinterpret_cast<const PlanSegment*>(args.header + 1) +
-                                                 sizes.max_segments);
-  args.max_tiles = static_cast<unsigned>(sizes.max_tiles);
+  const BatchTilesArgs args{p, plan, static_cast<unsigned>(c.num_qo_heads / c.num_kv_heads)};
   c.dtype == DType::bf16 ? run<bf16>(args, gpu) : run<f16>(args, gpu);
 }
 

@@ -1,16 +1,14 @@
 // Attention over a batch on sm_80 and later: the requests that the plan cut into tiles of queries.
 #pragma once
 
-#include "fi/batch_attention.h"
+#include "fi/cuda/batch/plan.h"
 #include "fi/cuda/gpu.h"
 
 namespace fi::cuda {
 
 struct BatchTilesArgs {
   BatchAttentionParams p;
-  const PlanHeader* header;  // num_tiles is the device's to know
-  const PlanTile* tiles;     // [max_tiles]
-  unsigned max_tiles;
+  batch::PlanView plan;
   unsigned group;  // query heads of a KV head
 };
 
@@ -28,6 +26,6 @@ void run_batch_tiles(const BatchTilesArgs& args, const Gpu& gpu);
 // multiples of 8 up to 256. Every other feature.
 bool sm80_batch_supports(const BatchAttentionParams& p);
 // Computes the plan's tiles. What they don't cover is left as it is.
-void batch_tiles_sm80(const BatchAttentionParams& p, const int32_t* plan, const Gpu& gpu);
+void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu);
 
 }  // namespace fi::cuda

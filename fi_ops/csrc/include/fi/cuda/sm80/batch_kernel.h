@@ -47,7 +47,7 @@ class BatchTilesBlock : WarpRows<C> {
 
  public:
   FI_DEVICE_INLINE BatchTilesBlock(const BatchTilesArgs& args, typename C::Smem& smem)
-      : args(args), p(args.p), smem(smem), keys(args.p, args.header, smem.keys) {}
+      : args(args), p(args.p), smem(smem), keys(args.p, args.plan.header, smem.keys) {}
 
   // The tiles come longest first. A block's turn changes its end of the grid from round to round, so that who
   // had the longest of one round has the shortest of the next.
@@ -66,9 +66,8 @@ class BatchTilesBlock : WarpRows<C> {
 
  private:
   FI_DEVICE_INLINE unsigned num_items() const {
-    const int tiles = args.header->num_tiles;
-    const unsigned clamped = tiles < 0 ? 0 : min(static_cast<unsigned>(tiles), args.max_tiles);
-    return clamped * blocks_of_tile() * static_cast<unsigned>(p.call.num_kv_heads);
+    return static_cast<unsigned>(args.plan.num_tiles()) * blocks_of_tile() *
+           static_cast<unsigned>(p.call.num_kv_heads);
   }
   FI_DEVICE_INLINE unsigned blocks_of_tile() const { return C::kBlocksOfTile * args.group; }
 
@@ -78,12 +77,12 @@ class BatchTilesBlock : WarpRows<C> {
     const unsigned kv_heads = static_cast<unsigned>(p.call.num_kv_heads),
                    heads_item = item / blocks_of_tile();
     const unsigned nth = blocks_of_tile() - 1 - item % blocks_of_tile();
-    const PlanTile tile = args.tiles[heads_item / kv_heads];
-    const int b = static_cast<int>(clamp_index(tile.request, 0, p.call.batch - 1));
-    const Request r = request_of(p, b);
+    const PlanTile tile = args.plan.tiles[heads_item / kv_heads];
+    if (tile.request < 0 || tile.request >= p.call.batch) return false;
+    const Request r = request_of(p, tile.request);
     if (tile.q_begin < 0 || tile.q_begin >= r.qo_len) return false;
     const unsigned q_end = static_cast<unsigned>(min(tile.q_begin + kTileQueries, r.qo_len));
-    const BlockOfRows block{b, static_cast<int>(heads_item % kv_heads),
+    const BlockOfRows block{tile.request, static_cast<int>(heads_item % kv_heads),
                             static_cast<unsigned>(tile.q_begin) * args.group + nth * C::kRows,
                             q_end * args.group, args.group};
     if (block.row_begin >= block.num_rows) return false;
@@ -274,7 +273,8 @@ void launch_batch_tiles(const BatchTilesArgs& args, const Gpu& gpu) {
   constexpr int64_t bytes = sizeof(typename C::Smem), reserved = 1024;  // of each block, by the system
   static_assert(bytes <= 99 * 1024);
   const int64_t on_an_sm = (gpu.max_block_smem + reserved) / (bytes + reserved);
-  const int64_t most = int64_t{args.max_tiles} * args.group * C::kBlocksOfTile * args.p.call.num_kv_heads;
+  const int64_t most =
+      int64_t{args.plan.max_tiles} * args.group * C::kBlocksOfTile * args.p.call.num_kv_heads;
   const int64_t at_once = gpu.num_sms * (on_an_sm < 2 ? 1 : 2);
   launch(gpu, batch_tiles_kernel<C>, dim3(static_cast<unsigned>(most < at_once ? most : at_once)),
          dim3(C::kThreads), bytes, args);
