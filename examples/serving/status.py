@@ -45,11 +45,15 @@ class StatusLine:
 def describe(engine: Engine, generated: float, computed: float) -> str:
     """running, waiting, tokens a second, pages, what the prefix cache gave, preemptions."""
     stats, pool = engine.stats, engine.pool
-    return (
-        f"running {len(engine.running):3d}  waiting {len(engine.waiting):3d}  "
-        f"{generated:7.0f} tokens/s out, {computed:7.0f} computed  pages {pool.used}/{pool.num_pages}  prefix hits {100 * hit_rate(stats):.0f}%  done {stats.finished}"
-        + (f"  preempted {stats.preempted}" if stats.preempted else "")
-    )
+    parts = [
+        f"running {len(engine.running):3d}",
+        f"waiting {len(engine.waiting):3d}",
+        f"{generated:7.0f} tokens/s out, {computed:7.0f} computed",
+        f"pages {pool.used}/{pool.num_pages}",
+        f"prefix hits {100 * hit_rate(stats):.0f}%",
+        f"done {stats.finished}",
+    ]
+    return "  ".join(parts + ([f"preempted {stats.preempted}"] if stats.preempted else []))
 
 
 def hit_rate(stats: Stats) -> float:
