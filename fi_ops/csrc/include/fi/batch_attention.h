@@ -116,13 +116,16 @@ FI_INLINE PlanSizes plan_sizes(int64_t batch, int64_t nnz_qo, int64_t group_size
           nnz_qo / kTileQueries + (batch < nnz_qo ? batch : nnz_qo)};
 }
 
+inline constexpr int32_t kTileClasses = 256;
+
 // Tiles are ordered by this class of the number of keys that they see, largest first, and in the order of
 // requests within one class: three binary digits of the count of kUnitKeys.
 FI_INLINE int32_t tile_class(int64_t num_keys) {
   int64_t units = (num_keys + kUnitKeys - 1) / kUnitKeys;
   int32_t octave = 0;
   while (units >= 8) units >>= 1, ++octave;
-  return 8 * octave + static_cast<int32_t>(units);
+  const int32_t tile_class = 8 * octave + static_cast<int32_t>(units);
+  return tile_class < kTileClasses ? tile_class : kTileClasses - 1;
 }
 
 struct BatchPlanParams {
@@ -171,8 +174,6 @@ FI_INLINE UnitRange segment_units(const BatchPlanParams& p, const PlanRequest& r
   const int64_t begin = keys.begin / unit_keys;
   return {static_cast<int32_t>(begin), static_cast<int32_t>((keys.end + unit_keys - 1) / unit_keys - begin)};
 }
-
-inline constexpr int32_t kTileClasses = 256;
 
 FI_INLINE int32_t tile_class_of(const BatchPlanParams& p, const PlanRequest& r, int64_t q_begin) {
   const int64_t end = q_begin + kTileQueries < r.qo_len ? q_begin + kTileQueries : r.qo_len;

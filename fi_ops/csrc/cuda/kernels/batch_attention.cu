@@ -1,0 +1,51 @@
+// Attention over a batch: the plan, where the caller has none, and the choice of a path for each of its two
+// lists. Each path has one predicate, which everyone asks.
+#include "fi/batch_attention.h"
+
+#include "fi/cuda/batch/generic.h"
+
+namespace fi::cuda {
+namespace {
+
+using batch::PlanView;
+
+// The plan as the op makes it for itself, in scratch memory.
+const int32_t* plan_of_call(const BatchAttentionParams& p, const Gpu& gpu) {
+  const AttentionParams& c = p.call;
+  BatchPlanParams plan{};
+  plan.qo_indptr = p.qo_indptr;
+  plan.table = p.table;
+  plan.kv_last_page_len = p.kv_last_page_len;
+  plan.batch = c.batch, plan.nnz_qo = c.qo_len, plan.group_size = c.num_qo_heads / c.num_kv_heads;
+  plan.causal = c.causal;
+  plan.window_left = c.window_left, plan.fixed_split_size = p.fixed_split_size;
+  const PlanSizes sizes = plan_sizes(plan.batch, plan.nnz_qo, plan.group_size);
+  plan.plan = static_cast<int32_t*>(c.scratch.allocate(
+      c.scratch.context, int64_t(sizeof(PlanHeader)) + sizes.max_segments * int64_t(sizeof(PlanSegment)) +
+                             sizes.max_tiles * int64_t(sizeof(PlanTile))));
+  batch_attention_plan(plan, gpu);
+  return plan.plan;
+}
+
+// The segments of the plan, requests with few rows; and the tokens of no request.
+void few_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& gpu) {
+  batch::on_cuda_cores(p, plan, /*segments=*/true, /*tiles=*/false, gpu);
+}
+
+// The tiles of the plan, requests with many rows.
+void many_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& gpu) {
+  batch::on_cuda_cores(p, plan, /*segments=*/false, /*tiles=*/true, gpu);
+}
+
+}  // namespace
+
+void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
+  const AttentionParams& c = p.call;
+  if (c.qo_len == 0 || c.num_qo_heads == 0) return;
+  const PlanView plan = PlanView::of(p, p.plan ? p.plan : plan_of_call(p, gpu));
+  few_rows(p, plan, gpu);
+  // With so few rows in all no request has many.
+  if (c.qo_len * (c.num_qo_heads / c.num_kv_heads) > kFewRows) many_rows(p, plan, gpu);
+}
+
+}  // namespace fi::cuda

@@ -1,0 +1,3 @@
+#include "fi/cuda/batch/generic_kernel.h"
+
+template void fi::cuda::batch::run_generic<fi::f16>(const GenericArgs&, const Gpu&);
