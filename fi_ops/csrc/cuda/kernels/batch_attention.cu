@@ -3,6 +3,9 @@
 #include "fi/batch_attention.h"
 
 #include "fi/cuda/batch/generic.h"
+#ifdef FI_CUDA_SM90A
+#  include "fi/cuda/sm90/batch.h"
+#endif
 
 namespace fi::cuda {
 namespace {
@@ -34,6 +37,9 @@ void few_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& gp
 
 // The tiles of the plan, requests with many rows.
 void many_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& gpu) {
+#ifdef FI_CUDA_SM90A
+  if (gpu.compute_capability == 90 && sm90_batch_supports(p)) return batch_tiles_sm90(p, plan, gpu);
+#endif
   batch::on_cuda_cores(p, plan, /*segments=*/false, /*tiles=*/true, gpu);
 }
 

@@ -24,7 +24,7 @@ bool sm90_batch_supports(const BatchAttentionParams& p) {
 namespace {
 
 template <class T>
-void dispatch(const BatchAttentionParams& p, const int32_t* plan, const Gpu& gpu) {
+void dispatch(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
   switch (p.call.head_dim_qk) {
     case 64:
       return sm90::batch_tiles<T, 64>(p, plan, gpu);
@@ -37,7 +37,7 @@ void dispatch(const BatchAttentionParams& p, const int32_t* plan, const Gpu& gpu
 
 }  // namespace
 
-void batch_tiles_sm90(const BatchAttentionParams& p, const int32_t* plan, const Gpu& gpu) {
+void batch_tiles_sm90(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
   p.call.dtype == DType::bf16 ? dispatch<bf16>(p, plan, gpu) : dispatch<f16>(p, plan, gpu);
 }
 

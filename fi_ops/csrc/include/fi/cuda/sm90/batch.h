@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fi/batch_attention.h"
+#include "fi/cuda/batch/plan.h"
 #include "fi/cuda/gpu.h"
 
 namespace fi::cuda {
@@ -11,15 +12,15 @@ namespace fi::cuda {
 // no other variant; rows at 16-byte boundaries.
 bool sm90_batch_supports(const BatchAttentionParams& p);
 
-// The requests that `plan` (on the device, of this very batch) cut into tiles. Rows of other requests and of
+// The requests that `plan` cut into tiles. Rows of other requests and of
 // none are not touched.
-void batch_tiles_sm90(const BatchAttentionParams& p, const int32_t* plan, const Gpu& gpu);
+void batch_tiles_sm90(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu);
 
 namespace sm90 {
 
 // One file each in cuda/kernels/sm90/.
 template <class T, int kHeadDim>
-void batch_tiles(const BatchAttentionParams& p, const int32_t* plan, const Gpu& gpu);
+void batch_tiles(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu);
 
 }  // namespace sm90
 

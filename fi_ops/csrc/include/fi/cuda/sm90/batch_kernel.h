@@ -57,7 +57,7 @@ inline int box_rows(const BatchAttentionParams& p, int block_n) {
 }
 
 template <class Config>
-void launch_batch(const BatchAttentionParams& p, const int32_t* plan, const Gpu& gpu) {
+void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
   const AttentionParams& c = p.call;
   BatchArgs args{};
   args.shape = batch_shape(p, plan);
@@ -100,7 +100,7 @@ struct BatchTiles<T, 256, kVariant> {
 };
 
 template <class T, int kHeadDim>
-void batch_tiles(const BatchAttentionParams& p, const int32_t* plan, const Gpu& gpu) {
+void batch_tiles(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
   using enum PrefillVariant;
   p.call.logits_soft_cap > 0.0f
       ? launch_batch<typename BatchTiles<T, kHeadDim, kSoftCap>::Narrow>(p, plan, gpu)

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "fi/batch_attention.h"
+#include "fi/cuda/batch/plan.h"
 #include "fi/cuda/sm90/prefill_work.h"
 
 namespace fi::cuda::sm90 {
@@ -45,15 +46,12 @@ struct BatchShape {
   PerHead k_scale, v_scale;
 };
 
-inline BatchShape batch_shape(const BatchAttentionParams& p, const int32_t* plan) {
+inline BatchShape batch_shape(const BatchAttentionParams& p, const batch::PlanView& plan) {
   const AttentionParams& c = p.call;
-  const PlanSizes sizes = plan_sizes(c.batch, c.qo_len, c.num_qo_heads / c.num_kv_heads);
-  const auto* header = reinterpret_cast<const PlanHeader*>(plan);
-  const auto* segments = reinterpret_cast<const PlanSegment*>(header + 1);
   BatchShape shape;
-  shape.tiles = reinterpret_cast<const PlanTile*>(segments + sizes.max_segments);
-  shape.num_tiles = &header->num_tiles;
-  shape.max_tiles = static_cast<int>(sizes.max_tiles);
+  shape.tiles = plan.tiles;
+  shape.num_tiles = &plan.header->num_tiles;
+  shape.max_tiles = plan.max_tiles;
   shape.batch = static_cast<int>(c.batch);
   shape.num_qo_heads = static_cast<int>(c.num_qo_heads);
   shape.group_size = static_cast<int>(c.num_qo_heads / c.num_kv_heads);
@@ -147,7 +145,9 @@ FI_INLINE int key_page(const BatchShape& shape, const BatchTile& tile, int posit
   return static_cast<int>(
       shape.kv_indices.at(tile.kv_begin + shape.by_page_size.divide(static_cast<unsigned>(position))));
 }
-FI_INLINE int checked_page(const BatchShape& shape, int page) { return page < shape.num_pages ? page : -1; }
+FI_INLINE int checked_page(const BatchShape& shape, int page) {
+  return page >= 0 && page < shape.num_pages ? page : -1;
+}
 FI_INLINE int key_entry(const BatchShape& shape, const BatchTile& tile, int position) {
   if (!shape.is_paged) return tile.kv_begin + position;
   return position -
