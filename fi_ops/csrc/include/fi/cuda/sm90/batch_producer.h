@@ -210,7 +210,7 @@ class BatchProducer {
             next_batch_tile(args.shape, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x),
                             tile.next_round, kBlockM, kBlockN, next);
           __syncwarp();
-          if (next.any()) next_page = loader.look_up(next, next.work.tiles.end - 1);
+          if (next.work.tiles.size() > 0) next_page = loader.look_up(next, next.work.tiles.end - 1);
         }
         if (i <= kv_tiles.begin) break;
       }

@@ -134,7 +134,7 @@ FI_INLINE void next_batch_tile(const BatchShape& shape, int blocks, int block, i
     if (make_batch_tile(shape, shape.tiles[nth], index - nth * shape.num_qo_heads, block_m, block_n, tile))
       return;
   }
-  tile.work.head = -1;
+  tile.work.head = -1, tile.work.tiles = {0, 0};
 }
 
 // The page that a key of a tile's request lies in, as the table says, and which of its keys it is. -1:
