@@ -1,4 +1,4 @@
-"""FlashInfer's wrappers for decode, prefill and append of a batch: every option against attention request by request, state, refusals."""
+"""FlashInfer's wrappers for decode, prefill and append of a batch: options against attention by request, state, refusals."""
 
 from __future__ import annotations
 

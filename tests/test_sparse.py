@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from batch_cases import DEVICES, attend_dense, check, indptr
@@ -93,7 +95,7 @@ def test_mask_layout_is_flashinfer_s():
     blocks = random_blocks(5, 4)
     ends = indptr([len(row) for row in blocks])
     mask = torch.randint(0, 99, (int(ends[-1]), 3, 2))
-    want = torch.cat([mask[a:b].transpose(0, 1).reshape(-1) for a, b in zip(ends[:-1], ends[1:], strict=True)])
+    want = torch.cat([mask[a:b].transpose(0, 1).reshape(-1) for a, b in itertools.pairwise(ends)])
     assert torch.equal(fi_ops.convert_bsr_mask_layout(mask, ends), want)
 
 
