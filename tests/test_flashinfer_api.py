@@ -12,7 +12,8 @@ import fi_ops
 # FlashInfer 0.6, by class and method: positional arguments, then, after |, those by name alone. A default follows =; none is None.
 _PREFILL_PLAN = (
     "custom_mask packed_custom_mask causal=False pos_encoding_mode='NONE' use_fp16_qk_reduction=False {scales} "
-    "q_data_type='float16' kv_data_type o_data_type non_blocking=True prefix_len_ptr token_pos_in_items_ptr token_pos_in_items_len=0 max_item_len_ptr"
+    "q_data_type='float16' kv_data_type o_data_type non_blocking=True prefix_len_ptr token_pos_in_items_ptr "
+    "token_pos_in_items_len=0 max_item_len_ptr"
 )
 _FORWARD = "pos_encoding_mode='NONE' use_fp16_qk_reduction=False"
 _SCALES = "logits_soft_cap sm_scale rope_scale rope_theta"
