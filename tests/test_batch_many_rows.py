@@ -42,7 +42,11 @@ def paged(draw, device, dtype, kv_lens, shape, page_size):
         values[~live] = float("nan")
         return values.to(dtype).view(num_pages, page_size, shape, dim).to(device)
 
-    return cache, (order.to(device, torch.int32), indptr(device, pages), torch.tensor(last, dtype=torch.int32).to(device))
+    return cache, (
+        order.to(device, torch.int32),
+        indptr(device, pages),
+        torch.tensor(last, dtype=torch.int32).to(device),
+    )
 
 
 def packed_mask(draw, device, qo_lens, kv_lens):
@@ -93,9 +97,7 @@ def random_call(seed, device):
         args = (query, key, value, indptr(device, qo_lens), *(t.to(index) for t in table))
     else:
         op = "ragged_attention_with_lse"
-        key, value = (
-            torch.randn(sum(kv_lens) + 2, kv_heads, dim, device=device).to(kv_dtype) for dim in dims
-        )
+        key, value = (torch.randn(sum(kv_lens) + 2, kv_heads, dim, device=device).to(kv_dtype) for dim in dims)
         args = (query, key, value, indptr(device, qo_lens), indptr(device, kv_lens))
     if draw.random() < 0.3:
         args = (*args, *packed_mask(draw, device, qo_lens, kv_lens))
