@@ -81,9 +81,8 @@ def make_engine(args: argparse.Namespace, say=lambda text: None) -> Engine:
         model = Llama.with_random_weights(config, dtype, args.device, max_len)
     else:
         model = Llama.from_directory(args.model, dtype, args.device, max_len)
-    say(
-        f"{'made up' if args.random_weights else 'loaded'} {sum(p.numel() for p in model.parameters()):,} parameters of {args.model}, {dtype}, on {args.device}"
-    )
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{args.model}: {parameters:,} parameters{', random' * args.random_weights}, {dtype}, on {args.device}")
     pages_each = -(-max_len // args.page_size)
     num_pages = args.pages or min(args.max_requests * pages_each, _pages_that_fit(args, config, kv_dtype))
     step = Step(
