@@ -14,7 +14,7 @@ import torch
 from test_few_query_rows import DEVICES
 
 from fi_ops.library import SPECS, Sample
-from fi_ops.testing import assert_op_matches_reference, with_canaries
+from fi_ops.testing import assert_op_matches_reference
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 UNCHECKED = os.environ.get("FI_EMULATION_CHECK") == "0"
