@@ -148,6 +148,15 @@ def _check_table(op: str, table, query) -> None:
         )
 
 
+def check_plan(op: str, plan, query, group_size, qo_indptr) -> None:
+    if plan is not None:
+        check_same_device(op, "plan", plan, "query", query)
+        check_dtype(op, "plan", plan, (torch.int32,))
+        size = plan_size(qo_indptr.shape[0] - 1, query.shape[0], group_size)
+        check_shape(op, "plan", plan, (size,), "what batch_attention_plan returns for these sizes")
+        check_last_dim_contiguous(op, "plan", plan)
+
+
 def check_batch(op: str, query, kv_heads, qo_indptr, options) -> None:
     """What paged and ragged attention share, in the order of the arguments."""
     _check_custom_mask(op, options["custom_mask"], options["mask_indptr"], query, qo_indptr)
@@ -156,13 +165,6 @@ def check_batch(op: str, query, kv_heads, qo_indptr, options) -> None:
     for name in ("alibi_slopes", "sinks"):
         check_per_head(op, name, options[name], query)
     _check_table(op, options["cos_sin_cache"], query)
-    plan = options["plan"]
-    if plan is not None:
-        check_same_device(op, "plan", plan, "query", query)
-        check_dtype(op, "plan", plan, (torch.int32,))
-        group_size = query.shape[1] // kv_heads if kv_heads else 1
-        size = plan_size(qo_indptr.shape[0] - 1, query.shape[0], group_size)
-        check_shape(op, "plan", plan, (size,), "what batch_attention_plan returns for these sizes")
-        check_last_dim_contiguous(op, "plan", plan)
+    check_plan(op, options["plan"], query, query.shape[1] // kv_heads if kv_heads else 1, qo_indptr)
     check_numbers(op, options["window_left"], options["scale"], options["logits_soft_cap"])
     check_fixed_split(op, options["fixed_split_size"])

@@ -45,7 +45,7 @@ def pod_samples(device, dtype):
     yield Sample(parts(1, 40, [40, 0]), name="one row, a request without pages")
     yield Sample(parts(0, 0, [40, 3]), name="decode alone")
     yield Sample(parts(70, 70, []), {"causal_p": True}, "prefill alone")
-    query_p, key_p, value_p, query, k_cache, v_cache, *table = parts(70, 90, [40, 50])
+    query_p, _, _, query, k_cache, v_cache, *table = parts(70, 90, [40, 50])
     qkv = torch.randn(90, 8, 64, device=device).to(dtype)
     fused = torch.stack((k_cache, v_cache), 1)
     strided = (query_p, qkv[:, 4:6], qkv[:, 6:], query, fused[:, 0], fused[:, 1], *table)
