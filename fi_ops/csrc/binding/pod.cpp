@@ -6,9 +6,6 @@
 namespace fi::binding {
 namespace {
 
-// 0, count, 2 * count ...
-Indices equal_counts(int64_t count) { return {nullptr, false, count}; }
-
 BatchOptions options_of(const MaybeTensor& none, bool causal, int64_t window_left,
                         const std::optional<double>& scale, double logits_soft_cap) {
   return {none,  none, none, none, none, none, none, none, causal, window_left, scale, logits_soft_cap,
