@@ -33,7 +33,7 @@ struct BatchAttentionParams {
   int64_t fixed_split_size = 0;  // keys; 0: cut as the device likes
   const int32_t* plan = nullptr;
 
-  FI_HD bool is_paged() const { return static_cast<bool>(table.kv_indices); }
+  FI_HD bool is_paged() const { return table.kv_indices || table.num_pages > 0; }
 };
 
 struct Request {
