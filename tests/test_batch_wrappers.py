@@ -350,40 +350,112 @@ def test_cuda_graph_mode_writes_into_the_buffers(device):
         assert (output[rows:] == 0).all()
 
 
+def capture(function):
+    """A CUDA graph of the function, and what it returned, which each replay writes anew."""
+    function()  # what is made once is made now
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph, results
+
+
+LENGTHS = [  # of a batch of 5, the first with the most queries
+    ([1, 5, 0, 9, 3], [40, 5, 30, 33, 70]), ([9, 1, 3, 2, 3], [9, 80, 40, 2, 3]), ([0, 1, 0, 2, 3], [0, 1, 60, 70, 3]),
+]  # fmt: skip
+DECODE_LENGTHS = [[37, 1, 90, 16, 2], [1, 90, 2, 3, 100], [60, 0, 0, 60, 61]]
+
+
+def fill(static, batch):
+    """Copy a batch's queries and pages into a captured graph's."""
+    q, *caches = static
+    q[: batch.q.shape[0]].copy_(batch.q)
+    for cache, pages in zip(caches, batch.cache, strict=True):
+        cache[: pages.shape[0]].copy_(pages)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("on_device", [False, True])
-def test_a_captured_run_follows_later_plans(on_device):
-    """Decode and prefill, captured once; then other lengths and pages by `plan` alone, and with `plan` in the graph."""
-    decode = fi_ops.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(empty("cuda"), *graph_buffers("cuda", 5).values())
-    prefill = fi_ops.BatchPrefillWithPagedKVCacheWrapper(
-        empty("cuda"), use_cuda_graph=True, **prefill_buffers("cuda", 5)
-    )
-    lengths = [MIXED, ([9, 1, 3, 2, 3], [9, 80, 40, 2, 3]), ([0, 1, 0, 2, 3], [0, 1, 60, 70, 3])]
-    cases = [(Batch("cuda", [1] * 5, kv), Batch("cuda", *lens)) for lens, kv in zip(lengths, (
-        [37, 1, 90, 16, 2], [1, 90, 2, 3, 100], [60, 0, 0, 60, 61]), strict=True)]  # fmt: skip
-    statics = []
-    for wrapper, plan, which, options in ((decode, plan_decode, 0, {}), (prefill, plan_prefill, 1, {"causal": True})):
-        first = cases[0][which]
-        q, cache = first.q.clone(), tuple(torch.zeros(90, *t.shape[1:], device="cuda") for t in first.cache)
-        tables = first.table_on("cuda") if on_device else None
-        extra = {"qo_indptr": first.qo_indptr.to("cuda")} if on_device and which else {}
-        plan(first, wrapper, table=tables, **extra, **options)
-        wrapper.run(q, cache)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = wrapper.run_return_lse(q, cache)
-        statics.append((q, cache, graph, out))
-        for case in cases:
-            batch = case[which]
-            rows = batch.q.shape[0]
-            q[:rows].copy_(batch.q)
-            for static, pages in zip(cache, batch.cache, strict=True):
-                static[: pages.shape[0]].copy_(pages)
-            tables = batch.table_on("cuda") if on_device else None
-            extra = {"qo_indptr": batch.qo_indptr.to("cuda")} if on_device and which else {}
-            plan(batch, wrapper, table=tables, **extra, **options)
-            graph.replay()
-            check([t[:rows] for t in out], batch.expect(**options))
+@pytest.mark.parametrize("which", ["decode", "prefill"])
+def test_a_captured_run_follows_later_plans(which, on_device):
+    """Captured once; then other lengths and pages by `plan` alone, its tables on the host or on the device."""
+    if which == "decode":
+        batches = [Batch("cuda", [1] * 5, kv_lens) for kv_lens in DECODE_LENGTHS]
+        buffers = graph_buffers("cuda", 5).values()
+        wrapper, options = fi_ops.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(empty("cuda"), *buffers), {}
+    else:
+        batches, options = [Batch("cuda", *lengths) for lengths in LENGTHS], {"causal": True}
+        buffers = prefill_buffers("cuda", 5)
+        wrapper = fi_ops.BatchPrefillWithPagedKVCacheWrapper(empty("cuda"), use_cuda_graph=True, **buffers)
+
+    def plan(batch):
+        table = batch.table_on("cuda") if on_device else batch.table
+        if which == "decode":
+            plan_decode(batch, wrapper, table=table)
+        else:
+            plan_prefill(batch, wrapper, batch.qo_indptr.to("cuda" if on_device else "cpu"), table, **options)
+
+    static = batches[0].q.clone(), *(torch.zeros(90, *c.shape[1:], device="cuda") for c in batches[0].cache)
+    plan(batches[0])
+    graph, results = capture(lambda: wrapper.run_return_lse(static[0], static[1:]))
+    for batch in batches:
+        fill(static, batch)
+        plan(batch)
+        graph.replay()
+        check([t[: batch.q.shape[0]] for t in results], batch.expect(**options))
+
+
+@pytest.mark.gpu
+def test_plan_can_be_captured():
+    """Index tensors of the device are all that a replay needs: `plan` and `run` in one graph."""
+    batches = [Batch("cuda", *lengths) for lengths in LENGTHS]
+    buffers = prefill_buffers("cuda", 5)
+    wrapper = fi_ops.BatchPrefillWithPagedKVCacheWrapper(empty("cuda"), use_cuda_graph=True, **buffers)
+    tables = [torch.zeros_like(t) for t in buffers.values()]  # kv_indptr, kv_indices, kv_last_page_len, qo_indptr
+    static = batches[0].q.clone(), *(torch.zeros(90, *c.shape[1:], device="cuda") for c in batches[0].cache)
+
+    def step():
+        plan_prefill(batches[0], wrapper, tables[3], tables[:3], causal=True)
+        return wrapper.run_return_lse(static[0], static[1:])
+
+    def enter(batch):
+        fill(static, batch)
+        for mine, given in zip(tables, (*batch.table, batch.qo_indptr), strict=True):
+            mine[: given.shape[0]].copy_(given)
+
+    enter(batches[0])
+    graph, results = capture(step)
+    for batch in batches:
+        enter(batch)
+        graph.replay()
+        check([t[: batch.q.shape[0]] for t in results], batch.expect(causal=True))
+
+
+def test_nothing_needs_a_value_of_the_device():
+    """On tensors of a device that have no values: what asked for one (`item`, a size that depends on data) would raise."""
+    batch = Batch("cpu", *MIXED)
+    q, cache = batch.q.to("meta"), tuple(c.to("meta") for c in batch.cache)
+    table, qo_indptr = batch.table_on("meta"), batch.qo_indptr.to("meta")
+    keys, kv_indptr = [t.to("meta") for t in ragged_keys(batch)], indptr(batch.kv_lens).to("meta")
+    mask = torch.ones(700, dtype=torch.bool, device="meta")
+    workspace, sizes = torch.empty(0, device="meta"), (*batch.sizes, batch.page_size)
+    decode = fi_ops.BatchDecodeWithPagedKVCacheWrapper(workspace)
+    prefill = fi_ops.BatchPrefillWithPagedKVCacheWrapper(workspace)
+    ragged = fi_ops.BatchPrefillWithRaggedKVCacheWrapper(workspace)
+    unified = fi_ops.BatchAttention("NHD", "meta")
+    cascade = fi_ops.MultiLevelCascadeAttentionWrapper(2, workspace)
+    for options in ({}, {"pos_encoding_mode": "ROPE_LLAMA"}, {"pos_encoding_mode": "ALIBI", "fixed_split_size": 4}):
+        decode.plan(*table, *sizes, q_data_type="float32", **options)
+        assert decode.run(q[:5], cache, k_scale=2.0, v_scale=q[0, :1, 0]).shape == (5, 4, 64)
+        for extra in ({"causal": True}, {"custom_mask": mask}, {"packed_custom_mask": mask.view(torch.uint8)}):
+            prefill.plan(qo_indptr, *table, *sizes, q_data_type="float32", **options, **extra)
+            assert prefill.run(q, cache).shape == q.shape
+            ragged.plan(qo_indptr, kv_indptr, *batch.sizes, q_data_type="float32", **options, **extra)
+            assert ragged.run(q, *keys).shape == q.shape
+    unified.plan(qo_indptr, *table, *batch.sizes, 64, batch.page_size, q_data_type=None, kv_data_type=None)
+    assert unified.run(q, cache)[1].shape == q.shape[:2]
+    levels = [[qo_indptr] * 2, *([t] * 2 for t in table)]
+    cascade.plan(*levels, *sizes, q_data_type="float32")
+    assert cascade.run(q, cache).shape == q.shape
 
 
 @pytest.mark.gpu

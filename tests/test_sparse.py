@@ -196,6 +196,21 @@ def test_variable_blocks_compile(device):
         check([compiled(*qkv)], expect_by_head(*qkv, masks))
 
 
+def test_nothing_needs_a_value_of_the_device():
+    """On tensors of a device that have no values: what asked for one (`item`, a size that depends on data) would raise."""
+    workspace = torch.empty(0, device="meta")
+    q, k = (torch.empty(n, h, 64, device="meta", dtype=torch.float16) for n, h in ((93, 4), (80, 2)))
+    table = torch.empty(7, dtype=torch.int32, device="meta"), torch.empty(13, dtype=torch.int32, device="meta")
+    wrapper = fi_ops.BlockSparseAttentionWrapper(workspace)
+    for options in ({}, {"mask": torch.empty(13, 16, 16, dtype=torch.bool, device="meta")}, {"causal": True}):
+        wrapper.plan(*table, 93, 80, 16, 16, 4, 2, 64, **options)
+        assert wrapper.run(q, k, k).shape == q.shape
+    pattern = [torch.empty(2, *s, dtype=torch.int32, device="meta") for s in ((6, 5), (6,), (5,))]
+    variable = fi_ops.VariableBlockSparseAttentionWrapper(workspace)
+    variable.plan(*pattern, 4, 2, 64, max_nnz=999)
+    assert variable.run(*(t.transpose(0, 1) for t in (q, k, k))).shape == (4, 93, 64)
+
+
 @pytest.mark.gpu
 def test_plan_and_run_do_not_sync():
     blocks = random_blocks(6, 5)
