@@ -291,6 +291,15 @@ def test_a_plan_is_made_once_where_rows_are_known(monkeypatch):
     assert seen[3] is None and seen[4] is None
 
 
+def test_splits_are_in_pages():
+    """FlashInfer counts pages, the ops keys in units of 64; what the plan's header says of a unit."""
+    batch = decode_batch("cpu")
+    unit_keys = lambda **options: int(plan_decode(batch, **options)._plan[3])  # noqa: E731
+    assert unit_keys() == 64 and unit_keys(fixed_split_size=-1) == 64
+    assert unit_keys(fixed_split_size=32) == 128 and unit_keys(fixed_split_size=33) == 192  # pages of 4
+    assert unit_keys(disable_split_kv=True) > 1e9  # one unit, however long the request
+
+
 def test_the_result_does_not_depend_on_the_batch_with_a_fixed_split():
     batch = Batch("cpu", [1, 1, 4], [300, 90, 200])
     whole = plan_prefill(batch, causal=True, fixed_split_size=16).run(batch.q, batch.cache)
