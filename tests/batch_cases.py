@@ -62,11 +62,14 @@ def check(actual, expect, what=""):
 
 
 class Batch:
-    """Random requests, dense and in the pages of a cache, in either layout, as a pair or as one tensor."""
+    """Random requests, dense and in the pages of a cache, in either layout, as a pair or as one tensor.
+
+    shared: pages are in several requests, and several times in one.
+    """
 
     def __init__(
         self, device, qo_lens, kv_lens, *, dtype=torch.float32, kv_dtype=None, page_size=4, heads=4, kv_heads=2, head_dim=64,
-        head_dim_vo=None, index=torch.int32, layout="NHD", fused=False, spare_pages=3,
+        head_dim_vo=None, index=torch.int32, layout="NHD", fused=False, spare_pages=3, shared=False,
     ):  # fmt: skip
         head_dim_vo = head_dim_vo or head_dim
         self.qo_lens, self.kv_lens, self.page_size, self.layout = qo_lens, kv_lens, page_size, layout
@@ -76,6 +79,9 @@ class Batch:
         counts = [-(-n // page_size) for n in kv_lens]
         num_pages = sum(counts) + spare_pages
         pages = torch.randperm(num_pages)[: sum(counts)]
+        if shared:  # between requests and within one
+            num_pages = max(num_pages // 2, 1)
+            pages = torch.randint(0, num_pages, (sum(counts),))
         self.qo_indptr, self.kv_indptr = indptr(qo_lens, index), indptr(counts, index)
         self.kv_indices = pages.to(index)
         self.kv_last_page_len = torch.tensor([(n - 1) % page_size + 1 if n else 0 for n in kv_lens], dtype=index)
