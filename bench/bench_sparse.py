@@ -21,6 +21,7 @@ from .harness import Candidate, Case, Options, copies_beyond_caches, within_budg
 SIZES = (QUERY_HEADS, KV_HEADS, HEAD_DIM)
 SHARE = 4  # one block in
 CHECKED_ROWS = 64
+LONGEST_DENSE = 8192  # a longer mask makes torch materialise scores of many gigabytes
 
 # (length, R, C)
 CPU = [(1024, 64, 64), (1024, 64, 1)]
@@ -100,7 +101,9 @@ def _blocks(length: int, rows: int, columns: int, options: Options, dtype: torch
         wrapper.plan(*table, length, length, rows, columns, *SIZES, q_data_type=dtype, o_data_type=dtype)
         return Candidate("fi_ops" if library is fi_ops else "FlashInfer", wrapper.run, library is fi_ops, copies)
 
-    peers = [_sdpa(mask.to(device), copies), batches.same_work(dense)]
+    peers = [batches.same_work(dense)]
+    if length <= LONGEST_DENSE:
+        peers.append(_sdpa(mask.to(device), copies))
     if device == "cuda" and (library := stock.flashinfer()) is not None:
         peers.append(planned(library, 256 * 2**20))
     return Case(
