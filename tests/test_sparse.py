@@ -6,13 +6,9 @@ import itertools
 
 import pytest
 import torch
-from batch_cases import DEVICES, attend_dense, check, indptr
+from batch_cases import DEVICES, attend_dense, check, empty, indptr
 
 import fi_ops
-
-
-def empty(device):
-    return torch.empty(0, dtype=torch.uint8, device=device)
 
 
 def tensors(device, rows, columns, heads, kv_heads, dtype, head_dim=64):
