@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batch_cases import DEVICES, attend_dense, check, indptr, per_request
+from batch_cases import DEVICES, attend_dense, check, empty, indptr, per_request
 
 import fi_ops
 
 SIZES = (4, 2, 64)
-
-
-def empty(device):
-    return torch.empty(0, dtype=torch.uint8, device=device)
 
 
 class Tree:
