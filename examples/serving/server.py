@@ -181,7 +181,7 @@ class Server:
         except Stopped as error:
             raise HTTPError(503, str(error), close=True) from None
         choices = [api.choice(i, "".join(texts[r]), r.finish_reason) for i, r in enumerate(requests)]
-        totals = api.usage(prompt_tokens, sum(len(r.output) for r in requests))
+        totals = api.usage(prompt_tokens, sum(r.output_len for r in requests))
         connection.send_json(200, api.Answer(self.model_name).body(choices, totals), close=not http.keep_alive)
 
     async def _stream(self, connection, http, call, requests, queue, prompt_tokens: int) -> None:
@@ -195,7 +195,7 @@ class Server:
                     send(json.dumps(answer.body([piece])))
                     await connection.writer.drain()
             if call.include_usage:
-                totals = api.usage(prompt_tokens, sum(len(r.output) for r in requests))
+                totals = api.usage(prompt_tokens, sum(r.output_len for r in requests))
                 send(json.dumps(answer.body([], totals)))
             send("[DONE]")
         except Stopped as error:
