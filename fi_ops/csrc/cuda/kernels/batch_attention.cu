@@ -2,7 +2,10 @@
 // lists. Each path has one predicate, which everyone asks.
 #include "fi/batch_attention.h"
 
+#include "fi/cuda/batch/few.h"
 #include "fi/cuda/batch/generic.h"
+#include "fi/cuda/launch.h"
+#include "fi/cuda/sm80/batch.h"
 #ifdef FI_CUDA_SM90A
 #  include "fi/cuda/sm90/batch.h"
 #endif
@@ -12,8 +15,16 @@ namespace {
 
 using batch::PlanView;
 
+__global__ void zero_kernel(int32_t* data, int64_t count) {
+  allow_next_kernel();
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x)
+    data[i] = 0;
+}
+
 // The plan as the op makes it for itself, in scratch memory.
-const int32_t* plan_of_call(const BatchAttentionParams& p, const Gpu& gpu) {
+const int32_t* plan_of_call(const BatchAttentionParams& p, int32_t* zeroed, int64_t num_zeroed,
+                            const Gpu& gpu) {
   const AttentionParams& c = p.call;
   BatchPlanParams plan{};
   plan.qo_indptr = p.qo_indptr;
@@ -26,13 +37,34 @@ const int32_t* plan_of_call(const BatchAttentionParams& p, const Gpu& gpu) {
   plan.plan = static_cast<int32_t*>(c.scratch.allocate(
       c.scratch.context, int64_t(sizeof(PlanHeader)) + sizes.max_segments * int64_t(sizeof(PlanSegment)) +
                              sizes.max_tiles * int64_t(sizeof(PlanTile))));
-  batch_attention_plan(plan, gpu);
+  make_plan(plan, zeroed, num_zeroed, gpu);
   return plan.plan;
 }
 
 // The segments of the plan, requests with few rows; and the tokens of no request.
-void few_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& gpu) {
-  batch::on_cuda_cores(p, plan, /*segments=*/true, /*tiles=*/false, gpu);
+PlanView few_rows(const BatchAttentionParams& p, const Gpu& gpu) {
+  const AttentionParams& c = p.call;
+  const bool fast = batch::few_rows_supports(p), has_plan = p.plan != nullptr;
+  int32_t* arrivals = nullptr;
+  int64_t num_arrivals = 0;
+  if (fast) {
+    num_arrivals = PlanView::of(p, nullptr).max_segments * c.num_kv_heads;
+    arrivals = static_cast<int32_t*>(c.scratch.allocate(c.scratch.context, 4 * num_arrivals));
+  }
+  const PlanView plan = PlanView::of(p, has_plan ? p.plan : plan_of_call(p, arrivals, num_arrivals, gpu));
+  if (!fast) {
+    batch::on_cuda_cores(p, plan, /*segments=*/true, /*tiles=*/false, gpu);
+    return plan;
+  }
+  // Not launched early: what comes next may begin at once, and read what the kernels before have written.
+  if (has_plan) {
+    const int64_t blocks = (num_arrivals + 1023) / 1024;
+    launch(gpu, zero_kernel, dim3(static_cast<unsigned>(blocks < gpu.num_sms ? blocks : gpu.num_sms)),
+           dim3(256), 0,
+           /*overlap=*/false, arrivals, num_arrivals);
+  }
+  batch::few_rows(p, plan, arrivals, /*waits=*/!has_plan, gpu);
+  return plan;
 }
 
 // The tiles of the plan, requests with many rows.
@@ -40,6 +72,7 @@ void many_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& g
 #ifdef FI_CUDA_SM90A
   if (gpu.compute_capability == 90 && sm90_batch_supports(p)) return batch_tiles_sm90(p, plan, gpu);
 #endif
+  if (sm80_batch_supports(p)) return batch_tiles_sm80(p, plan, gpu);
   batch::on_cuda_cores(p, plan, /*segments=*/false, /*tiles=*/true, gpu);
 }
 
@@ -48,8 +81,7 @@ void many_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& g
 void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
   const AttentionParams& c = p.call;
   if (c.qo_len == 0 || c.num_qo_heads == 0) return;
-  const PlanView plan = PlanView::of(p, p.plan ? p.plan : plan_of_call(p, gpu));
-  few_rows(p, plan, gpu);
+  const PlanView plan = few_rows(p, gpu);
   // With so few rows in all no request has many.
   if (c.qo_len * (c.num_qo_heads / c.num_kv_heads) > kFewRows) many_rows(p, plan, gpu);
 }

@@ -1,0 +1,377 @@
+// Attention of few query rows over a batch: what a block does with its runs.
+//
+// Per run: query rows to shared memory, each warp attends to its slices, the warps' results are joined over
+// shared memory. A pair (segment, KV head) that one block has alone is written out; else its blocks leave
+// partial results in scratch memory and the last one to arrive joins them, in their order, so that the result
+// does not depend on which one that was. With a fixed split every unit is such a part.
+#pragma once
+
+#include "fi/cuda/batch/few.h"
+#include "fi/cuda/batch/few_warp.h"
+#include "fi/cuda/decode/finish.h"
+#include "fi/cuda/decode/kernel.h"
+
+namespace fi::cuda::batch {
+
+using decode::Part;
+
+struct FewShared {
+  RowTable rows;
+  decode::WarpResults results;
+  RunTable table;
+  int is_last;
+};
+
+// The query rows of a run, on their way into shared memory through registers.
+template <class T, int kDim, int kThreads>
+class FewQuery {
+  static constexpr int kRows = decode::kMaxRows, kChunks = kDim / 8;
+  static constexpr int kHeld = (kRows * kChunks + kThreads - 1) / kThreads;
+
+ public:
+  FI_DEVICE_INLINE void fetch(const FewArgs& args, const Run& run) {
+#pragma unroll
+    for (int n = 0; n < kHeld; ++n) items_[n] = load(args, run, threadIdx.x + n * blockDim.x);
+  }
+  FI_DEVICE_INLINE void store(const FewArgs& args, const Run& run, unsigned char* query) const {
+#pragma unroll
+    for (int n = 0; n < kHeld; ++n) put(threadIdx.x + n * blockDim.x, items_[n], query);
+    // Where shared memory has room for fewer warps.
+#pragma unroll 1
+    for (int item = threadIdx.x + kHeld * blockDim.x; item < kRows * kChunks; item += blockDim.x)
+      put(item, load(args, run, item), query);
+  }
+
+ private:
+  FI_DEVICE_INLINE static uint4 load(const FewArgs& args, const Run& run, int item) {
+    const AttentionParams& c = args.p.call;
+    const int row = item / kChunks, column = item % kChunks * 8;
+    if (row >= run.num_rows || column >= c.head_dim_qk) return {0, 0, 0, 0};
+    const int i = (run.row_begin + row) / args.group, head = (run.row_begin + row) - i * args.group;
+    return load_16(static_cast<const T*>(c.query) + (int64_t{run.q_begin} + i) * c.q_stride_n +
+                   (int64_t{run.kv_head} * args.group + head) * c.q_stride_h + column);
+  }
+  FI_DEVICE_INLINE static void put(int item, const uint4& chunk, unsigned char* query) {
+    if (item < kRows * kChunks)
+      *reinterpret_cast<uint4*>(query + decode::row_chunk_offset<kDim>(item / kChunks, item % kChunks)) =
+          chunk;
+  }
+
+  uint4 items_[kHeld];
+};
+
+// For the threads of one warp. Rows of the tile past the run's see all keys: their results are not used.
+FI_DEVICE_INLINE void fill_row_table(const FewArgs& args, const Run& run, RowTable& table) {
+  const AttentionParams& c = args.p.call;
+  const int lane = threadIdx.x % 32, row = run.row_begin + lane, i = row / args.group;
+  KeySpan keys{0, run.kv_len};
+  float position = 0.0f, slope = 0.0f;
+  const bool has = lane < run.num_rows;
+  if (has) {
+    Request r{};
+    r.qo_len = run.qo_len, r.kv_len = run.kv_len;
+    keys = keys_of_query(args.p, r, i);
+    if (c.alibi_slopes) {
+      position = static_cast<float>(i + run.kv_len - run.qo_len);
+      slope = c.alibi_slopes.at(int64_t{run.kv_head} * args.group + row - i * args.group) * kLog2e;
+    }
+  }
+  int begin = static_cast<int>(keys.begin), end = static_cast<int>(keys.end);
+  if (lane < decode::kMaxRows) {
+    table.begin[lane] = begin, table.end[lane] = end;
+    table.position[lane] = position, table.slope[lane] = slope;
+    table.mask[lane] = run.mask_begin * 8 + (has ? int64_t{i} * run.kv_len : 0);
+  }
+#pragma unroll
+  for (int other = 8; other > 0; other /= 2) {
+    begin = max(begin, __shfl_xor_sync(~0u, begin, other));
+    end = min(end, __shfl_xor_sync(~0u, end, other));
+  }
+  if (lane == 0) table.common_begin = begin, table.common_end = end;
+}
+
+// all, then the part x: with exactly these roundings wherever it is done.
+FI_DEVICE_INLINE void fold(Part& all, float row_max, float row_sum, const float4& acc) {
+  const float top = fmaxf(all.max, row_max), shift = usable_max(top);
+  const float keep = exp2_approx(all.max - shift), factor = exp2_approx(row_max - shift);
+  all.max = top;
+  all.sum = fmaf(row_sum, factor, all.sum * keep);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) all.acc[e] *= keep;
+  all.add_scaled(acc, factor);
+}
+
+template <class T, class Engine>
+class FewBlock {
+ public:
+  FI_DEVICE_INLINE FewBlock(const FewArgs& args, unsigned char* query, FewShared& shared)
+      : args(args), p(args.p), c(args.p.call), query(query), shared(shared) {}
+
+  FI_DEVICE_INLINE void run(unsigned char* warp_memory) {
+    constexpr int kThreads = Engine::kSmWarps / Engine::kBlocksAnSm * 32;
+    if (args.waits) wait_for_previous_kernel();
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    RunTable& table = shared.table;
+    Engine engine(args, table, query, warp_memory);
+    FewQuery<T, Engine::kHeadDim, kThreads> rows;
+    for (bool is_first = true, more = true; more; is_first = false) {
+      if (warp == 0) RunFinder(args, table).fill(is_first);
+      __syncthreads();
+      const int count = table.count;
+      more = table.more;
+      if (count > 0) rows.fetch(args, table.runs[0]);
+      engine.start();
+#pragma unroll 1
+      for (int n = 0; n < count; ++n) {
+        const Run& run = table.runs[n];
+        rows.store(args, run, query);
+        if (warp == warps - 1) fill_row_table(args, run, shared.rows);
+        __syncthreads();
+        engine.begin_segment();
+        if (n + 1 < count) rows.fetch(args, table.runs[n + 1]);
+        const int slices = Engine::slices_of(run);
+        const float k_scale = p.k_scale ? p.k_scale.at(run.kv_head) : 1.0f;
+#pragma unroll 1
+        for (int slice = 0; slice < slices; ++slice) engine.attend(shared.rows, run, k_scale);
+        engine.publish(shared.results.max[warp], shared.results.sum[warp], &shared.results.acc[warp],
+                       run.num_rows, slices > 0);
+        __syncthreads();
+        finish(run, engine);
+        __syncthreads();
+      }
+    }
+    write_empty_segments();
+    write_padding<T>(p);
+    // The next kernel in the stream waits for this one only, so this one waits for the one before.
+    wait_for_previous_kernel();
+  }
+
+ private:
+  // f(row, chunk, item) for each four columns of the run's rows that this thread has.
+  template <class F>
+  FI_DEVICE_INLINE void for_each_item(int num_rows, const F& f) const {
+    for (int item = threadIdx.x; item < num_rows * Engine::kRowChunks; item += blockDim.x) {
+      const int row = item / Engine::kRowChunks, chunk = item % Engine::kRowChunks;
+      if (chunk * 4 < c.head_dim_vo) f(row, chunk, item);
+    }
+  }
+
+  // Four columns of a result, and with the first of them the LSE.
+  FI_DEVICE_INLINE void write(int q_begin, int64_t kv_head, int row, int chunk, Part part) const {
+    const int i = row / args.group;
+    const int64_t n = int64_t{q_begin} + i, head = kv_head * args.group + row - i * args.group;
+    const RowResult result = finish_row(c, head, part.max, part.sum);
+    const float factor = p.v_scale ? result.factor * p.v_scale.at(kv_head) : result.factor;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) part.acc[e] *= factor;
+    T* out = static_cast<T*>(c.out) + n * c.o_stride_n + head * c.o_stride_h;
+    decode::store_columns<T, true>(out + chunk * 4, part.acc, 4);
+    if (c.lse && chunk == 0) c.lse[n * c.num_qo_heads + head] = result.lse;
+  }
+  FI_DEVICE_INLINE void write(const Run& run, int row, int chunk, const Part& part) const {
+    write(run.q_begin, run.kv_head, run.row_begin + row, chunk, part);
+  }
+
+  FI_DEVICE_INLINE float* slot(int64_t n) const {
+    return args.partials + clamp_index(n, 0, args.num_slots - 1) * args.partial_floats();
+  }
+  // Of part n of a pair: a block's, or with a fixed split a unit's.
+  FI_DEVICE_INLINE float* slot_of(const Run& run, int n) const {
+    if (p.fixed_split_size) return slot(run.first_unit + n);
+    return slot(int64_t{n} * 2 + (n == run.part));
+  }
+
+  // Joins the warps' results of a run; the pair's, where this was the last part of it.
+  FI_DEVICE_INLINE void finish(const Run& run, const Engine& engine) {
+    const auto joined = [&](int row, int chunk) { return join_warps(shared.results, engine, row, chunk); };
+    const bool is_fixed = p.fixed_split_size != 0;
+    if (run.whole && (!is_fixed || run.last_part == 0)) {
+      for_each_item(run.num_rows,
+                    [&](int row, int chunk, int) { write(run, row, chunk, joined(row, chunk)); });
+    } else if (run.whole) {
+      fold_unit(run, joined);
+    } else {
+      leave(run, is_fixed ? run.part : static_cast<int>(blockIdx.x), joined);
+      const int first = is_fixed ? 0 : run.part;
+      if (threadIdx.x == 0) {
+        wait_for_previous_kernel();  // which has zeroed the counters
+        shared.is_last = atomic_add_acq_rel(&args.arrivals[run.pair], 1) == run.last_part - first;
+      }
+      __syncthreads();
+      if (!shared.is_last) return;
+      is_fixed ? fold_parts(run) : join_parts(run);
+    }
+  }
+
+  // A part of a pair that other blocks work on as well.
+  template <class Joined>
+  FI_DEVICE_INLINE void leave(const Run& run, int part, const Joined& joined) {
+    float* left = slot_of(run, part);
+    for_each_item(run.num_rows, [&](int row, int chunk, int) {
+      const Part own = joined(row, chunk);
+      *reinterpret_cast<float4*>(left + row * args.acc_width + chunk * 4) =
+          float4{own.acc[0], own.acc[1], own.acc[2], own.acc[3]};
+      if (chunk == 0) {
+        float* state = left + args.part_rows * args.acc_width;
+        state[row] = own.max;
+        state[args.part_rows + row] = own.sum;
+      }
+    });
+    __syncthreads();
+  }
+
+  // A unit of a pair that this block has alone: onto what a thread has of the units before.
+  template <class Joined>
+  FI_DEVICE_INLINE void fold_unit(const Run& run, const Joined& joined) {
+    float* mine = args.folded + int64_t{blockIdx.x} * args.part_rows * args.acc_width / 4 * 6;
+    for_each_item(run.num_rows, [&](int row, int chunk, int item) {
+      float* state = mine + item * 6;
+      Part all;
+      if (run.part > 0) {
+        all.max = state[0], all.sum = state[1];
+        for (int e = 0; e < 4; ++e) all.acc[e] = state[2 + e];
+      }
+      const Part own = joined(row, chunk);
+      fold(all, own.max, own.sum, float4{own.acc[0], own.acc[1], own.acc[2], own.acc[3]});
+      if (run.part == run.last_part) return write(run, row, chunk, all);
+      state[0] = all.max, state[1] = all.sum;
+      for (int e = 0; e < 4; ++e) state[2 + e] = all.acc[e];
+    });
+  }
+
+  // The parts of a pair that a thread needs, so many loads in flight that two or three round trips to L2 do.
+  static constexpr int kAtOnce = 8;
+  struct Parts {
+    float max[kAtOnce], sum[kAtOnce];
+    float4 acc[kAtOnce];
+  };
+  FI_DEVICE_INLINE void load_parts(const Run& run, int first, int row, int chunk, Parts& parts) const {
+    const int state = args.part_rows * args.acc_width;
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      parts.max[n] = -kInf, parts.sum[n] = 0.0f, parts.acc[n] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+      if (first + n > run.last_part) continue;
+      const float* part = slot_of(run, first + n);
+      parts.max[n] = __ldcg(part + state + row);
+      parts.sum[n] = __ldcg(part + state + args.part_rows + row);
+      parts.acc[n] = __ldcg(reinterpret_cast<const float4*>(part + row * args.acc_width + chunk * 4));
+    }
+  }
+
+  // The partial results of all blocks of a pair, in that order.
+  FI_DEVICE_INLINE void join_parts(const Run& run) const {
+    for_each_item(run.num_rows, [&](int row, int chunk, int) {
+      Part all;
+      for (int first = run.part; first <= run.last_part; first += kAtOnce) {
+        Parts parts;
+        load_parts(run, first, row, chunk, parts);
+        float top = all.max;
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) top = fmaxf(top, parts.max[n]);
+        const float shift = usable_max(top), keep = exp2_approx(all.max - shift);
+        all.max = top;
+        all.sum *= keep;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) all.acc[e] *= keep;
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          const float factor = exp2_approx(parts.max[n] - shift);
+          all.sum = fmaf(parts.sum[n], factor, all.sum);
+          all.add_scaled(parts.acc[n], factor);
+        }
+      }
+      write(run, row, chunk, all);
+    });
+  }
+
+  // All units of a pair, one after the other, whoever worked on them.
+  FI_DEVICE_INLINE void fold_parts(const Run& run) const {
+    for_each_item(run.num_rows, [&](int row, int chunk, int) {
+      Part all;
+      for (int first = 0; first <= run.last_part; first += kAtOnce) {
+        Parts parts;
+        load_parts(run, first, row, chunk, parts);
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          if (first + n <= run.last_part) fold(all, parts.max[n], parts.sum[n], parts.acc[n]);
+        }
+      }
+      write(run, row, chunk, all);
+    });
+  }
+
+  // Segments with no unit belong to no block.
+  FI_DEVICE_INLINE void write_empty_segments() const {
+    const int num_segments = args.plan.num_segments();
+    for (int n = blockIdx.x; n < num_segments; n += gridDim.x) {
+      if (args.plan.segments[n].num_units > 0) continue;
+      const RowsOfRequest rows = segment_rows(p, args.plan, n, args.group);
+      if (rows.request < 0) continue;
+      const int q_begin = static_cast<int>(request_of(p, rows.request).q_begin);
+      for (int64_t head = 0; head < c.num_kv_heads; ++head) {
+        for_each_item(static_cast<int>(rows.end - rows.begin), [&](int row, int chunk, int) {
+          write(q_begin, head, static_cast<int>(rows.begin) + row, chunk, Part{});
+        });
+      }
+    }
+  }
+
+  const FewArgs& args;
+  const BatchAttentionParams& p;
+  const AttentionParams& c;
+  unsigned char* query;
+  FewShared& shared;
+};
+
+// Dynamic shared memory: the warps' parts, the query rows, FewShared.
+template <class T, class Engine>
+__global__ void __launch_bounds__(Engine::kSmWarps / Engine::kBlocksAnSm * 32, Engine::kBlocksAnSm)
+    few_kernel(const __grid_constant__ FewArgs args, int warp_bytes, int query_bytes) {
+  allow_next_kernel();
+  unsigned char* smem = dynamic_smem();
+  unsigned char* query = smem + static_cast<int>(blockDim.x / 32) * warp_bytes;
+  FewBlock<T, Engine> block(args, query, *reinterpret_cast<FewShared*>(query + query_bytes));
+  block.run(smem + static_cast<int>(threadIdx.x / 32) * warp_bytes);
+}
+
+template <class T, class Engine>
+void run_few(FewArgs args, const Gpu& gpu) {
+  const AttentionParams& c = args.p.call;
+  const decode::BlockShape shape = decode::shape_of_block<Engine>(c, gpu, sizeof(FewShared), /*wide=*/false);
+  args.room = gpu.num_sms * Engine::kBlocksAnSm;
+  args.min_units = Engine::kMinUnits;
+  args.acc_width = Engine::kHeadDim;
+  const int64_t rows = c.qo_len * args.group, most_rows = rows < kFewRows ? rows : kFewRows;
+  args.part_rows = static_cast<int>(most_rows < kSegmentRows ? most_rows : kSegmentRows);
+  // Units that there may be: all keys once for each segment of their request, and what is not whole at both
+  // ends.
+  const int64_t unit_keys = args.p.fixed_split_size ? args.p.fixed_split_size : kUnitKeys;
+  const int64_t most_units = c.num_kv_heads * ((most_rows + kSegmentRows - 1) / kSegmentRows *
+                                                   ((c.kv_len + unit_keys - 1) / unit_keys) +
+                                               2 * int64_t{args.plan.max_segments});
+  const int64_t wanted = (most_units + args.min_units - 1) / args.min_units;
+  const int64_t most = most_units >= int64_t{kLongShare} * args.room ? 2 * args.room : args.room;
+  const int64_t grid = clamp_index(wanted, 1, most);
+  auto allocate = [&](int64_t floats) {
+    return static_cast<float*>(c.scratch.allocate(c.scratch.context, floats * int64_t(sizeof(float))));
+  };
+  args.num_slots = 2 * grid;
+  if (args.p.fixed_split_size) {
+    constexpr int64_t kMostBytes = int64_t{256} << 20;
+    args.whole_pairs = most_units * args.partial_floats() * int64_t(sizeof(float)) > kMostBytes;
+    args.num_slots = args.whole_pairs ? 1 : most_units;
+    args.folded = allocate(grid * args.part_rows * args.acc_width / 4 * 6);
+  }
+  args.partials = allocate(args.num_slots * args.partial_floats());
+  launch(gpu, few_kernel<T, Engine>, dim3(static_cast<unsigned>(grid)), dim3(shape.warps * 32),
+         shape.all_bytes, /*overlap=*/true, args, static_cast<int>(shape.warp_bytes),
+         static_cast<int>(shape.query_bytes));
+}
+
+template <class T, int kDim>
+void run_few(const FewArgs& args, const Gpu& gpu) {
+  args.p.kv_dtype == Fp8::none ? run_few<T, FewWarp<T, kDim, false>>(args, gpu)
+                               : run_few<T, FewWarp<T, kDim, true>>(args, gpu);
+}
+
+}  // namespace fi::cuda::batch

@@ -1,0 +1,220 @@
+// A warp's part of attention of few query rows over a batch: 16 rows against slices of 16 keys, wherever
+// their pages are.
+//
+// K and V come through a ring in shared memory that is the warp's own: cp.async several slices ahead, no
+// barrier but the warp's. A lane looks up the page of one key, one slice ahead of the copies, and the lanes
+// that copy its row get the row's place from it: pages of any size cost the same. The ring runs on over the
+// runs of the block. fp8 slices are widened on their way from the ring to the tile that ldmatrix reads.
+#pragma once
+
+#include "fi/cuda/batch/few_runs.h"
+#include "fi/cuda/decode/warp_tile.h"
+#include "fi/cuda/fp8_pack.h"
+
+namespace fi::cuda::batch {
+
+using decode::RowTable;
+
+template <class T, int kDim, bool kFp8>
+class FewWarp : public decode::WarpTile<T, kDim> {
+  using Tile = decode::WarpTile<T, kDim>;
+  using Shape = decode::Shape<kDim>;
+  using Tile::kTileBytes;
+  using Tile::lane_;
+  using Tile::row_of, Tile::column_of, Tile::offset_of;
+  static constexpr int kStages = kFp8 ? 4 : Shape::kStages;
+  static constexpr int kElementBytes = kFp8 ? 1 : 2;
+  static constexpr int kRowBytes = kDim * kElementBytes, kChunks = kRowBytes / 16;  // of the ring
+  static constexpr int kChunkElements = 16 / kElementBytes;
+  static constexpr int kKeysBytes = 16 * kRowBytes, kStageBytes = 2 * kKeysBytes;  // K, then V
+
+ public:
+  using Tile::kRows, Tile::kSliceKeys;
+  static constexpr int kHeadDim = kDim;
+  static constexpr int kSmWarps = Shape::kSmWarps, kBlocksAnSm = Shape::kBlocksAnSm;
+  static constexpr int kMinUnits = Shape::kMinUnits;
+  static constexpr int kRowChunks = kDim / 4;  // four accumulators each
+
+  static size_t query_bytes(const AttentionParams&) { return kRows * kDim * 2; }
+  static size_t warp_bytes(const AttentionParams&) {
+    return kStages * kStageBytes + (kFp8 ? 2 * kTileBytes : 0);
+  }
+
+  FI_DEVICE_INLINE FewWarp(const FewArgs& args, const RunTable& table, unsigned char* query,
+                           unsigned char* warp_memory)
+      : Tile(query), p_(args.p), table_(table), ring_(warp_memory) {}
+
+  // With a newly filled table, when the slices of the one before are done with.
+  FI_DEVICE_INLINE void start() {
+    run_ = -1;
+    at_ = num_ = 0;
+    step();
+    cp_async_wait<0>();  // of empty groups
+    out_ = 0, used_ = -1;
+#pragma unroll 1
+    for (int s = 0; s < kStages; ++s) issue(s);
+  }
+
+  // Slices of a run that this warp takes: they are dealt out in turn.
+  FI_DEVICE_INLINE static int slices_of(const Run& run) {
+    const int all = (run.key_end - run.key_begin + kSliceKeys - 1) / kSliceKeys;
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    return all > warp ? (all - warp + warps - 1) / warps : 0;
+  }
+
+  // The next slice of the ring, of `run`. Only here the stage of the slice before is filled again:
+  // publish() may have used it meanwhile.
+  FI_DEVICE_INLINE void attend(const RowTable& rows, const Run& run, float k_scale) {
+    __syncwarp();
+    if (used_ >= 0) issue(used_);
+    const int key = keys_[0];
+    const unsigned absent = absent_[0];
+    cp_async_wait<kStages - 1>();
+    __syncwarp();
+    unsigned char* keys = ring_ + out_ * kStageBytes;
+    used_ = out_;
+    if (++out_ == kStages) out_ = 0;
+    if constexpr (kFp8) keys = widen(keys);
+    unsigned char* values = keys + kTileBytes;
+
+    float s[2][4] = {}, odd[2][4] = {};
+    this->multiply_keys(keys, s, odd);
+    const AttentionParams& c = p_.call;
+    const bool special = p_.custom_mask || c.logits_soft_cap > 0.0f || c.alibi_slopes || absent != 0 ||
+                         key < rows.common_begin || key + kSliceKeys > rows.common_end;
+    const float scale = special ? k_scale : c.scale * kLog2e * k_scale;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[n][e] = (s[n][e] + odd[n][e]) * scale;
+    }
+    if (special) {
+      general_logits(rows, key, absent, s);
+      this->clear_dead_values(values, this->live_keys(s, run.num_rows));
+    }
+    this->weigh(s);
+    const uint32_t weights[4] = {pack2<T>(s[0][0], s[0][1]), pack2<T>(s[0][2], s[0][3]),
+                                 pack2<T>(s[1][0], s[1][1]), pack2<T>(s[1][2], s[1][3])};
+    this->multiply_values(values, weights);
+  }
+
+  // The warp's result of a run, over the tile that was used last.
+  FI_DEVICE_INLINE void publish(float* row_max, float* row_sum, const float** acc, int num_rows,
+                                bool had_slices) {
+    unsigned char* tile = kFp8 ? widened() : ring_ + used_ * kStageBytes;
+    this->publish_to(reinterpret_cast<float*>(tile), row_max, row_sum, acc, num_rows, had_slices);
+  }
+
+ private:
+  FI_DEVICE_INLINE unsigned char* widened() const { return ring_ + kStages * kStageBytes; }
+  FI_DEVICE_INLINE bool done() const { return run_ >= table_.count; }
+
+  // To this warp's next slice, and the page of this lane's key in it: looked up now, used at the next copy.
+  FI_DEVICE_INLINE void step() {
+    ++at_;
+    while (at_ >= num_) {
+      if (++run_ >= table_.count) return;
+      num_ = slices_of(table_.runs[run_]);
+      at_ = 0;
+    }
+    const Run& run = table_.runs[run_];
+    const int warps = blockDim.x / 32;
+    key_ = run.key_begin + (at_ * warps + static_cast<int>(threadIdx.x / 32)) * kSliceKeys;
+    const int own = key_ + lane_ % kSliceKeys;
+    page_ = -1;
+    if (own >= run.key_end) return;
+    if (!p_.is_paged()) {
+      page_ = 0;
+      entry_ = run.kv_begin + own;
+      return;
+    }
+    const unsigned page_size = static_cast<unsigned>(p_.table.page_size), nth = unsigned(own) / page_size;
+    page_ = p_.table.kv_indices.at(run.kv_begin + nth);
+    entry_ = unsigned(own) - nth * page_size;
+  }
+
+  // Copies the cursor's slice into a stage. One group of copies a call, empty ones at the end.
+  FI_DEVICE_INLINE void issue(int to_stage) {
+#pragma unroll
+    for (int s = 0; s + 1 < kStages; ++s) keys_[s] = keys_[s + 1], absent_[s] = absent_[s + 1];
+    if (!done()) {
+      constexpr int kRowsAtOnce = 32 / kChunks;
+      const AttentionParams& c = p_.call;
+      const int64_t head = table_.runs[run_].kv_head;
+      const bool there = page_ >= 0 && (!p_.is_paged() || page_ < p_.table.num_pages);
+      const int64_t k_offset = there ? page_ * p_.k_stride_page + entry_ * c.k_stride_n : -1;
+      const int64_t v_offset = there ? page_ * p_.v_stride_page + entry_ * c.v_stride_n : -1;
+      absent_[kStages - 1] = __ballot_sync(~0u, !there) & 0xffffu;
+      keys_[kStages - 1] = key_;
+      const int row = lane_ / kChunks, chunk = lane_ % kChunks;
+      auto copy = [&](unsigned char* to, const void* data, int64_t head_offset, int64_t own, int64_t dim) {
+        const auto* base = static_cast<const unsigned char*>(data) + head_offset * kElementBytes;
+        const bool chunk_inside = chunk * kChunkElements < dim;
+#pragma unroll
+        for (int r = 0; r < kSliceKeys; r += kRowsAtOnce) {
+          const int64_t offset = __shfl_sync(~0u, own, r + row);
+          const bool inside = chunk_inside && offset >= 0;
+          unsigned char* at = to + (kFp8 ? (r + row) * kRowBytes + chunk * 16 : offset_of(r + row, chunk));
+          cp_async_16(at, inside ? base + offset * kElementBytes + chunk * 16 : base, inside);
+        }
+      };
+      unsigned char* stage = ring_ + to_stage * kStageBytes;
+      copy(stage, c.key, head * c.k_stride_h, k_offset, c.head_dim_qk);
+      copy(stage + kKeysBytes, c.value, head * c.v_stride_h, v_offset, c.head_dim_vo);
+      step();
+    }
+    cp_async_commit();
+  }
+
+  FI_DEVICE_INLINE unsigned char* widen(const unsigned char* stage) {
+    unsigned char* tile = widened();
+#pragma unroll
+    for (int item = lane_; item < 2 * kSliceKeys * kChunks; item += 32) {
+      const int row = item / kChunks, chunk = item % kChunks;
+      const uint4 raw = *reinterpret_cast<const uint4*>(stage + item * 16);
+      unsigned char* to = tile + row / kSliceKeys * kTileBytes;
+      *reinterpret_cast<uint4*>(to + offset_of(row % kSliceKeys, 2 * chunk)) =
+          widen_fp8<T>(raw.x, raw.y, p_.kv_dtype);
+      *reinterpret_cast<uint4*>(to + offset_of(row % kSliceKeys, 2 * chunk + 1)) =
+          widen_fp8<T>(raw.z, raw.w, p_.kv_dtype);
+    }
+    __syncwarp();
+    return tile;
+  }
+
+  FI_DEVICE_INLINE bool sees(const RowTable& rows, int row, int key) const {
+    if (!decode::sees(rows, row, key)) return false;
+    if (p_.custom_mask == nullptr) return true;
+    const int64_t bit = rows.mask[row] + key;
+    return bit / 8 < p_.mask_bytes && (p_.custom_mask[bit / 8] >> bit % 8 & 1);
+  }
+
+  // One copy of the code for all eight, which take turns in s[0][0].
+  FI_DEVICE_INLINE void general_logits(const RowTable& rows, int key, unsigned absent,
+                                       float (&s)[2][4]) const {
+#pragma unroll 1
+    for (int item = 0; item < 8; ++item) {
+      const int n = item / 4, e = item % 4;
+      const int row = row_of(e), column = column_of(n, e);
+      float x = -kInf;
+      if (!(absent >> column & 1) && sees(rows, row, key + column))
+        x = decode::unmasked_logit(p_.call, rows, row, key + column, s[0][0]);
+#pragma unroll
+      for (int next = 1; next < 8; ++next) s[(next - 1) / 4][(next - 1) % 4] = s[next / 4][next % 4];
+      s[1][3] = x;
+    }
+  }
+
+  const BatchAttentionParams& p_;
+  const RunTable& table_;
+  unsigned char* ring_;
+  // The slice to be copied next: its run, its number there among this warp's, its first key, this lane's key.
+  int run_ = 0, at_ = 0, num_ = 0, key_ = 0;
+  int64_t page_ = -1, entry_ = 0;
+  int out_ = 0;                    // the stage to use next
+  int used_ = -1;                  // the one that attend() used last; -1: none of this table
+  int keys_[kStages] = {};         // first keys of the slices in flight, oldest first
+  unsigned absent_[kStages] = {};  // a bit for each key that is nowhere
+};
+
+}  // namespace fi::cuda::batch
