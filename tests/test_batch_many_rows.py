@@ -6,7 +6,6 @@ dims, several tiles a thread block. What no request has in the cache is NaN.
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
@@ -14,10 +13,9 @@ import torch
 from test_few_query_rows import DEVICES
 
 from fi_ops.library import SPECS, Sample
-from fi_ops.testing import assert_op_matches_reference, with_canaries
+from fi_ops.testing import assert_op_matches_reference
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-UNCHECKED = os.environ.get("FI_EMULATION_CHECK") == "0"
 
 
 def indptr(device, lens, dtype=torch.int32):
@@ -42,7 +40,11 @@ def paged(draw, device, dtype, kv_lens, shape, page_size):
         values[~live] = float("nan")
         return values.to(dtype).view(num_pages, page_size, shape, dim).to(device)
 
-    return cache, (order.to(device, torch.int32), indptr(device, pages), torch.tensor(last, dtype=torch.int32).to(device))
+    return cache, (
+        order.to(device, torch.int32),
+        indptr(device, pages),
+        torch.tensor(last, dtype=torch.int32).to(device),
+    )
 
 
 def packed_mask(draw, device, qo_lens, kv_lens):
@@ -93,9 +95,7 @@ def random_call(seed, device):
         args = (query, key, value, indptr(device, qo_lens), *(t.to(index) for t in table))
     else:
         op = "ragged_attention_with_lse"
-        key, value = (
-            torch.randn(sum(kv_lens) + 2, kv_heads, dim, device=device).to(kv_dtype) for dim in dims
-        )
+        key, value = (torch.randn(sum(kv_lens) + 2, kv_heads, dim, device=device).to(kv_dtype) for dim in dims)
         args = (query, key, value, indptr(device, qo_lens), indptr(device, kv_lens))
     if draw.random() < 0.3:
         args = (*args, *packed_mask(draw, device, qo_lens, kv_lens))
@@ -125,3 +125,60 @@ def random_call(seed, device):
 def test_random_batch(seed, device):
     op, args, options = random_call(seed, device)
     assert_op_matches_reference(SPECS[op], Sample(args, options, f"seed {seed}"))
+
+
+def long_call(seed, device):
+    """Few tiles over long keys, which several blocks share: (arguments, keyword arguments)."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype, page_size = draw.choice([torch.bfloat16, torch.float16]), draw.choice([1, 16, 64])
+    dim, group = draw.choice([64, 128, 256]), draw.choice([1, 2])
+    lens = [(draw.choice([66, 100, 129]), draw.choice([1100, 2300, 3000]))]
+    if draw.random() < 0.5:
+        lens.insert(draw.randrange(2), (draw.choice([1, 65, 130]), draw.choice([0, 130, 700])))
+    qo_lens, kv_lens = zip(*lens, strict=True)
+    query = torch.randn(sum(qo_lens), group, dim, device=device).to(dtype)
+    cache, table = paged(draw, device, draw.choice([dtype, *FP8]), kv_lens, 1, page_size)
+    args = (query, cache(dim), cache(dim), indptr(device, qo_lens), *table)
+    options: dict = {"causal": draw.random() < 0.7, "v_scale": torch.tensor([1.5], device=device)}
+    if draw.random() < 0.3:
+        options["window_left"] = draw.choice([300, 1500])
+    if draw.random() < 0.3:
+        options["sinks"] = torch.randn(group, device=device) * 5
+    if draw.random() < 0.3:
+        args = (*args, *packed_mask(draw, device, qo_lens, kv_lens))
+    return args, options
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(12))
+def test_few_tiles_over_long_keys(seed, device):
+    args, options = long_call(seed, device)
+    sample = Sample(args, options, f"long keys {seed}")
+    assert_op_matches_reference(SPECS["paged_attention_with_lse"], sample)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("given", [False, True], ids=["plan made", "plan given"])
+def test_a_fixed_split_does_not_see_the_batch(given, device):
+    """Bit for bit the same, alone and among others; long enough that one request alone would be split."""
+    draw = random.Random(0)
+    qo_lens, kv_lens, page_size = [100, 70, 300, 65], [1500, 80, 300, 2000], 16
+    query = torch.randn(sum(qo_lens), 4, 64, device=device).bfloat16()
+    cache, (kv_indices, kv_indptr, last) = paged(draw, device, torch.bfloat16, kv_lens, 2, page_size)
+    key, value = cache(64), cache(64)
+    options = {"causal": True, "fixed_split_size": 256}
+
+    def attend(query, qo_lens, kv_indices, kv_indptr, last):
+        starts = indptr(device, qo_lens)
+        plan = torch.ops.fi.batch_attention_plan(starts, kv_indptr, last, len(query), 2, page_size, **options)
+        return torch.ops.fi.paged_attention_with_lse(
+            query, key, value, starts, kv_indices, kv_indptr, last, plan=plan if given else None, **options
+        )
+
+    together = attend(query, qo_lens, kv_indices, kv_indptr, last)
+    starts, pages = indptr("cpu", qo_lens).tolist(), kv_indptr.tolist()
+    for b, n in enumerate(qo_lens):
+        rows, own = slice(starts[b], starts[b + 1]), kv_indices[pages[b] : pages[b + 1]]
+        alone = attend(query[rows], [n], own, indptr(device, [len(own)]), last[b : b + 1])
+        assert all(torch.equal(a[rows], x) for a, x in zip(together, alone, strict=True))
