@@ -61,9 +61,7 @@ def check_kv_layout(function: str, kv_layout: str) -> None:
 
 
 def check_backend(function: str, backend: str) -> None:
-    require(
-        function, backend in _BACKENDS, f"backend must be one of {_BACKENDS}, got {backend!r}; leave it at 'auto'"
-    )
+    require(function, backend in _BACKENDS, f"backend must be one of {_BACKENDS}, got {backend!r}; leave it at 'auto'")
 
 
 def refuse_given(function: str, why: str, **arguments) -> None:
@@ -131,7 +129,10 @@ def scales_of(function: str, q: torch.Tensor, num_kv_heads: int, scale: float, q
         flat = factor.reshape(-1).float()
         heads = q.shape[1] if name == "q_scale" else num_kv_heads
         if flat.shape[0] not in (1, heads):
-            refuse(function, f"{name} must be a number or a tensor of 1 or {heads} elements, got {flat.shape[0]}; pass one a head")
+            refuse(
+                function,
+                f"{name} must be a number or a tensor of 1 or {heads} elements, got {flat.shape[0]}; pass one a head",
+            )
         if name == "q_scale" and flat.shape[0] not in (1, num_kv_heads):
             q = (q * flat[:, None]).to(q.dtype)
         else:

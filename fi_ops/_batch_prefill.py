@@ -11,7 +11,9 @@ from .page import PagedKVCache, _as_nhd
 _MULTI_ITEM = "multi-item scoring is not there"
 
 
-def _refuse_multi_item(function, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr) -> None:
+def _refuse_multi_item(
+    function, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr
+) -> None:
     refuse_given(
         function, _MULTI_ITEM, prefix_len_ptr=prefix_len_ptr, token_pos_in_items_ptr=token_pos_in_items_ptr,
         token_pos_in_items_len=token_pos_in_items_len or None, max_item_len_ptr=max_item_len_ptr,
@@ -120,9 +122,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
             RuntimeError: sizes, dtypes or options that don't fit; values are checked in `run`, on the CPU.
         """
         function = "BatchPrefillWithPagedKVCacheWrapper.plan"
-        _refuse_multi_item(
-            function, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr
-        )
+        _refuse_multi_item(function, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
         self._plan_batch(
             qo_indptr=qo_indptr, kv_indptr=paged_kv_indptr, kv_indices=paged_kv_indices,
             kv_last_page_len=paged_kv_last_page_len, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads,
@@ -184,10 +184,6 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
         k, v = _as_nhd(function, paged_kv_cache, self._kv_layout)
         return self._attend(q, k, v, **options)
 
-    def run_return_lse(self, q: torch.Tensor, paged_kv_cache: PagedKVCache, *args, **kwargs):
-        """`run` with return_lse."""
-        return self.run(q, paged_kv_cache, *args, return_lse=True, **kwargs)
-
     def forward(
         self,
         q: torch.Tensor,
@@ -202,7 +198,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-    ) -> torch.Tensor:
+    ):
         """`run` with these arguments in place of `plan`'s, defaults too (FlashInfer's deprecated form)."""
         self._override(
             causal=causal, pos_encoding_mode=pos_encoding_mode, window_left=window_left, logits_soft_cap=logits_soft_cap,
@@ -224,7 +220,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ):
         """`forward`, and the log-sum-exp."""
         self._override(
             causal=causal, pos_encoding_mode=pos_encoding_mode, window_left=window_left, logits_soft_cap=logits_soft_cap,
@@ -298,9 +294,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
             kv_indptr: int32 or int64 `[batch + 1]`, counts rows of `k` and `v`.
         """
         function = "BatchPrefillWithRaggedKVCacheWrapper.plan"
-        _refuse_multi_item(
-            function, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr
-        )
+        _refuse_multi_item(function, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
         self._plan_batch(
             qo_indptr=qo_indptr, kv_indptr=kv_indptr, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads,
             head_dim_qk=head_dim_qk, head_dim_vo=head_dim_vo, custom_mask=custom_mask,
@@ -344,10 +338,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
             enable_pdl=enable_pdl,
         )  # fmt: skip
 
-    def run_return_lse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args, **kwargs):
-        """`run` with return_lse."""
-        return self.run(q, k, v, *args, return_lse=True, **kwargs)
-
     def forward(
         self,
         q: torch.Tensor,
@@ -361,7 +351,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-    ) -> torch.Tensor:
+    ):
         """`run` with these arguments in place of `plan`'s, defaults too (FlashInfer's deprecated form)."""
         self._override(
             causal=causal, pos_encoding_mode=pos_encoding_mode, window_left=window_left, logits_soft_cap=logits_soft_cap,
@@ -382,7 +372,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ):
         """`forward`, and the log-sum-exp."""
         self._override(
             causal=causal, pos_encoding_mode=pos_encoding_mode, window_left=window_left, logits_soft_cap=logits_soft_cap,

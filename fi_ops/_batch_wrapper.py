@@ -23,6 +23,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ._alibi import get_alibi_slopes
@@ -41,13 +44,15 @@ from ._batch_options import (
 from .page import get_seq_lens
 
 
-def _values_known(*tensors: torch.Tensor) -> bool:
+def values_known(*tensors: torch.Tensor) -> bool:
     """Whether the host can look at their values without waiting for a device (a tensor being traced has none)."""
     return all(t.device.type == "cpu" for t in tensors) and not torch.compiler.is_compiling()
 
 
 class BatchWrapper:
     """The state and the steps of the wrappers; see the module."""
+
+    run: Callable[..., Any]
 
     def __init__(
         self, device, kv_layout: str = "NHD", use_cuda_graph: bool = False, backend: str = "auto", jit_args=None, jit_kwargs=None
@@ -67,9 +72,9 @@ class BatchWrapper:
         self._custom_mask: torch.Tensor | None = None
         self._mask_indptr: torch.Tensor | None = None
         self._settings: Settings | None = None  # None: not planned
-        self._plan_settings: Settings | None = None
         self._plan: torch.Tensor | None = None
-        self._plan_rows: int | None = None  # query tokens that it is for
+        self._plan_rows: int | None = None  # query tokens that it is for; None: there is none
+        self._planned_for: tuple | None = None  # causal, window_left, query tokens
         self._table: torch.Tensor | None = None
         self._table_key: tuple | None = None
         self._alibi_slopes: torch.Tensor | None = None
@@ -90,6 +95,10 @@ class BatchWrapper:
     def end_forward(self) -> None:
         """Accepted and without effect, as FlashInfer's."""
 
+    def run_return_lse(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """`run` with return_lse."""
+        return self.run(*args, **kwargs, return_lse=True)  # no partialmethod: Dynamo doesn't trace it
+
     # ---- CUDA graphs ----
 
     def _use_buffers(self, batch_size: int, **buffers: torch.Tensor | None) -> None:
@@ -101,7 +110,10 @@ class BatchWrapper:
             if buffer is None and attribute in ("_custom_mask", "_mask_indptr"):
                 continue
             if not isinstance(buffer, torch.Tensor):
-                refuse(name, f"use_cuda_graph needs a buffer for {attribute[1:]}, got {buffer}; pass the constructor's buffers")
+                refuse(
+                    name,
+                    f"use_cuda_graph needs a buffer for {attribute[1:]}, got {buffer}; pass the constructor's buffers",
+                )
             sizes = {"_kv_last_page_len": batch_size, "_kv_indices": buffer.shape[0], "_custom_mask": buffer.shape[0]}
             want = sizes.get(attribute, batch_size + 1)
             require(
@@ -122,7 +134,10 @@ class BatchWrapper:
             if tensor is None or (buffer is None and "mask" not in attribute):
                 continue
             if buffer is None:
-                refuse(function, f"a custom mask needs a buffer for {attribute[1:]} in CUDA graph mode; pass it to the constructor")
+                refuse(
+                    function,
+                    f"a custom mask needs a buffer for {attribute[1:]} in CUDA graph mode; pass it to the constructor",
+                )
             may_be_shorter = attribute in ("_kv_indices", "_custom_mask")
             require(
                 function,
@@ -145,12 +160,17 @@ class BatchWrapper:
 
     def _plan_batch(
         self, *, qo_indptr, kv_indptr, kv_indices=None, kv_last_page_len=None, nnz_qo=None, num_qo_heads, num_kv_heads,
-        head_dim_qk, head_dim_vo=None, page_size=1, custom_mask=None, packed_custom_mask=None, max_sequence_kv=None,
-        q_data_type=None, kv_data_type=None, o_data_type=None, non_blocking=True, **settings,
+        head_dim_qk, head_dim_vo=None, page_size=1, custom_mask=None, packed_custom_mask=None, bits=None, bits_indptr=None,
+        max_sequence_kv=None, q_data_type=None, kv_data_type=None, o_data_type=None, non_blocking=True, **settings,
     ) -> None:  # fmt: skip
-        """`plan` of all wrappers. kv_indices, kv_last_page_len: none for ragged keys. nnz_qo: where the wrapper knows it."""
+        """`plan` of all wrappers.
+
+        kv_indices, kv_last_page_len: none for ragged keys. nnz_qo: where the wrapper knows it. bits, bits_indptr: a mask as the op
+        takes it, on the device, instead of a user's.
+        """
         function = f"{type(self).__name__}.plan"
         new_settings = settings_of(function, **settings)
+        self._check_settings(new_settings)
         dtypes = dtypes_of(function, q_data_type, kv_data_type, o_data_type)
         require(
             function,
@@ -179,32 +199,39 @@ class BatchWrapper:
             return None if t is None else t.to(self.device, non_blocking=non_blocking)
 
         qo, kv, indices, last = (move(t) for t in (qo_indptr, kv_indptr, kv_indices, kv_last_page_len))
-        mask, mask_indptr = self._masks(function, move(custom_mask), move(packed_custom_mask), qo, kv, last, page_size)
+        mask, mask_indptr = bits, bits_indptr
+        if custom_mask is not None or packed_custom_mask is not None:
+            mask, mask_indptr = self._masks(
+                function, move(custom_mask), move(packed_custom_mask), qo, kv, last, page_size
+            )
         self._check_fits(
             function, _qo_indptr=qo, _kv_indptr=kv, _kv_indices=indices, _kv_last_page_len=last, _custom_mask=mask,
             _mask_indptr=mask_indptr,
         )  # fmt: skip
-        plan = None
+        plan, is_causal = None, new_settings.causal and mask is None
         if rows is not None:
             plan = torch.ops.fi.batch_attention_plan(
                 qo, kv, last, rows, num_qo_heads // num_kv_heads, page_size,
-                causal=new_settings.causal and mask is None, window_left=new_settings.window_left,
+                causal=is_causal, window_left=new_settings.window_left,
                 fixed_split_size=new_settings.fixed_split_size,
             )  # fmt: skip
             self._check_fits(function, _plan=plan)
         # Nothing has been changed so far.
         self._keep(non_blocking, _qo_indptr=qo, _kv_indptr=kv, _kv_indices=indices, _kv_last_page_len=last)
         self._keep(non_blocking, _custom_mask=mask, _mask_indptr=mask_indptr, _plan=plan)
-        self._plan_rows, self._plan_settings = rows, new_settings
+        self._plan_rows, self._planned_for = rows, (is_causal, new_settings.window_left, rows)
         self._dtypes = dtypes
         self._heads = num_qo_heads, num_kv_heads
         self._head_dims = head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo
         self._page_size, self._max_kv_len = page_size, max_kv_len
         self._set(new_settings)
 
+    def _check_settings(self, settings: Settings) -> None:
+        """RuntimeError for settings that a kind of wrapper can't have."""
+
     def _query_rows(self, function: str, qo_indptr: torch.Tensor, nnz_qo: int | None) -> int | None:
         """The number of query tokens to plan for, None where only the device knows it."""
-        rows = int(qo_indptr[-1]) if nnz_qo is None and _values_known(qo_indptr) else nnz_qo
+        rows = int(qo_indptr[-1]) if nnz_qo is None and values_known(qo_indptr) else nnz_qo
         if not self._use_cuda_graph or self._plan_rows is None:
             return rows
         require(
@@ -218,17 +245,17 @@ class BatchWrapper:
     def _longest_request(self, kv_indptr, kv_indices, kv_last_page_len, page_size, max_sequence_kv) -> int | None:
         """A bound of the keys of any request, for RoPE's table; None where only `run` can know one. Fixed in CUDA graph mode."""
         if self._use_cuda_graph:
-            return max_sequence_kv or (None if kv_indices is None else self._buffers["_kv_indices"].shape[0] * page_size)
+            return max_sequence_kv or (
+                None if kv_indices is None else self._buffers["_kv_indices"].shape[0] * page_size
+            )
         if kv_last_page_len is None:
-            return int(kv_indptr.diff().max()) if _values_known(kv_indptr) and kv_indptr.shape[0] > 1 else None
-        if _values_known(kv_indptr, kv_last_page_len) and kv_last_page_len.shape[0]:
+            return int(kv_indptr.diff().max()) if values_known(kv_indptr) and kv_indptr.shape[0] > 1 else None
+        if values_known(kv_indptr, kv_last_page_len) and kv_last_page_len.shape[0]:
             return int(get_seq_lens(kv_indptr, kv_last_page_len, page_size).max())
         return max_sequence_kv or kv_indices.shape[0] * page_size
 
     def _masks(self, function, custom_mask, packed_custom_mask, qo_indptr, kv_indptr, kv_last_page_len, page_size):
         """(custom_mask, mask_indptr) for the op, of a bool mask or of one that is packed."""
-        if custom_mask is None and packed_custom_mask is None:
-            return None, None
         kv_lens = kv_indptr.diff() if kv_last_page_len is None else get_seq_lens(kv_indptr, kv_last_page_len, page_size)
         num_bits = qo_indptr.diff().long() * kv_lens
         if packed_custom_mask is not None:
@@ -252,9 +279,15 @@ class BatchWrapper:
     def _override(self, **settings) -> None:
         """What the deprecated `forward` does: its arguments replace those of `plan`."""
         function = f"{type(self).__name__}.forward"
-        require(function, self._plan_settings is not None, "nothing is planned; call plan first")
-        assert self._plan_settings is not None
-        self._set(settings_of(function, fixed_split_size=self._plan_settings.fixed_split_size, **settings))
+        if self._settings is None:
+            refuse(function, "nothing is planned; call plan first")
+        new_settings = settings_of(function, fixed_split_size=self._settings.fixed_split_size, **settings)
+        self._check_settings(new_settings)
+        self._set(new_settings)
+
+    def _override_but_causal(self, **settings) -> None:
+        """`_override` where causal stays as planned."""
+        self._override(causal=self._settings is not None and self._settings.causal, **settings)
 
     # ---- run ----
 
@@ -264,7 +297,9 @@ class BatchWrapper:
         if query_dtype is not None and q.dtype != query_dtype:
             refuse(function, f"q must be {query_dtype}, as planned, got {q.dtype}; pass q_data_type to plan")
         if kv_dtype is not None and k.dtype != kv_dtype:
-            refuse(function, f"keys and values must be {kv_dtype}, as planned, got {k.dtype}; pass kv_data_type to plan")
+            refuse(
+                function, f"keys and values must be {kv_dtype}, as planned, got {k.dtype}; pass kv_data_type to plan"
+            )
         if q.dim() != 3 or k.dim() != (3 if page_size is None else 4) or v.dim() != k.dim():
             return  # the op says what is wrong
         (num_qo_heads, num_kv_heads), (head_dim_qk, head_dim_vo) = self._heads, self._head_dims
@@ -279,9 +314,13 @@ class BatchWrapper:
 
     def _attend(
         self, q, k, v, *, q_scale=None, k_scale=None, v_scale=None, sinks=None, out=None, lse=None, return_lse=False,
-        enable_pdl=None, window_left=None, logits_soft_cap=None, sm_scale=None,
+        enable_pdl=None, window_left=None, logits_soft_cap=None, sm_scale=None, causal=None, custom_mask=None,
+        packed_custom_mask=None,
     ):  # fmt: skip
-        """`run` of all wrappers, of k and v in the layouts of the ops: the output, or (output, LSE)."""
+        """`run` of all wrappers, of k and v in the layouts of the ops: the output, or (output, LSE).
+
+        logits_soft_cap, sm_scale, causal, custom_mask, packed_custom_mask: instead of plan's.
+        """
         function = f"{type(self).__name__}.run"
         settings = self._settings
         if settings is None:
@@ -289,7 +328,9 @@ class BatchWrapper:
         paged = self._kv_indices is not None
         self._check_call(function, q, k, v, k.shape[1] if paged and k.dim() == 4 else None)
         if window_left is not None and window_left != settings.window_left:
-            refuse(function, f"window_left must be {settings.window_left}, as planned, got {window_left}; pass it to plan")
+            refuse(
+                function, f"window_left must be {settings.window_left}, as planned, got {window_left}; pass it to plan"
+            )
         if sm_scale is None:
             sm_scale = settings.sm_scale
         scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
@@ -300,33 +341,33 @@ class BatchWrapper:
             table = self._table
             if self._max_kv_len is None:
                 table = cos_sin_table(k.shape[0], q.shape[-1], settings.rope_scale, settings.rope_theta, q.device)
-        planned = self._plan_settings
-        fits = planned.causal == settings.causal and planned.window_left == settings.window_left
-        plan = self._plan if fits and self._plan_rows is not None and self._plan_rows == q.shape[0] else None
+        mask, mask_indptr = self._custom_mask, self._mask_indptr
+        if custom_mask is not None or packed_custom_mask is not None:
+            table_of_keys = (self._qo_indptr, self._kv_indptr, self._kv_last_page_len, self._page_size)
+            mask, mask_indptr = self._masks(function, custom_mask, packed_custom_mask, *table_of_keys)
+        is_causal = (settings.causal if causal is None else causal) and mask is None
+        fits = self._planned_for == (is_causal, settings.window_left, q.shape[0])
         options = {
-            "causal": settings.causal and self._custom_mask is None, "window_left": settings.window_left, "scale": scale,
+            "causal": is_causal, "window_left": settings.window_left, "scale": scale,
             "logits_soft_cap": settings.logits_soft_cap if logits_soft_cap is None else logits_soft_cap,
             "fixed_split_size": settings.fixed_split_size,
         }  # fmt: skip
         tensors = (
-            self._custom_mask, self._mask_indptr, key_scale, value_scale, slopes,
-            None if sinks is None else sinks.float(), table, plan,
+            mask, mask_indptr, key_scale, value_scale, slopes, None if sinks is None else sinks.float(), table,
+            self._plan if fits else None,
         )  # fmt: skip
         ops, op = torch.ops.fi, "paged_attention" if paged else "ragged_attention"
-        if paged:
-            tables = (self._qo_indptr, self._kv_indices, self._kv_indptr, self._kv_last_page_len)
-        else:
-            tables = (self._qo_indptr, self._kv_indptr)
+        pages = (self._kv_indices, self._kv_indptr, self._kv_last_page_len) if paged else (self._kv_indptr,)
         with_lse = return_lse or lse is not None
         if with_lse:
             op += "_with_lse"
-        result = getattr(ops, op)(q, k, v, *tables, *tensors, **options)
+        result = getattr(ops, op)(q, k, v, self._qo_indptr, *pages, *tensors, **options)
         output, log_sum_exp = result if with_lse else (result, None)
         output_dtype = self._dtypes[2]
         if output_dtype is not None:
             output = output.to(output_dtype)
         output = return_in(function, out, output)
-        if not with_lse:
+        if log_sum_exp is None:
             return output
         log_sum_exp = return_in(function, lse, log_sum_exp, "lse")
         return (output, log_sum_exp) if return_lse else output

@@ -161,7 +161,9 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             RuntimeError: sizes, dtypes or options that don't fit; values are checked in `run`, on the CPU.
         """
         function = f"{type(self).__name__}.plan"
-        require(function, q_len_per_req >= 1, f"q_len_per_req must be 1 or more, got {q_len_per_req}; pass 1 for decode")
+        require(
+            function, q_len_per_req >= 1, f"q_len_per_req must be 1 or more, got {q_len_per_req}; pass 1 for decode"
+        )
         if data_type is not None:
             kv_data_type = data_type if kv_data_type is None else kv_data_type
             is_fp8 = data_type in FP8 or data_type in [str(t).removeprefix("torch.") for t in FP8]
@@ -220,7 +222,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             args, kv_cache_sf, skip_softmax_threshold_scale_factor: refused (custom kernels, NVFP4, skipped blocks).
 
         Returns:
-            `[batch * q_len_per_req, num_qo_heads, head_dim_vo]`, and with return_lse float32 `[batch * q_len_per_req, num_qo_heads]`.
+            `[rows of q, num_qo_heads, head_dim_vo]`, and with return_lse float32 `[rows of q, num_qo_heads]`.
         """
         function = f"{type(self).__name__}.run"
         refuse_extra(function, args)
@@ -242,10 +244,6 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             enable_pdl=enable_pdl, window_left=window_left, sinks=sinks,
         )  # fmt: skip
 
-    def run_return_lse(self, q: torch.Tensor, paged_kv_cache: PagedKVCache, *args, **kwargs):
-        """`run` with return_lse."""
-        return self.run(q, paged_kv_cache, *args, return_lse=True, **kwargs)
-
     def forward(
         self,
         q: torch.Tensor,
@@ -259,9 +257,9 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-    ) -> torch.Tensor:
+    ):
         """`run` with these arguments in place of `plan`'s, defaults too (FlashInfer's deprecated form)."""
-        self._override_decode(
+        self._override_but_causal(
             pos_encoding_mode=pos_encoding_mode, window_left=window_left, logits_soft_cap=logits_soft_cap, sm_scale=sm_scale,
             rope_scale=rope_scale, rope_theta=rope_theta,
         )  # fmt: skip
@@ -280,16 +278,13 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ):
         """`forward`, and the log-sum-exp."""
-        self._override_decode(
+        self._override_but_causal(
             pos_encoding_mode=pos_encoding_mode, window_left=window_left, logits_soft_cap=logits_soft_cap, sm_scale=sm_scale,
             rope_scale=rope_scale, rope_theta=rope_theta,
         )  # fmt: skip
         return self.run_return_lse(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
-
-    def _override_decode(self, **settings) -> None:
-        self._override(causal=(self._q_len_per_req or 1) > 1, **settings)
 
 
 class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):

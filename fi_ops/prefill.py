@@ -5,6 +5,8 @@ Thin: tensors of one request are viewed as `[1, heads, len, head_dim]` and hande
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ._alibi import get_alibi_slopes
@@ -188,6 +190,4 @@ def single_prefill_with_kv_cache(
     return output if lse is None else (output, lse)
 
 
-def single_prefill_with_kv_cache_return_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args, **kwargs):
-    """`single_prefill_with_kv_cache` with return_lse: `(output, LSE)`."""
-    return single_prefill_with_kv_cache(q, k, v, *args, return_lse=True, **kwargs)
+single_prefill_with_kv_cache_return_lse = functools.partial(single_prefill_with_kv_cache, return_lse=True)

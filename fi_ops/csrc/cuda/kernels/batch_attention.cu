@@ -6,6 +6,9 @@
 #include "fi/cuda/batch/generic.h"
 #include "fi/cuda/launch.h"
 #include "fi/cuda/sm80/batch.h"
+#ifdef FI_CUDA_SM90A
+#  include "fi/cuda/sm90/batch.h"
+#endif
 
 namespace fi::cuda {
 namespace {
@@ -61,17 +64,35 @@ PlanView begin(const BatchAttentionParams& p, int64_t num_segments, int64_t num_
   return PlanView::of(p, p.plan);
 }
 
+enum class TilesPath { none, sm90, sm80, cuda_cores };
+
+// Who computes the plan's tiles, requests with many rows.
+TilesPath path_of_tiles(const BatchAttentionParams& p, const Gpu& gpu) {
+  const AttentionParams& c = p.call;
+  // With so few rows in all no request has many.
+  if (c.qo_len * (c.num_qo_heads / c.num_kv_heads) <= kFewRows) return TilesPath::none;
+#ifdef FI_CUDA_SM90A
+  // Few tiles over long keys leave most of the GPU to who doesn't split keys, as in dense attention; how many
+  // tiles there are at least is the device's to know.
+  const int64_t most_blocks = ((c.qo_len - 1) / kTileQueries + c.batch) * c.num_qo_heads;
+  const bool splits = sm80_batch_supports(p) && sm80_batch_arrivals(p, gpu) > 0;
+  const bool few = splits && 9 * most_blocks < 4 * gpu.num_sms;
+  if (gpu.compute_capability == 90 && sm90_batch_supports(p) && !few) return TilesPath::sm90;
+#endif
+  return sm80_batch_supports(p) ? TilesPath::sm80 : TilesPath::cuda_cores;
+}
+
 }  // namespace
 
 void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
   const AttentionParams& c = p.call;
   if (c.qo_len == 0 || c.num_qo_heads == 0) return;
-  // With so few rows in all no request has many.
-  const bool has_tiles = c.qo_len * (c.num_qo_heads / c.num_kv_heads) > kFewRows;
-  const bool few_is_fast = batch::few_rows_supports(p), on_sm80 = has_tiles && sm80_batch_supports(p);
-  Arrivals arrivals;
+  const TilesPath path = path_of_tiles(p, gpu);
+  const bool few_is_fast = batch::few_rows_supports(p);
   const int64_t num_segments = few_is_fast ? PlanView::of(p, nullptr).max_segments * c.num_kv_heads : 0;
-  const PlanView plan = begin(p, num_segments, on_sm80 ? sm80_batch_arrivals(p, gpu) : 0, arrivals, gpu);
+  const int64_t num_tiles = path == TilesPath::sm80 ? sm80_batch_arrivals(p, gpu) : 0;
+  Arrivals arrivals;
+  const PlanView plan = begin(p, num_segments, num_tiles, arrivals, gpu);
 
   // The plan's segments, requests with few rows; and the tokens of no request.
   if (few_is_fast) {
@@ -79,9 +100,18 @@ void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
   } else {
     batch::on_cuda_cores(p, plan, /*segments=*/true, /*tiles=*/false, gpu);
   }
-  // Its tiles, requests with many rows.
-  if (on_sm80) return batch_tiles_sm80(p, plan, arrivals.tiles, gpu);
-  if (has_tiles) batch::on_cuda_cores(p, plan, /*segments=*/false, /*tiles=*/true, gpu);
+  switch (path) {
+    case TilesPath::none:
+      return;
+    case TilesPath::sm90:
+#ifdef FI_CUDA_SM90A
+      return batch_tiles_sm90(p, plan, gpu);
+#endif
+    case TilesPath::sm80:
+      return batch_tiles_sm80(p, plan, arrivals.tiles, gpu);
+    case TilesPath::cuda_cores:
+      return batch::on_cuda_cores(p, plan, /*segments=*/false, /*tiles=*/true, gpu);
+  }
 }
 
 }  // namespace fi::cuda
