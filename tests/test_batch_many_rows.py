@@ -182,3 +182,19 @@ def test_a_fixed_split_does_not_see_the_batch(given, device):
         rows, own = slice(starts[b], starts[b + 1]), kv_indices[pages[b] : pages[b + 1]]
         alone = attend(query[rows], [n], own, indptr(device, [len(own)]), last[b : b + 1])
         assert all(torch.equal(a[rows], x) for a, x in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_offsets_past_two_to_the_31(kv_dtype, device):
+    """The same as from a small cache of the same pages. (Memory that nobody writes costs nothing on a CPU.)"""
+    near = torch.randn(5, 16, 2, 64, device=device).to(kv_dtype)
+    far = torch.empty(2**20 + 9, 16, 2, 64, device=device, dtype=kv_dtype)
+    pages = torch.tensor([2**20 + 5, 7, 2**20 + 8, 2**20, 3], device=device)
+    far.view(torch.uint8)[pages] = near.view(torch.uint8)
+    starts = torch.tensor([0, 70], device=device)
+    table = torch.tensor([0, 5], device=device), torch.tensor([13], device=device)
+    query = torch.randn(70, 4, 64, device=device).bfloat16()
+    attend = torch.ops.fi.paged_attention
+    expected = attend(query, near, near, starts, torch.arange(5, device=device), *table, causal=True)
+    assert torch.equal(attend(query, far, far, starts, pages, *table, causal=True), expected)
