@@ -19,6 +19,7 @@ import contextlib
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from serving.engine import Engine, SamplingParams, generate
 from serving.model import Llama, LlamaConfig
 from serving.pages import PagePool
 from serving.server import Server
-from serving.status import StatusLine, describe
+from serving.status import StatusLine, hit_rate
 from serving.step import Step
 from serving.text import load_tokenizer
 
@@ -57,6 +58,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--cache-gib", type=float, help="GiB of cache (default: 1 on the CPU, 80%% of what is free on CUDA)")
     add("--no-prefix-sharing", action="store_true", help="compute every prompt from its beginning")
+    add(
+        "--random-weights",
+        action="store_true",
+        help="of --model read config.json and tokenizer.json alone: for --bench",
+    )
     add("--eager", action="store_true", help="don't compile the model (on CUDA still captured in graphs)")
     add("--threads", type=int, help="torch's threads on the CPU")
     add("--quiet", action="store_true", help="no status line")
@@ -69,21 +75,29 @@ def make_engine(args: argparse.Namespace, say=lambda text: None) -> Engine:
     config = LlamaConfig.from_directory(args.model)
     tokenizer = load_tokenizer(args.model)
     max_len = min(args.max_len or config.max_position_embeddings, config.max_position_embeddings)
-    dtype = DTYPES[args.dtype] if args.dtype else torch.bfloat16 if args.device == "cuda" else torch.float32
+    dtype = model_dtype(args)
     kv_dtype = KV_DTYPES[args.kv_dtype] if args.kv_dtype else dtype
-    model = Llama.from_directory(args.model, dtype, args.device, max_len)
-    say(f"loaded {sum(p.numel() for p in model.parameters()):,} parameters of {args.model}, {dtype}, on {args.device}")
+    if args.random_weights:
+        model = Llama.with_random_weights(config, dtype, args.device, max_len)
+    else:
+        model = Llama.from_directory(args.model, dtype, args.device, max_len)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{args.model}: {parameters:,} parameters{', random' * args.random_weights}, {dtype}, on {args.device}")
     pages_each = -(-max_len // args.page_size)
     num_pages = args.pages or min(args.max_requests * pages_each, _pages_that_fit(args, config, kv_dtype))
     step = Step(
         model, num_pages=num_pages, page_size=args.page_size, kv_dtype=kv_dtype, max_requests=args.max_requests,
-        sizes={min(8, args.max_requests), args.max_requests, max(args.step_tokens, args.max_requests)},
+        sizes={1, min(8, args.max_requests), args.max_requests, max(args.step_tokens, args.max_requests)},
         max_pages=args.max_requests * pages_each, compiled=not args.eager,
     )  # fmt: skip
     say(f"cache of {num_pages} pages of {args.page_size} tokens, {kv_dtype}")
     step.prepare(say)
     pool = PagePool(num_pages, args.page_size, sharing=not args.no_prefix_sharing)
     return Engine(step, pool, max_len=max_len, eos_token_ids=config.eos_token_ids, tokenizer=tokenizer)
+
+
+def model_dtype(args: argparse.Namespace) -> torch.dtype:
+    return DTYPES[args.dtype] if args.dtype else torch.bfloat16 if args.device == "cuda" else torch.float32
 
 
 def _pages_that_fit(args: argparse.Namespace, config: LlamaConfig, kv_dtype: torch.dtype) -> int:
@@ -112,25 +126,65 @@ async def serve(args: argparse.Namespace, engine: Engine, say) -> None:
     await server.stop()
 
 
-def bench(engine: Engine, count: int, new_tokens: int = 64) -> None:
-    """The same requests one after the other, then all at once: greedy, prompts of the demo's kind with a common beginning."""
-    text = "import os\nimport sys\n\n\nclass Files:\n    def __init__(self, path):\n        self.path = path\n\n"
-    prompts = [engine.tokenizer.encode(f"{text}    def method_{i}(self, x):\n").ids for i in range(count)]
+BENCH_TEXT = """import os
+import sys
+
+
+class Files:
+    def __init__(self, path):
+        self.path = path
+
+"""
+
+
+def bench(engine: Engine, args: argparse.Namespace, new_tokens: int = 64) -> None:
+    """Greedy completions of prompts with a common beginning: one after the other, by transformers too, then all at once."""
+    count, few = args.bench, max(1, args.bench // 8)
+    prompts = [engine.tokenizer.encode(f"{BENCH_TEXT}    def method_{i}(self, x):\n").ids for i in range(count)]
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-    few = prompts[: max(1, count // 8)]
-    generate(engine, few[:1], [params])
-    began = time.perf_counter()
-    alone = [generate(engine, [prompt], [params])[0] for prompt in few]
-    one, began = len(few) * new_tokens / (time.perf_counter() - began), time.perf_counter()
-    together = generate(engine, prompts, [params] * count)
-    all_s = time.perf_counter() - began
-    same = sum(a == b for a, b in zip(alone, together, strict=False))
-    print(f"one at a time  {one:9.1f} tokens/s ({len(few)} requests of {new_tokens} new tokens)")
-    print(
-        f"{count} at once".ljust(14),
-        f"{count * new_tokens / all_s:9.1f} tokens/s; {same} of {len(few)} outputs the same",
+
+    def timed(name: str, fn: Callable[[list[list[int]]], list[list[int]]], prompts: list[list[int]]) -> list[list[int]]:
+        began = time.perf_counter()
+        outputs = fn(prompts)
+        rate = len(prompts) * new_tokens / (time.perf_counter() - began)
+        print(
+            f"{name:<32} {rate:9.1f} tokens/s ({len(prompts)} requests of {len(prompts[0])} + {new_tokens} tokens)",
+            flush=True,
+        )
+        return outputs
+
+    if (theirs := None if args.random_weights else _transformers_generate(args, new_tokens)) is not None:
+        theirs(prompts[:1])
+        expected = timed("transformers, one at a time", theirs, prompts[:few])
+    generate(engine, prompts[-1:], [params])
+    alone = timed(
+        "this engine, one at a time", lambda some: [generate(engine, [p], [params])[0] for p in some], prompts[:few]
     )
-    print(describe(engine, 0.0, 0.0))
+    together = timed("this engine, all at once", lambda some: generate(engine, some, [params] * count), prompts)
+    for name, others in (("one at a time", alone), *([("transformers", expected)] if theirs else [])):
+        same = sum(a == b for a, b in zip(others, together, strict=False))
+        print(f"all at once against {name}: {same} of {few} outputs the same, token for token")
+    stats = engine.stats
+    print(f"{stats.steps} steps; prefix hits {100 * hit_rate(stats):.0f}% of {stats.prompt_tokens} tokens of prompts")
+
+
+def _transformers_generate(args: argparse.Namespace, new_tokens: int) -> Callable | None:
+    """`generate` of transformers where it is installed, eager, one prompt after the other."""
+    try:
+        from transformers import LlamaForCausalLM
+    except ImportError:
+        return None
+    model = LlamaForCausalLM.from_pretrained(args.model, dtype=model_dtype(args)).eval().to(args.device)
+
+    def run(prompts: list[list[int]]) -> list[list[int]]:
+        outputs = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=args.device)
+            options = dict(do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(ids))
+            outputs.append(model.generate(ids, max_new_tokens=new_tokens, **options)[0, len(prompt) :].tolist())
+        return outputs
+
+    return run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         say(str(error))
         return 2
     if args.bench:
-        bench(engine, args.bench)
+        bench(engine, args)
         return 0
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve(args, engine, say))

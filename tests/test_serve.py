@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import sys
@@ -439,4 +440,8 @@ def test_bench_mode(capsys):
     arguments = ["--bench", "4", "--eager", "--device", "cpu", "--max-requests", "4", "--pages", "64"]
     assert serve.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "one at a time" in out and "4 at once" in out and "1 of 1 outputs the same" in out
+    assert "this engine, all at once" in out and "one at a time: 1 of 1 outputs the same" in out
+    if importlib.util.find_spec("transformers"):
+        assert "against transformers: 1 of 1 outputs the same" in out
+    assert serve.main([*arguments, "--random-weights", "--kv-dtype", "float8_e4m3fn"]) == 0
+    assert "all at once" in capsys.readouterr().out

@@ -195,9 +195,22 @@ class Llama(nn.Module):
         model.load_state_dict(weights, assign=True)
         if config.tie_word_embeddings:  # assignment has untied them
             model.lm_head.weight = model.embed_tokens.weight
-        positions = torch.arange(max_len, device=device, dtype=torch.int32)
-        model.cos_sin = torch.cat(torch.ops.fi.rope_cos_sin(positions, config.head_dim, **config.rope), dim=-1)
-        return model.eval().requires_grad_(False)
+        return model._ready(device)
+
+    @classmethod
+    def with_random_weights(cls, config: LlamaConfig, dtype: torch.dtype, device: str, max_len: int) -> Llama:
+        """The model of a configuration alone, to measure how fast it is."""
+        with torch.device("meta"):
+            model = cls(config, max_len).to(dtype)
+        model.to_empty(device=device)
+        for parameter in model.parameters():
+            torch.nn.init.ones_(parameter) if parameter.dim() == 1 else torch.nn.init.normal_(parameter, std=0.02)
+        return model._ready(device)
+
+    def _ready(self, device: str) -> Llama:
+        positions = torch.arange(len(self.cos_sin), device=device, dtype=torch.int32)
+        self.cos_sin = torch.cat(torch.ops.fi.rope_cos_sin(positions, self.config.head_dim, **self.config.rope), dim=-1)
+        return self.eval().requires_grad_(False)
 
 
 def _weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -111,10 +111,12 @@ class Step:
         self.inputs = Inputs(self.sizes[-1], max_requests, max_pages, self.device)
         self._compiled = compiled
         self._steps: dict[int, Callable[[], torch.Tensor]] = {}
+        # Scratch of all graphs, which never run at once.
+        self._pool = torch.cuda.graph_pool_handle() if self.device == "cuda" else None
 
     def prepare(self, say: Callable[[str], object] = lambda text: None) -> None:
         """Compile, and on CUDA capture, all sizes: nothing is compiled from then on."""
-        for size in self.sizes:
+        for size in reversed(self.sizes):  # the largest first: the others find its scratch large enough
             began = time.monotonic()
             self._step_of(size)
             say(f"step of {size} tokens ready in {time.monotonic() - began:.1f} s")
@@ -167,7 +169,7 @@ class Step:
             )  # what was compiled before stays as it is: meant so
             with fi_ops.enabled():
                 if self.device == "cuda":
-                    return _captured(call)
+                    return _captured(call, self._pool)
                 if self._compiled:
                     self.inputs.fill([], page_size)
                     call()  # compiles
@@ -180,7 +182,7 @@ def _compiled(step: Callable) -> Callable:
     return torch.compile(own, fullgraph=True, dynamic=False)
 
 
-def _captured(call: Callable) -> Callable[[], torch.Tensor]:
+def _captured(call: Callable, pool) -> Callable[[], torch.Tensor]:
     """The call as a CUDA graph; whatever it does first (compiling, loading kernels) is done before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -189,7 +191,7 @@ def _captured(call: Callable) -> Callable[[], torch.Tensor]:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         out = call()
 
     def replay() -> torch.Tensor:

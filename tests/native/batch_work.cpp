@@ -117,17 +117,22 @@ void check_tile(const Call& call, const sm90::BatchShape& shape, const sm90::Bat
   }
 }
 
-void check_batch(const Batch& batch, int blocks, int block_m, int block_n) {
+template <int block_m, int block_n>
+void check_batch(const Batch& batch, int blocks) {
   Call call(batch);
   std::vector<fi::PlanTile> tiles;
-  for (int b = 0; b < int(batch.qo_lens.size()); ++b)
-    for (int q = 0; q < batch.qo_lens[b]; q += block_m) tiles.push_back({b, q});
+  size_t expected = 0;
+  for (int b = 0; b < int(batch.qo_lens.size()); ++b) {
+    for (int q = 0; q < batch.qo_lens[b]; q += fi::kTileQueries) tiles.push_back({b, q});
+    expected += size_t((batch.qo_lens[b] + block_m - 1) / block_m) * batch.heads;
+  }
+  for (size_t i = tiles.size(); i > 1; --i) std::swap(tiles[i - 1], tiles[std::rand() % i]);
   const sm90::BatchShape shape = sm90::batch_shape(call.p, call.planned(tiles));
   std::set<std::pair<int, std::pair<int, int>>> seen;
   for (int block = 0; block < blocks; ++block) {
     sm90::BatchTile tile;
-    for (int round = 0;; round = tile.next_round) {
-      sm90::next_batch_tile(shape, blocks, block, round, block_m, block_n, tile);
+    for (sm90::BatchQueue queue;; queue = tile.queue) {
+      sm90::next_batch_tile<block_m, block_n>(shape, blocks, block, queue, tile);
       if (!tile.any()) break;
       if (tile.kv_head != tile.work.head / (batch.heads / batch.kv_heads)) fail("a KV head", tile.work.head);
       if (!seen.insert({tile.work.b, {tile.work.q_start, tile.work.head}}).second)
@@ -135,10 +140,11 @@ void check_batch(const Batch& batch, int blocks, int block_m, int block_n) {
       check_tile(call, shape, tile, block_m, block_n);
     }
   }
-  if (seen.size() != tiles.size() * batch.heads) fail("tiles missing", int(seen.size()), int(tiles.size()));
+  if (seen.size() != expected) fail("tiles missing", int(seen.size()), int(expected));
 }
 
 // Whatever the tensors hold, nothing outside of them is named.
+template <int kBlockM>
 void check_hostile(int page_size) {
   const int far[] = {-1, -2147483647, 2147483647, 100, 5, 0, 3};
   const auto any = [&] { return far[std::rand() % 7]; };
@@ -152,8 +158,8 @@ void check_hostile(int page_size) {
     const sm90::BatchShape shape = sm90::batch_shape(call.p, plan);
     for (int block = 0; block < 3; ++block) {
       sm90::BatchTile t;
-      for (int round = 0;; round = t.next_round) {
-        sm90::next_batch_tile(shape, 3, block, round, 128, 80, t);
+      for (sm90::BatchQueue queue;; queue = t.queue) {
+        sm90::next_batch_tile<kBlockM, 80>(shape, 3, block, queue, t);
         if (!t.any()) break;
         if (t.q_begin < 0 || t.q_begin + t.qo_len > call.p.call.qo_len) fail("queries outside", t.q_begin, t.qo_len);
         if (t.work.q_start < 0 || t.work.q_start >= t.qo_len) fail("a tile outside", t.work.q_start, t.qo_len);
@@ -175,12 +181,20 @@ int main() {
   check_divisor();
   for (int page_size : {0, 1, 3, 16, 100, 128})
     for (bool causal : {false, true})
-      for (int window_left : {-1, 0, 70, 1 << 30})
-        for (const auto& [block_m, block_n] : {std::pair{128, 128}, {128, 80}, {192, 80}})
-          check_batch({{1, 150, 0, 128, 300, 40, 5}, {300, 150, 20, 0, 120, 500, 1}, page_size, 6, 2, causal, window_left}, 5,
-                      block_m, block_n);
-  check_batch({{}, {}, 16, 4, 2, true, -1}, 3, 128, 128);
-  for (int page_size : {0, 1, 16}) check_hostile(page_size);
+      for (int window_left : {-1, 0, 70, 1 << 30}) {
+        const Batch batch{{1, 150, 0, 128, 300, 40, 900}, {300, 150, 20, 0, 120, 500, 950}, page_size, 6, 2, causal,
+                          window_left};
+        check_batch<128, 128>(batch, 5);
+        check_batch<128, 80>(batch, 7);
+        check_batch<192, 80>(batch, 5);
+        check_batch<192, 112>(batch, 50);
+      }
+  check_batch<128, 128>({{}, {}, 16, 4, 2, true, -1}, 3);
+  check_batch<192, 80>({{}, {}, 16, 4, 2, true, -1}, 3);
+  for (int page_size : {0, 1, 16}) {
+    check_hostile<128>(page_size);
+    check_hostile<192>(page_size);
+  }
   if (failures) std::printf("%d failures\n", failures);
   return failures != 0;
 }

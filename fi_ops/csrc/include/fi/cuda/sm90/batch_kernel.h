@@ -8,7 +8,7 @@
 #include "fi/cuda/sm90/batch.h"
 #include "fi/cuda/sm90/batch_producer.h"
 #include "fi/cuda/sm90/batch_rows.h"
-#include "fi/cuda/sm90/prefill.h"
+#include "fi/cuda/sm90/prefill_launch.h"
 
 namespace fi::cuda::sm90 {
 
@@ -49,11 +49,33 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 // Boxes of fewer keys than this cost more than copies of rows.
 inline constexpr int kMinBoxRows = 16;
 
+// Requests of fewer rows in the mean may be many to whom a larger tile is mostly empty.
+inline constexpr int kMinWideRows = 1024;
+
 // How many keys of a tile one box can bring: those that are neighbours wherever a tile is cut into as many.
 // 0: too few.
 inline int box_rows(const BatchAttentionParams& p, int block_n) {
   const int rows = p.is_paged() ? static_cast<int>(std::gcd(p.table.page_size, int64_t{block_n})) : block_n;
   return rows >= kMinBoxRows && rows % 8 == 0 ? rows : 0;
+}
+
+// Whether the larger of two query tiles is: as for one call, if all requests were as long as their mean.
+// Lengths are not known to the host; requests that are short beside the mean are a small part of the work.
+template <class Wide, class Narrow>
+bool wide_is_faster(const BatchAttentionParams& p, double wide_speed, const Gpu& gpu) {
+  const AttentionParams& c = p.call;
+  PrefillShape mean{};
+  mean.batch = static_cast<int>(c.batch);
+  mean.num_qo_heads = static_cast<int>(c.num_qo_heads);
+  mean.qo_len = static_cast<int>((c.qo_len + c.batch - 1) / c.batch);
+  mean.kv_len = static_cast<int>(std::max((c.kv_len + c.batch - 1) / c.batch, int64_t{mean.qo_len}));
+  mean.last_key = c.causal ? mean.kv_len - mean.qo_len : mean.kv_len;
+  mean.first_key = c.window_left < 0
+                       ? -mean.qo_len
+                       : clamp_int(mean.kv_len - mean.qo_len - clamp_int(c.window_left, 0, 1 << 30),
+                                   -mean.qo_len, mean.kv_len);
+  return mean.qo_len >= kMinWideRows &&
+         prefill_cost<Wide>(mean, gpu.num_sms) < prefill_cost<Narrow>(mean, gpu.num_sms) * wide_speed;
 }
 
 template <class Config>
@@ -82,29 +104,24 @@ void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, co
          keys_map(value_rows(p)));
 }
 
-// The tiles of each head dim: as those of one call whose keys only the device knows (prefill_launch.h).
+// The tiles of each head dim: those of one call whose keys only the device knows, and when which (see
+// prefill_launch.h).
 template <class T, int kHeadDim, PrefillVariant kVariant>
-struct BatchTiles;
-
-template <class T, PrefillVariant kVariant>
-struct BatchTiles<T, 64, kVariant> {
-  using Narrow = BatchConfig<T, 64, 2, 128, 3, true, kVariant>;
-};
-template <class T, PrefillVariant kVariant>
-struct BatchTiles<T, 128, kVariant> {
-  using Narrow = BatchConfig<T, 128, 2, kVariant == PrefillVariant::kSoftCap ? 112 : 128, 2, true, kVariant>;
-};
-template <class T, PrefillVariant kVariant>
-struct BatchTiles<T, 256, kVariant> {
-  using Narrow = BatchConfig<T, 256, 2, kVariant == PrefillVariant::kSoftCap ? 64 : 80, 2, false, kVariant>;
-};
+void batch_tiles_with(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
+  using Tiles = PrefillTiles<T, kHeadDim, true, kVariant>;
+  if constexpr (requires { typename Tiles::Wide; }) {
+    // A negative scale of keys joins queries in registers.
+    if (!p.k_scale && wide_is_faster<typename Tiles::Wide, typename Tiles::Narrow>(p, Tiles::kWideSpeed, gpu))
+      return launch_batch<OverBatch<typename Tiles::Wide>>(p, plan, gpu);
+  }
+  launch_batch<OverBatch<typename Tiles::Narrow>>(p, plan, gpu);
+}
 
 template <class T, int kHeadDim>
 void batch_tiles(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
   using enum PrefillVariant;
-  p.call.logits_soft_cap > 0.0f
-      ? launch_batch<typename BatchTiles<T, kHeadDim, kSoftCap>::Narrow>(p, plan, gpu)
-      : launch_batch<typename BatchTiles<T, kHeadDim, kPlain>::Narrow>(p, plan, gpu);
+  p.call.logits_soft_cap > 0.0f ? batch_tiles_with<T, kHeadDim, kSoftCap>(p, plan, gpu)
+                                : batch_tiles_with<T, kHeadDim, kPlain>(p, plan, gpu);
 }
 
 }  // namespace fi::cuda::sm90

@@ -175,13 +175,13 @@ class BatchProducer {
     int next_page = -1;
     // Before the first query tile comes one that is nobody's and has no keys.
     BatchTile* at = &prepared[1];
-    if (threadIdx.x % 32 == 0) at->work = {}, at->next_round = 0;
+    if (threadIdx.x % 32 == 0) at->work = {}, at->queue = {};
     __syncwarp();
 #pragma unroll 1
     for (;;) {
       const BatchTile& tile = *at;
       const bool odd = at == &prepared[1];
-      if (tile.next_round > 0 && threadIdx.x < 32) publish(smem, loader, odd, q_map, tile);
+      if (tile.queue.round > 0 && threadIdx.x < 32) publish(smem, loader, odd, q_map, tile);
       if (!tile.any()) break;
       // Keys of tile i - 1, then values of tile i: in the order in which they are needed.
       const Range& kv_tiles = tile.work.tiles;
@@ -207,10 +207,10 @@ class BatchProducer {
           BatchTile& next = prepared[odd ? 0 : 1];
           __syncwarp();  // no lane is still at the tile that was there
           if (threadIdx.x % 32 == 0)
-            next_batch_tile(args.shape, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x),
-                            tile.next_round, kBlockM, kBlockN, next);
+            next_batch_tile<kBlockM, kBlockN>(args.shape, static_cast<int>(gridDim.x),
+                                              static_cast<int>(blockIdx.x), tile.queue, next);
           __syncwarp();
-          if (next.any()) next_page = loader.look_up(next, next.work.tiles.end - 1);
+          if (next.work.tiles.size() > 0) next_page = loader.look_up(next, next.work.tiles.end - 1);
         }
         if (i <= kv_tiles.begin) break;
       }

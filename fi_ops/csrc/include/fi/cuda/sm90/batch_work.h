@@ -5,8 +5,10 @@
 // producers, who ask, are few.
 #pragma once
 
+#include <numeric>
 #include "fi/batch_attention.h"
 #include "fi/cuda/batch/plan.h"
+
 #include "fi/cuda/sm90/prefill_work.h"
 
 namespace fi::cuda::sm90 {
@@ -72,28 +74,36 @@ inline BatchShape batch_shape(const BatchAttentionParams& p, const batch::PlanVi
   return shape;
 }
 
+// Where a block is in the plan's list of tiles.
+struct BatchQueue {
+  int round = 0;           // of handing out tiles
+  int span = -1, at = -1;  // the last span asked for, and its first planned tile
+};
+
 // A query tile of one head, as the producer tells it to the consumers. Queries and keys count from the
 // request's first.
 struct BatchTile {
   PrefillWork work;                         // b: the request; head -1: no tile is left
-  int next_round;                           // of handing out tiles
   int qo_len, kv_len, first_key, last_key;  // as in PrefillShape
   Range values;                             // what lies outside may be anything
   int q_begin, kv_begin;                    // as in Request
   int kv_head;
+  BatchQueue queue;  // behind it
   float k_scale, v_scale;
 
   FI_HD bool any() const { return work.head >= 0; }
 };
 
-// What `planned` says of `head`. False where there is no such tile: it is a plan of another batch.
-FI_INLINE bool make_batch_tile(const BatchShape& shape, const PlanTile& planned, int head, int block_m,
-                               int block_n, BatchTile& tile) {
+// The query tile of `head` that starts `row` queries behind the planned one. False where there is none:
+// behind the request's end, or because it is a plan of another batch.
+FI_INLINE bool make_batch_tile(const BatchShape& shape, const PlanTile& planned, int row, int head,
+                               int block_m, int block_n, BatchTile& tile) {
   const int b = planned.request;
   if (b < 0 || b >= shape.batch) return false;
   const int q_begin = clamp_int(shape.qo_indptr.at(b), 0, shape.nnz_qo);
   const int qo_len = clamp_int(shape.qo_indptr.at(b + 1), q_begin, shape.nnz_qo) - q_begin;
-  if (planned.q_begin < 0 || planned.q_begin >= qo_len) return false;
+  if (planned.q_begin < 0 || planned.q_begin >= qo_len - row) return false;
+  const int q_start = planned.q_begin + row;
   const int kv_begin = clamp_int(shape.kv_indptr.at(b), 0, shape.nnz_pages);
   const int pages = clamp_int(shape.kv_indptr.at(b + 1), kv_begin, shape.nnz_pages) - kv_begin;
   int kv_len = pages * shape.page_size;
@@ -105,14 +115,13 @@ FI_INLINE bool make_batch_tile(const BatchShape& shape, const PlanTile& planned,
   keys.last_key = shape.causal ? kv_len - qo_len : kv_len;
   keys.first_key =
       shape.window_left < 0 ? -qo_len : clamp_int(kv_len - qo_len - shape.window_left, -qo_len, kv_len);
-  if (keys.last_key < -qo_len) keys.last_key = -qo_len;
-  const SeenKeys seen(keys, planned.q_begin, block_m);
-  tile.work.b = b, tile.work.head = head, tile.work.q_start = planned.q_begin;
+  const SeenKeys seen(keys, q_start, block_m);
+  tile.work.b = b, tile.work.head = head, tile.work.q_start = q_start;
   tile.work.tiles = seen.needed(block_n);
   tile.work.whole = seen.whole(block_n);
   tile.qo_len = qo_len, tile.kv_len = kv_len;
   tile.first_key = keys.first_key, tile.last_key = keys.last_key;
-  tile.values = {planned.q_begin + keys.first_key < 0 ? 0 : planned.q_begin + keys.first_key, kv_len};
+  tile.values = {q_start + keys.first_key < 0 ? 0 : q_start + keys.first_key, kv_len};
   tile.q_begin = q_begin, tile.kv_begin = kv_begin;
   tile.kv_head = head / shape.group_size;
   tile.k_scale = shape.k_scale ? shape.k_scale.at(tile.kv_head) : 1.0f;
@@ -120,21 +129,44 @@ FI_INLINE bool make_batch_tile(const BatchShape& shape, const PlanTile& planned,
   return true;
 }
 
-// Tiles are handed out to the blocks round by round, of each tile all heads, so that those of a KV group are
-// neighbours. The plan has the long ones first, and every other round runs backwards through the blocks. This
-// is the first one from `round` on; !any() when nothing is left.
-FI_INLINE void next_batch_tile(const BatchShape& shape, int blocks, int block, int round, int block_m,
-                               int block_n, BatchTile& tile) {
+// Query tiles of kBlockM rows are made from the planned ones by spans: as many neighbours of one request as
+// they fill exactly.
+template <int kBlockM>
+inline constexpr int kSpanRows = static_cast<int>(std::lcm(kTileQueries, kBlockM));
+
+// Finds the nth span, that is its first planned tile; false where there is none. They are asked for in order.
+FI_INLINE bool find_span(const BatchShape& shape, int span_rows, int nth, BatchQueue& queue) {
   const int count = clamp_int(*shape.num_tiles, 0, shape.max_tiles);
-  for (;;) {
-    const int index = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
-    tile.next_round = ++round;
-    const int nth = index / shape.num_qo_heads;
-    if (nth >= count) break;
-    if (make_batch_tile(shape, shape.tiles[nth], index - nth * shape.num_qo_heads, block_m, block_n, tile))
-      return;
+  if (span_rows == kTileQueries) {
+    queue.at = nth;
+  } else {
+    while (queue.span < nth && queue.at < count)
+      if (++queue.at < count && shape.tiles[queue.at].q_begin % span_rows == 0) ++queue.span;
   }
-  tile.work.head = -1;
+  return queue.at < count;
+}
+
+// Tiles are handed out to the blocks round by round, of each tile all heads, so that those of a KV group are
+// neighbours. The plan has the long ones first, and every other round runs backwards through the blocks.
+// !any() when nothing is left. `queue` may be tile.queue.
+template <int kBlockM, int kBlockN>
+FI_INLINE void next_batch_tile(const BatchShape& shape, int blocks, int block, BatchQueue queue,
+                               BatchTile& tile) {
+  constexpr int kParts = kSpanRows<kBlockM> / kBlockM;
+  for (;;) {
+    const int index = queue.round * blocks + (queue.round % 2 == 0 ? block : blocks - 1 - block);
+    ++queue.round;
+    const int part = index / shape.num_qo_heads, nth = part / kParts;
+    if (!find_span(shape, kSpanRows<kBlockM>, nth, queue)) break;
+    const int row = (kParts - 1 - part % kParts) * kBlockM;  // the last one, the longest if causal, first
+    const int head = index - part * shape.num_qo_heads;
+    if (make_batch_tile(shape, shape.tiles[queue.at], row, head, kBlockM, kBlockN, tile)) {
+      tile.queue = queue;
+      return;
+    }
+  }
+  tile.work.head = -1, tile.work.tiles = {0, 0};
+  tile.queue = queue;
 }
 
 // The page that a key of a tile's request lies in, as the table says, and which of its keys it is. -1:

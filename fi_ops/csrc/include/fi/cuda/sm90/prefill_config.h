@@ -43,10 +43,10 @@ struct PrefillConfig {
   static_assert(kStages >= 2, "a consumer holds on to one tile of values while it waits for the next");
 };
 
-// Tiles of a batch's plan. The producer's registers are those of one that lists tiles.
-template <class T, int kHeadDim, int kConsumers, int kBlockN, int kStages, bool kQInRegisters,
-          PrefillVariant kVariant>
-struct BatchConfig : PrefillConfig<T, kHeadDim, kConsumers, kBlockN, kStages, kQInRegisters, true, kVariant> {
+// The same for a batch, from a Config with kDeviceKeys: a producer needs the same registers.
+template <class Config>
+struct OverBatch : Config {
+  static_assert(Config::kDeviceKeys);
   static constexpr bool kDeviceKeys = false, kBatch = true;
 };
 
