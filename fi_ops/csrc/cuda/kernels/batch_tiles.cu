@@ -4,6 +4,7 @@
 #include <climits>
 
 #include "fi/cuda/sm80/padded_dims.h"
+#include "fi/cuda/sm80/prefill.h"
 
 namespace fi::cuda {
 namespace {
@@ -44,9 +45,16 @@ bool sm80_batch_supports(const BatchAttentionParams& p) {
          fits(p, c.value, p.v_stride_page, c.v_stride_n, c.v_stride_h);
 }
 
-void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
+int64_t sm80_batch_arrivals(const BatchAttentionParams& p, const Gpu& gpu) {
+  // With a fixed split a request's result must not depend on how many tiles there are.
+  return p.fixed_split_size == 0 && p.call.kv_len >= kLongKeys ? int64_t{2} * gpu.num_sms : 0;
+}
+
+void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan, int32_t* arrivals,
+                      const Gpu& gpu) {
   const AttentionParams& c = p.call;
-  const BatchTilesArgs args{p, plan, static_cast<unsigned>(c.num_qo_heads / c.num_kv_heads)};
+  BatchTilesArgs args{p, plan, static_cast<unsigned>(c.num_qo_heads / c.num_kv_heads)};
+  if (sm80_batch_arrivals(p, gpu) > 0) args.arrivals = arrivals;
   c.dtype == DType::bf16 ? run<bf16>(args, gpu) : run<f16>(args, gpu);
 }
 

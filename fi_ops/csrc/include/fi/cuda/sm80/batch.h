@@ -10,6 +10,12 @@ struct BatchTilesArgs {
   BatchAttentionParams p;
   batch::PlanView plan;
   unsigned group;  // query heads of a KV head
+
+  // Where tiles may be too few for the GPU their keys are split, each part a thread block's; of each, the
+  // block's rows of partial results. Null: nothing is split.
+  float* partial = nullptr;     // [grid][block's rows][padded head_dim_vo]: not divided
+  float* state = nullptr;       // [grid][block's rows][2]: maximum, sum
+  int32_t* arrivals = nullptr;  // [grid], zeroed: parts done
 };
 
 // Whether more than a scale lies between a product and its logit, or a rotation before it.
@@ -25,7 +31,10 @@ void run_batch_tiles(const BatchTilesArgs& args, const Gpu& gpu);
 // fp16 and bf16 queries; keys of that type at 16-byte boundaries or fp8 at 8-byte ones; head dims in
 // multiples of 8 up to 256. Every other feature.
 bool sm80_batch_supports(const BatchAttentionParams& p);
-// Computes the plan's tiles. What they don't cover is left as it is.
-void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu);
+// Computes the plan's tiles; what they don't cover is left as it is. `arrivals`: sm80_batch_arrivals() of
+// them, zeroed by a kernel before.
+void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan, int32_t* arrivals,
+                      const Gpu& gpu);
+int64_t sm80_batch_arrivals(const BatchAttentionParams& p, const Gpu& gpu);
 
 }  // namespace fi::cuda

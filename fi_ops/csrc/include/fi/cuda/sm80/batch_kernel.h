@@ -26,6 +26,10 @@ struct BatchTilesConfig {
   static constexpr unsigned kBlocksOfTile = kTileQueries / kRows;  // for each query head of a group
   static_assert(kDimQK >= kDimVO);  // the output takes the query's place in shared memory
 
+  struct Part {
+    int item, nth, of;
+  };
+
   struct Smem {
     alignas(128) T q[kRows * kDimQK];
     typename BatchKeys<BatchTilesConfig>::Smem keys;
@@ -34,10 +38,17 @@ struct BatchTilesConfig {
     int partial[5 * kWarps];
     BlockOfRows block;
     BlockRange range;
+    int first_tile, last_tile;  // of keys, that this block walks
     Request request;
     float scale2;  // base 2, with k_scale
+    Part part;
+    bool is_last_part;
   };
 };
+
+// Parts that an item's keys are split into at most, and tiles of keys that each of them has at least.
+inline constexpr unsigned kMaxParts = 16;
+inline constexpr int kMinTilesOfPart = 4;
 
 template <class C>
 class BatchTilesBlock : WarpRows<C> {
@@ -52,13 +63,14 @@ class BatchTilesBlock : WarpRows<C> {
   // The tiles come longest first. A block's turn changes its end of the grid from round to round, so that who
   // had the longest of one round has the shortest of the next.
   FI_DEVICE_INLINE void run() {
-    const unsigned items = num_items();
-    for (unsigned round = 0; round * gridDim.x < items; ++round) {
+    const unsigned items = num_items(), parts = num_parts(items);
+    for (unsigned round = 0; round * gridDim.x < items * parts; ++round) {
       const unsigned turn = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-      const unsigned item = round * gridDim.x + turn;
-      if (item < items && begin(item)) {
+      const unsigned at = round * gridDim.x + turn;
+      if (at < items * parts && begin(at / parts) && take_part(at / parts, at % parts, parts)) {
         attend();
-        write();
+        this->join_sums();
+        smem.part.of > 1 ? write_part() : write();
       }
       __syncthreads();  // all are done with what lies in shared memory
     }
@@ -70,6 +82,26 @@ class BatchTilesBlock : WarpRows<C> {
            static_cast<unsigned>(p.call.num_kv_heads);
   }
   FI_DEVICE_INLINE unsigned blocks_of_tile() const { return C::kBlocksOfTile * args.group; }
+
+  // That an item is split into, a thread block each: then there is one round.
+  FI_DEVICE_INLINE unsigned num_parts(unsigned items) const {
+    return args.partial == nullptr || items == 0 ? 1 : min(max(gridDim.x / items, 1u), kMaxParts);
+  }
+
+  // Leaves this block part `nth` of the item's tiles of keys. False: they are too few for so many parts.
+  FI_DEVICE_INLINE bool take_part(unsigned item, unsigned nth, unsigned parts) {
+    const int first = smem.first_tile, tiles = smem.last_tile - first;
+    const int of = max(min(static_cast<int>(parts), tiles / kMinTilesOfPart), 1),
+              part = static_cast<int>(nth);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      smem.first_tile = first + static_cast<int>(int64_t{tiles} * part / of);
+      smem.last_tile = first + static_cast<int>(int64_t{tiles} * (part + 1) / of);
+      smem.part = {static_cast<int>(item), part, of};
+    }
+    __syncthreads();
+    return part < of;
+  }
 
   // Finds the item's rows and keys; false: it has no rows. What the loop and its end ask about them goes to
   // shared memory: registers are short.
@@ -94,11 +126,12 @@ class BatchTilesBlock : WarpRows<C> {
     if (threadIdx.x == 0) {
       smem.block = block;
       smem.range = range;
+      smem.first_tile = range.begin / C::kKeys;
+      smem.last_tile = (range.end + C::kKeys - 1) / C::kKeys;
       smem.request = r;
       smem.scale2 = p.call.scale * (p.k_scale ? p.k_scale.at(block.kv_head) : 1.0f) * kLog2e;
-      keys.set_request(r, range);
+      keys.set_block(r, range, block.kv_head);
     }
-    keys.set_head(block.kv_head);
     this->init();
     __syncthreads();
     return true;
@@ -125,7 +158,7 @@ class BatchTilesBlock : WarpRows<C> {
 
   FI_DEVICE_INLINE void attend() {
     const bool masked = C::kVariants && p.custom_mask, rotates = C::kVariants && p.call.rope.cos;
-    int stage = 0, tile = next_tile((smem.range.end + C::kKeys - 1) / C::kKeys, stage);
+    int stage = 0, tile = next_tile(smem.last_tile, stage);
     bool rotate_q = rotates;
     if (tile >= 0) {
       keys.look_up(tile);
@@ -160,11 +193,9 @@ class BatchTilesBlock : WarpRows<C> {
     cp_async_wait<0>();  // of q, where there was no tile
   }
 
-  FI_DEVICE_INLINE int first_tile() const { return smem.range.begin / C::kKeys; }
-
   // The next tile down from `tile` that has a key for some row, -1 after the last.
   FI_DEVICE_INLINE int next_tile(int tile, int stage) {
-    while (--tile >= first_tile()) {
+    while (--tile >= smem.first_tile) {
       if (!C::kVariants || !p.custom_mask || read_mask(tile, stage)) return tile;
     }
     return -1;
@@ -182,7 +213,7 @@ class BatchTilesBlock : WarpRows<C> {
 
   FI_DEVICE_INLINE void load(int tile, int stage, bool masked) {
     keys.load(tile, stage);
-    if (!masked && tile > first_tile()) keys.look_up(tile - 1);
+    if (!masked && tile > smem.first_tile) keys.look_up(tile - 1);
   }
 
   FI_DEVICE_INLINE void rotate(int tile, int stage, bool rotate_q) {
@@ -236,24 +267,48 @@ class BatchTilesBlock : WarpRows<C> {
     });
   }
 
-  FI_DEVICE_INLINE void write() {
-    this->join_sums();
-    __syncthreads();  // q's copies, which other threads waited for, have landed even where there was no tile
+  FI_DEVICE_INLINE float finish(const BlockOfRows& block, int r, float max, float sum) const {
     const AttentionParams& c = p.call;
+    const int64_t h = block.head(r);
+    const RowResult result = finish_row(c, h, max, sum);
+    if (c.lse) c.lse[(smem.request.q_begin + block.query(r)) * c.num_qo_heads + h] = result.lse;
+    return p.v_scale ? result.factor * p.v_scale.at(block.kv_head) : result.factor;
+  }
+  FI_DEVICE_INLINE T* output_row(const BlockOfRows& block, int r) const {
+    const AttentionParams& c = p.call;
+    return static_cast<T*>(c.out) + (smem.request.q_begin + block.query(r)) * c.o_stride_n +
+           block.head(r) * c.o_stride_h;
+  }
+
+  FI_DEVICE_INLINE void write() {
+    __syncthreads();  // q's copies, which other threads waited for, have landed even where there was no tile
     const BlockOfRows block = smem.block;
-    const int64_t q_begin = smem.request.q_begin;
-    const float v_scale = p.v_scale ? p.v_scale.at(block.kv_head) : 1.0f;
-    auto factor_of = [&](int m, int half, int r) {
-      if (!block.has(r)) return 0.0f;
-      const int64_t h = block.head(r);
-      const RowResult result = finish_row(c, h, row_max[m][half], row_sum[m][half]);
-      if (c.lse && threadIdx.x % 4 == 0) c.lse[(q_begin + block.query(r)) * c.num_qo_heads + h] = result.lse;
-      return result.factor * v_scale;
-    };
-    T* out = static_cast<T*>(c.out) + q_begin * c.o_stride_n;
-    this->write_rows(smem.q, c.head_dim_vo, factor_of, [&](int r) -> T* {
-      return block.has(r) ? out + block.head(r) * c.o_stride_h + block.query(r) * c.o_stride_n : nullptr;
-    });
+    this->write_rows(
+        smem.q, p.call.head_dim_vo,
+        [&](int m, int half, int r) {
+          return block.has(r) ? finish(block, r, row_max[m][half], row_sum[m][half]) : 0.0f;
+        },
+        [&](int r) -> T* { return block.has(r) ? output_row(block, r) : nullptr; });
+  }
+
+  // Leaves the part's result; the last of an item's parts to arrive joins them all.
+  FI_DEVICE_INLINE void write_part() {
+    const BlockOfRows block = smem.block;
+    const int64_t first_row = int64_t{blockIdx.x} * C::kRows;
+    this->write_partial_rows(args.partial, args.state, C::kDimVO,
+                             [&](int r) -> int64_t { return block.has(r) ? first_row + r : -1; });
+    __syncthreads();
+    const typename C::Part part = smem.part;
+    if (threadIdx.x == 0) smem.is_last_part = atomic_add_acq_rel(args.arrivals + part.item, 1) == part.of - 1;
+    __syncthreads();
+    if (!smem.is_last_part) return;
+    const int64_t item_row = first_row - int64_t{part.nth} * C::kRows;
+    for (int r = warp_row; r < warp_row + 16 * C::kM && block.has(r); ++r) {
+      const int64_t row = item_row + r;
+      join_row(args.partial + row * C::kDimVO, args.state + 2 * row, part.of, C::kRows, C::kDimVO,
+               output_row(block, r), p.call.head_dim_vo,
+               [&](float max, float sum) { return finish(block, r, max, sum); });
+    }
   }
 
   const BatchTilesArgs& args;
@@ -269,15 +324,21 @@ __global__ void __launch_bounds__(C::kThreads, 2)
 }
 
 template <class C>
-void launch_batch_tiles(const BatchTilesArgs& args, const Gpu& gpu) {
+void launch_batch_tiles(BatchTilesArgs args, const Gpu& gpu) {
   constexpr int64_t bytes = sizeof(typename C::Smem), reserved = 1024;  // of each block, by the system
   static_assert(bytes <= 99 * 1024);
   const int64_t on_an_sm = (gpu.max_block_smem + reserved) / (bytes + reserved);
-  const int64_t most =
-      int64_t{args.plan.max_tiles} * args.group * C::kBlocksOfTile * args.p.call.num_kv_heads;
   const int64_t at_once = gpu.num_sms * (on_an_sm < 2 ? 1 : 2);
-  launch(gpu, batch_tiles_kernel<C>, dim3(static_cast<unsigned>(most < at_once ? most : at_once)),
-         dim3(C::kThreads), bytes, args);
+  const int64_t items =
+      int64_t{args.plan.max_tiles} * args.group * C::kBlocksOfTile * args.p.call.num_kv_heads;
+  const int64_t most = args.arrivals ? items * kMaxParts : items, blocks = most < at_once ? most : at_once;
+  if (args.arrivals) {
+    const Scratch& scratch = args.p.call.scratch;
+    const int64_t rows = blocks * C::kRows * int64_t{sizeof(float)};
+    args.partial = static_cast<float*>(scratch.allocate(scratch.context, rows * C::kDimVO));
+    args.state = static_cast<float*>(scratch.allocate(scratch.context, rows * 2));
+  }
+  launch(gpu, batch_tiles_kernel<C>, dim3(static_cast<unsigned>(blocks)), dim3(C::kThreads), bytes, args);
 }
 
 template <class T, int kDimQK, int kDimVO, bool kFp8>

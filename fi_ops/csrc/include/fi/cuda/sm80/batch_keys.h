@@ -41,6 +41,8 @@ class BatchKeys {
     Slot slots[C::kKeys];
     // Rows that the page table places nowhere: [a stage][a warp], a bit for each row of the warp.
     alignas(8) uint16_t nowhere[2][C::kThreads / 32];
+    const char* key;  // of the KV head
+    const char* value;
     int64_t kv_begin;
     int begin, end;  // the keys that the block needs
   };
@@ -49,15 +51,12 @@ class BatchKeys {
       : p(p), mapped(mapped), smem(smem) {}
 
   // By one thread, before a barrier.
-  FI_DEVICE_INLINE void set_request(const Request& r, const BlockRange& range) {
+  FI_DEVICE_INLINE void set_block(const Request& r, const BlockRange& range, int64_t kv_head) {
+    constexpr int64_t bytes = kUnitBytes / 8;
+    smem.key = static_cast<const char*>(p.call.key) + kv_head * p.call.k_stride_h * bytes;
+    smem.value = static_cast<const char*>(p.call.value) + kv_head * p.call.v_stride_h * bytes;
     smem.kv_begin = r.kv_begin;
     smem.begin = range.begin, smem.end = range.end;
-  }
-  // By all.
-  FI_DEVICE_INLINE void set_head(int64_t kv_head) {
-    constexpr int64_t bytes = kUnitBytes / 8;
-    key = static_cast<const char*>(p.call.key) + kv_head * p.call.k_stride_h * bytes;
-    value = static_cast<const char*>(p.call.value) + kv_head * p.call.v_stride_h * bytes;
   }
 
   // Starts the look-up of a tile's rows.
@@ -77,9 +76,9 @@ class BatchKeys {
   FI_DEVICE_INLINE void load(int tile, int stage) {
     locate(tile, stage);
     __syncwarp();
-    load_rows_of<C::kDimQK>(smem.k[C::kFp8 ? 0 : stage], smem.raw_k, key, p.call.head_dim_qk,
+    load_rows_of<C::kDimQK>(smem.k[C::kFp8 ? 0 : stage], smem.raw_k, smem.key, p.call.head_dim_qk,
                             [](const Slot& slot) { return slot.offsets.x; });
-    load_rows_of<C::kDimVO>(smem.v[C::kFp8 ? 0 : stage], smem.raw_v, value, p.call.head_dim_vo,
+    load_rows_of<C::kDimVO>(smem.v[C::kFp8 ? 0 : stage], smem.raw_v, smem.value, p.call.head_dim_vo,
                             [](const Slot& slot) { return slot.offsets.y; });
     __syncwarp();  // slots are free for the next look-up
   }
@@ -165,7 +164,9 @@ class BatchKeys {
   template <int kDim>
   FI_DEVICE_INLINE void widen_rows(T* tile, const uint2* raw) {
     const Share<kDim> share;
-#pragma unroll
+    constexpr int kStepsAtOnce =
+        Share<kDim>::kPanels < 4 ? 4 / Share<kDim>::kPanels : 1;  // registers are short
+#pragma unroll kStepsAtOnce
     for (int n = 0; n < kSteps; ++n) {
 #pragma unroll
       for (int panel = 0; panel < Share<kDim>::kPanels; ++panel) {
@@ -178,8 +179,6 @@ class BatchKeys {
   const BatchAttentionParams& p;
   const void* mapped;  // any address that may be read: what copies of nothing name
   Smem& smem;
-  const char* key;
-  const char* value;
 };
 
 }  // namespace fi::cuda
