@@ -35,6 +35,8 @@ STAGES = ("tests", "sanitize", "bench")
 BENCHES = {
     "single_decode": 120,
     "single_prefill": 120,
+    "batch_decode": 120,
+    "batch_prefill": 120,
     "sampling": 120,
     "filters": 60,
     "generate": 60,

@@ -17,16 +17,19 @@ if tuple(int(part) for part in _torch.__version__.split("+")[0].split(".")[:2]) 
 from . import library as library
 from ._load import cpu_isa as cpu_isa
 from .activation import *  # noqa: F403
+from .attention import *  # noqa: F403
 from .cascade import *  # noqa: F403
 from .decode import *  # noqa: F403
 from .gemm import *  # noqa: F403
 from .logits import *  # noqa: F403
 from .norm import *  # noqa: F403
 from .page import *  # noqa: F403
+from .pod import *  # noqa: F403
 from .prefill import *  # noqa: F403
 from .quantization import *  # noqa: F403
 from .rope import *  # noqa: F403
 from .sampling import *  # noqa: F403
+from .sparse import *  # noqa: F403
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -10,7 +10,12 @@ import torch
 def require(function: str, condition: bool, message: str) -> None:
     """RuntimeError in the package's format unless `condition` holds."""
     if not condition:
-        raise RuntimeError(f"fi_ops.{function}: {message}")
+        refuse(function, message)
+
+
+def refuse(function: str, message: str) -> NoReturn:
+    """RuntimeError in the package's format."""
+    raise RuntimeError(f"fi_ops.{function}: {message}")
 
 
 def refuse_pdl(function: str, enable_pdl: bool | None) -> None:
@@ -22,16 +27,16 @@ def refuse_pdl(function: str, enable_pdl: bool | None) -> None:
     )
 
 
-def return_in(function: str, out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
-    """`result`, written into `out` where one is given (same shape, dtype and device)."""
+def return_in(function: str, out: torch.Tensor | None, result: torch.Tensor, name: str = "out") -> torch.Tensor:
+    """`result`, written into `out` (the argument `name`) where one is given (same shape, dtype and device)."""
     if out is None:
         return result
-    require(
-        function,
-        out.shape == result.shape and out.dtype == result.dtype and out.device == result.device,
-        f"out must be {list(result.shape)} of {result.dtype} on {result.device}, got {list(out.shape)} of {out.dtype} on "
-        f"{out.device}; leave it out to have it made",
-    )
+    if out.shape != result.shape or out.dtype != result.dtype or out.device != result.device:
+        refuse(
+            function,
+            f"{name} must be {list(result.shape)} of {result.dtype} on {result.device}, got {list(out.shape)} of {out.dtype} on "
+            f"{out.device}; leave it out to have it made",
+        )
     return out.copy_(result)
 
 

@@ -1,42 +1,29 @@
-"""Attention of one request over its KV cache, with FlashInfer's names, arguments and defaults: `single_prefill_with_kv_cache`.
+"""Prefill and append attention with FlashInfer's names, arguments and defaults: of one request, here, and of a batch.
 
-Thin: tensors are viewed as `[1, heads, len, head_dim]` and handed to `torch.ops.fi.attention` or `rope_attention`.
+Thin: tensors of one request are viewed as `[1, heads, len, head_dim]` and handed to `torch.ops.fi.attention` or `rope_attention`.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 
+from ._alibi import get_alibi_slopes
 from ._arguments import require
+from ._batch_prefill import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
 
-__all__ = ["get_alibi_slopes", "single_prefill_with_kv_cache"]
+__all__ = [
+    "BatchPrefillWithPagedKVCacheWrapper",
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "get_alibi_slopes",
+    "single_prefill_with_kv_cache",
+    "single_prefill_with_kv_cache_return_lse",
+]
 
 _POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
 _KV_LAYOUTS = ("NHD", "HND")
 _BACKENDS = ("auto", "fa2", "fa3", "cudnn", "trtllm-gen")
-
-
-@functools.lru_cache(maxsize=64)
-def _alibi_slope_values(num_heads: int) -> tuple[float, ...]:
-    def powers(n: int) -> list[float]:
-        start = 2.0 ** (-8.0 / n)
-        return [start ** (i + 1) for i in range(n)]
-
-    closest = 2 ** math.floor(math.log2(num_heads))
-    return tuple(powers(closest) + powers(2 * closest)[0::2][: num_heads - closest])
-
-
-def get_alibi_slopes(num_heads: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The ALiBi slopes of `num_heads` heads, float32 `[num_heads]` (Press et al. 2022, "Train Short, Test Long")."""
-    require(
-        "get_alibi_slopes",
-        num_heads > 0,
-        f"num_heads must be positive, got {num_heads}; pass the number of query heads",
-    )
-    return torch.tensor(_alibi_slope_values(num_heads), dtype=torch.float32, device=device)
 
 
 def _unpack_mask(function: str, packed: torch.Tensor, qo_len: int, kv_len: int) -> torch.Tensor:
@@ -201,3 +188,6 @@ def single_prefill_with_kv_cache(
     )  # fmt: skip
     output = output if o_dtype is None else output.to(o_dtype)
     return output if lse is None else (output, lse)
+
+
+single_prefill_with_kv_cache_return_lse = functools.partial(single_prefill_with_kv_cache, return_lse=True)

@@ -31,6 +31,8 @@ def _small(monkeypatch):
         ["generate", "--vocab", "3000", "--batch", "2"],
         ["single_decode", "--length", "100", "--batch", "2"],
         ["single_prefill", "--length", "70"],
+        ["batch_decode", "--length", "100", "--batch", "2"],
+        ["batch_prefill", "--length", "70", "--batch", "2"],
         ["linear", "--batch", "2"],
         ["pages", "--length", "70", "--batch", "2"],
         ["ops"],

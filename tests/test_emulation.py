@@ -42,6 +42,11 @@ def test_mask_bits(tmp_path):
     _run_program(tmp_path, NATIVE / "mask_bits.cpp", _build.CSRC / "cuda" / "kernels" / "sm90" / "mask_bits.cu")
 
 
+def test_batch_work(tmp_path):
+    """Which tiles of a batch Hopper's attention kernel takes, and where their keys lie; hostile tables."""
+    _run_program(tmp_path, NATIVE / "batch_work.cpp")
+
+
 def test_sweep():
     """The CUDA kernels by the registry: numerics in bf16 (and the ops without floats), and every refusal."""
     select = "(test_numerics and (bfloat16 or bool or int)) or test_bad_input"

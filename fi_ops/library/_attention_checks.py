@@ -16,22 +16,28 @@ from ._checks import (
     check_shape,
     shape_of,
 )
-from ._spec import FLOATS
+from ._spec import FLOATS, FP8
 
 
-def _check_operand(op: str, name: str, t: torch.Tensor, query: torch.Tensor) -> None:
+def _check_operand(op: str, name: str, t: torch.Tensor, query: torch.Tensor, takes_fp8: bool) -> None:
+    """Keys or values: query's dtype or, where the op takes it, one of 8 bits."""
     check_same_device(op, name, t, "query", query)
-    check_same_dtype(op, name, t, "query", query)
+    if not takes_fp8 or t.dtype not in FP8:
+        check_same_dtype(op, name, t, "query", query)
     check_ndim(op, name, t, 4, "[batch, num_kv_heads, kv_len, head_dim]")
     check_last_dim_contiguous(op, name, t)
 
 
-def check_query_key_value(op: str, query, key, value, key_name: str = "key", value_name: str = "value") -> None:
+def check_query_key_value(
+    op: str, query, key, value, key_name: str = "key", value_name: str = "value", takes_fp8: bool = False
+) -> None:
     check_dtype(op, "query", query, FLOATS)
     check_ndim(op, "query", query, 4, "[batch, num_qo_heads, qo_len, head_dim]")
     check_last_dim_contiguous(op, "query", query)
-    _check_operand(op, key_name, key, query)
-    _check_operand(op, value_name, value, query)
+    _check_operand(op, key_name, key, query, takes_fp8)
+    _check_operand(op, value_name, value, query, takes_fp8)
+    if takes_fp8:
+        check_same_dtype(op, value_name, value, key_name, key)
     batch, num_qo_heads, _, head_dim = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
     check_shape(op, key_name, key, (batch, num_kv_heads, kv_len, head_dim), "[batch, num_kv_heads, kv_len, head_dim]")
@@ -101,7 +107,7 @@ def number(value: float) -> str:
 
 
 def check_attention(op, query, key, value, mask, window_left, scale, logits_soft_cap, alibi_slopes, sinks) -> None:
-    check_query_key_value(op, query, key, value)
+    check_query_key_value(op, query, key, value, takes_fp8=True)
     check_mask(op, mask, query, key.shape[2])
     check_per_head(op, "alibi_slopes", alibi_slopes, query)
     check_per_head(op, "sinks", sinks, query)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ._spec import ErrorSample, Sample
+from ._spec import FP8, ErrorSample, Sample
 
 
 def _make(device, dtype):
@@ -77,6 +77,16 @@ def attention_samples(device, dtype):
     yield Sample((q, k, v), {"scale": 0.0, "causal": True}, "scale 0")
     yield Sample((q, k, v), {"scale": -0.3}, "negative scale")
     yield from _long_mask_samples(device, dtype)
+    for fp8 in FP8:
+        yield Sample((q, k.to(fp8), v.to(fp8)), {"causal": True}, f"{fp8} keys and values")
+    strided = (
+        t.transpose(1, 2).contiguous().transpose(1, 2).to(FP8[0]) for t in _qkv(device, dtype, 2, 4, 2, 90, 90, 80)[1:]
+    )
+    yield Sample(
+        (_qkv(device, dtype, 2, 4, 2, 90, 90, 80)[0], *strided), {"causal": True, "window_left": 30}, "fp8, prefill"
+    )
+    odd = (t.to(FP8[1])[..., :9] for t in (k, v))
+    yield Sample((q[..., :9], *odd, mask), name="fp8, head_dim 9, unaligned, mask")
     yield Sample((q[:, :, :0], k, v), name="no query rows")
     yield Sample((q, k[:, :, :0], v[:, :, :0]), name="no keys")
     yield Sample((q, k[:, :, :3], v[:, :, :3]), {"causal": True}, "more queries than keys")
@@ -118,6 +128,8 @@ def rope_attention_samples(device, dtype):
     yield Sample((*prefill, *_tables(device, dtype, 70, pairs)), {"causal": True, "q_offset": 0}, "prefill")
     mask = torch.rand(2, 1, q.shape[2], kv_len, device=device) > 0.3
     yield Sample((q, k, v, *_tables(device, dtype, kv_len, pairs), mask), {"scale": 0.1}, "mask")
+    fp8 = k.to(FP8[0]), v.to(FP8[0])
+    yield Sample((q, *fp8, *_tables(device, dtype, kv_len, pairs)), {"causal": True}, "fp8 keys and values")
 
 
 def _cache(device, dtype, batch, kv_heads, max_len, head_dim):
@@ -238,6 +250,7 @@ def attention_errors(device):
         (q[0], k, v), r"query must be \[batch, num_qo_heads, qo_len, head_dim\], got \[4, 5, 64\]; reshape"
     )
     yield ErrorSample((q, k.half(), v), r"key must have query's dtype float32, got float16; convert")
+    yield ErrorSample((q, k.to(FP8[0]), v), r"value must have key's dtype float8_e4m3fn, got float32; convert")
     yield ErrorSample(
         (q, k[:1], v), r"key must be \[batch, num_kv_heads, kv_len, head_dim\] = \[2, 2, 70, 64\], got \[1, 2, 70, 64\]"
     )

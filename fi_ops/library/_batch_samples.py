@@ -31,9 +31,11 @@ def _parts(
     query, qo_indptr = rand(sum(qo_lens) + padding, heads, head_dim), _indptr(device, qo_lens, index)
     if paged:
         num_pages = num_pages or sum(-(-n // page_size) for n in kv_lens) + 3
-        shape, table = (num_pages, page_size), page_table(device, kv_lens, page_size, num_pages, index)
+        table = page_table(device, kv_lens, page_size, num_pages, index)
+        shape = [num_pages, page_size]
     else:
-        shape, table = (sum(kv_lens) + 3,), (_indptr(device, kv_lens, index),)
+        table = (_indptr(device, kv_lens, index),)
+        shape = [sum(kv_lens) + 3]
     key, value = (rand(*shape, kv_heads, d).to(kv_dtype or dtype) for d in (head_dim, head_dim_vo))
     return query, key, value, qo_indptr, *table
 
@@ -159,10 +161,11 @@ def ragged_samples(device, dtype):
 
 
 def plan_samples(device, dtype):
-    def call(qo_lens, pages, last, nnz_qo=None, group_size=4, page_size=16, **options):
+    def sample(name, qo_lens, pages, last, nnz_qo=None, group_size=4, page_size=16, **options):
         qo_indptr, kv_indptr = _indptr(device, qo_lens, dtype), _indptr(device, pages, dtype)
         lens = None if last is None else torch.tensor(last, device=device, dtype=torch.int32)
-        return (qo_indptr, kv_indptr, lens, sum(qo_lens) if nnz_qo is None else nnz_qo, group_size, page_size), options
+        args = (qo_indptr, kv_indptr, lens, sum(qo_lens) if nnz_qo is None else nnz_qo, group_size, page_size)
+        return Sample(args, options, name)
 
     batch = [1, 17, 0, 300, 9], [3, 2, 4, 20, 0], [5, 16, 1, 9, 0]
     for options in (
@@ -171,23 +174,19 @@ def plan_samples(device, dtype):
         {"causal": True, "window_left": 100},
         {"causal": True, "fixed_split_size": 256},
     ):
-        yield Sample(*call(*batch, **options), f"mixed, {options}")
-    yield Sample(*call(*batch, nnz_qo=400, causal=True), "padding")
-    yield Sample(*call([1] * 300, list(range(300)), [1 if n else 0 for n in range(300)]), "decode, batch of 300")
-    yield Sample(*call([1] * 255 + [1], [32] * 255 + [8192], [16] * 256), "one of 128k among 255 of 512")
-    tokens = [int(n) for n in torch.randint(0, 900, (1100,))]
-    yield Sample(
-        *call(tokens, tokens, None, group_size=1, page_size=1, causal=True), "ragged, batch of 1100, many tiles"
-    )
-    yield Sample(*call([70000], [70000], None, group_size=7, page_size=1, causal=True), "one long prompt")
-    yield Sample(
-        *call([5, 5], [1, 3], None, group_size=128, page_size=1, causal=True),
-        "more queries than keys, 128 heads a group",
-    )
-    args, _ = call(*batch)
+        yield sample(f"mixed, {options}", *batch, **options)
+    yield sample("padding", *batch, nnz_qo=400, causal=True)
+    yield sample("decode, batch of 300", [1] * 300, list(range(300)), [1 if n else 0 for n in range(300)])
+    yield sample("one of 128k among 255 of 512", [1] * 255 + [1], [32] * 255 + [8192], [16] * 256)
+    tokens = [37 * int(i) % 900 for i in torch.randperm(1100)]
+    ragged = {"page_size": 1, "causal": True}
+    yield sample("ragged, batch of 1100, many tiles", tokens, tokens, None, group_size=1, **ragged)
+    yield sample("one long prompt", [70000], [70000], None, group_size=7, **ragged)
+    yield sample("more queries than keys, 128 heads a group", [5, 5], [1, 3], None, group_size=128, **ragged)
+    args = sample("", *batch).args
     strided = tuple(t.repeat_interleave(2)[::2] for t in args[:3])
     yield Sample((*strided, *args[3:]), {"causal": True}, "strided")
-    yield Sample(*call([], [], None, nnz_qo=3), "no requests")
+    yield sample("no requests", [], [], None, nnz_qo=3)
 
 
 # ---- refusals ----

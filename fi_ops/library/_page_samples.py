@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from ._spec import ErrorSample, Sample
+from ._spec import FP8, ErrorSample, Sample
 
 
 def page_table(device, lengths, page_size: int, num_pages: int, index=torch.int32):
@@ -61,6 +61,10 @@ def append_samples(device, dtype):
         parts([30], [30], heads=1, head_dim=80, head_dim_vo=48, page_size=7), name="one head, head_dim_vo apart"
     )
     yield Sample(parts([300], [700], page_size=64, heads=4, head_dim=128), name="many tokens")
+    prompts = parts([700, 403], [700, 900], num_pages=420, padding=3, heads=3)
+    yield Sample(prompts, name="prompts, padding")
+    for fp8 in FP8:
+        yield Sample(_with_caches(prompts, *(t.to(fp8) for t in prompts[4:6])), name=f"prompts into {fp8}")
 
     hnd = parts([3, 7], [10, 9])
     views = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in hnd[4:6])
@@ -90,7 +94,7 @@ def append_samples(device, dtype):
     yield Sample(parts([0, 0], [4, 0]), name="no tokens")
     yield Sample(parts([], [], padding=2), name="no requests, padding alone")
     yield Sample(parts([2], [3], heads=0), name="no heads")
-    for fp8 in (torch.float8_e4m3fn, torch.float8_e5m2):
+    for fp8 in FP8:
         for head_dim in (64, 20, 5):
             args = parts([3, 7], [10, 9], head_dim=head_dim)
             scaled = [t * 10.0 ** torch.randint(-5, 7, t.shape, device=device).to(dtype) for t in args[:2]]
@@ -118,7 +122,7 @@ def rope_append_samples(device, dtype):
         yield Sample(partial, kind, f"{word}, partial rotary_dim, head_dim_vo apart, int64")
         odd = parts([3, 4], [3, 11], head_dim=9, rotary_dim=6, num_qo_heads=3, heads=1, page_size=5)
         yield Sample(odd, kind, f"{word}, odd sizes")
-        for fp8 in (torch.float8_e4m3fn, torch.float8_e5m2):
+        for fp8 in FP8:
             args = parts([3, 7], [10, 9], head_dim=64, rotary_dim=32)
             yield Sample((*args[:6], *(t.to(fp8) for t in args[6:8]), *args[8:]), kind, f"{word}, {fp8}")
         args = parts([40], [45], head_dim=128, rotary_dim=128, page_size=16)

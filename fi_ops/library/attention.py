@@ -1,7 +1,8 @@
 """Attention over SDPA-shaped tensors: plain, with LSE, with RoPE fused in. (`kv_cache.py` has the forms that write a cache.)
 
 Shapes: query `[batch, num_qo_heads, qo_len, head_dim]`, key `[batch, num_kv_heads, kv_len, head_dim]`, value
-`[batch, num_kv_heads, kv_len, head_dim_vo]`, any strides with a contiguous last dimension. The output has query's dtype and
+`[batch, num_kv_heads, kv_len, head_dim_vo]`, any strides with a contiguous last dimension; key and value have query's dtype
+or both are float8_e4m3fn or float8_e5m2 (their scales go into `scale` and over the output). The output has query's dtype and
 shape `[batch, num_qo_heads, qo_len, head_dim_vo]`, laid out in memory as `[batch, qo_len, num_qo_heads, head_dim_vo]`, which
 is what a model's transpose + reshape after attention wants. LSE: float32, base 2, `[batch, num_qo_heads, qo_len]`.
 
@@ -120,5 +121,5 @@ def rope_attention_with_lse(
     """`rope_attention`, and the base-2 log-sum-exp of each row's logits (sinks counted)."""
     positions = row_positions(query, key, q_offset)
     q = rotate(query, cos[:, positions[0]], sin[:, positions[0]], interleaved, rotary_dim)
-    k = rotate(key, cos, sin, interleaved, rotary_dim)
+    k = rotate(key.to(query.dtype), cos, sin, interleaved, rotary_dim)
     return attention_with_lse(q, k, value, mask, q_offset=q_offset, **options)

@@ -29,6 +29,8 @@ Sources: PagedAttention (vLLM), FlashInfer's batch wrappers, FlashAttention-2, S
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ._batch_checks import check_batch, check_paged, check_ragged
@@ -91,7 +93,8 @@ def _attend(query, head_dim_vo, requests, keys_of, options):
         q_begin, qo_len, _, kv_len = request
         mask = _unpacked(options["custom_mask"], options["mask_indptr"], b, qo_len, kv_len)
         rows = slice(q_begin, q_begin + qo_len)
-        output[rows], lse[rows] = _attend_request(query[rows], *keys_of(request), options, mask)
+        key, value = keys_of(request)
+        output[rows], lse[rows] = _attend_request(query[rows], key, value, options, mask)
     return output, lse
 
 
@@ -100,7 +103,7 @@ def _outputs(query, head_dim_vo, with_lse: bool):
     return (output, query.new_empty(query.shape[:2], dtype=torch.float32)) if with_lse else output
 
 
-_DEFAULTS = dict(
+_DEFAULTS: dict[str, Any] = dict(
     custom_mask=None, mask_indptr=None, k_scale=None, v_scale=None, alibi_slopes=None, sinks=None, cos_sin_cache=None, plan=None,
     causal=False, window_left=-1, scale=None, logits_soft_cap=0.0, interleaved=False, fixed_split_size=0,
 )  # fmt: skip
@@ -158,8 +161,8 @@ def _ragged_cost(query, key, value, qo_indptr, kv_indptr, *args, **kwargs):
     return _batch_cost(query, row_bytes, requests, value.shape[2], _options(args, kwargs))
 
 
-_PAGED_SPEC = dict(samples=paged_samples, errors=paged_errors, cost=_paged_cost)
-_RAGGED_SPEC = dict(samples=ragged_samples, errors=ragged_errors, cost=_ragged_cost)
+_PAGED_SPEC: dict[str, Any] = dict(samples=paged_samples, errors=paged_errors, cost=_paged_cost)
+_RAGGED_SPEC: dict[str, Any] = dict(samples=ragged_samples, errors=ragged_errors, cost=_ragged_cost)
 
 
 @op(f"{_PAGED} -> Tensor", fake=_paged_fake("paged_attention", False), **_PAGED_SPEC)

@@ -1,5 +1,6 @@
 // Bindings of attention and attention with RoPE: check, params, dispatch.
 #include "binding/attention.h"
+#include "fi/widen_fp8.h"
 
 namespace fi::binding {
 namespace {
@@ -26,11 +27,22 @@ struct Outputs {
   MaybeTensor lse;
 };
 
+// Keys or values in query's dtype, exactly: a new tensor where they have 8 bits.
+Tensor widened(const char* op, const char* name, const Tensor& t, const Tensor& query) {
+  const Fp8 format = fp8_of(t);
+  if (format == Fp8::none) return t;
+  Tensor wide = empty({t.size(0), t.size(1), t.size(2), t.size(3)}, query.scalar_type(), query);
+  const WidenFp8Params p{t.const_data_ptr(), rows_of(op, name, t),   t.size(3), format,
+                         dtype_of(query),    wide.mutable_data_ptr()};
+  run(FI_KERNEL_OF(widen_fp8), query, p);
+  return wide;
+}
+
 Outputs attend(const char* op, bool with_lse, const Tensor& query, const Tensor& key, const Tensor& value,
                const Rope* rope, const MaybeTensor& mask, const Options& o) {
   check_no_grads(op, query, key, value, mask, o.alibi_slopes, o.sinks);
   if (rope) check_no_grads(op, rope->cos, rope->sin);
-  check_query_key_value(op, query, key, value);
+  check_query_key_value(op, query, key, value, "key", "value", /*takes_fp8=*/true);
   const int64_t qo_len = query.size(2), kv_len = key.size(2);
   check_mask(op, mask, query, kv_len);
   check_per_head(op, "alibi_slopes", o.alibi_slopes, query);
@@ -45,8 +57,10 @@ Outputs attend(const char* op, bool with_lse, const Tensor& query, const Tensor&
   }
   Outputs outputs{empty_attention_output(query, value.size(3)), std::nullopt};
   ScratchArena arena(query);
-  AttentionParams p = attention_params(query, key, value, outputs.output, mask, o.causal, o.window_left,
-                                       o.scale, o.logits_soft_cap, o.alibi_slopes, o.sinks, arena);
+  const Tensor wide_key = widened(op, "key", key, query), wide_value = widened(op, "value", value, query);
+  AttentionParams p =
+      attention_params(query, wide_key, wide_value, outputs.output, mask, o.causal, o.window_left, o.scale,
+                       o.logits_soft_cap, o.alibi_slopes, o.sinks, arena);
   p.q_offset = q_offset;
   if (rope) {
     p.rope = rope_table(rope->cos, rope->sin, query.size(3), rope->rotary_dim, rope->interleaved);

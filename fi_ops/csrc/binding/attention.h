@@ -19,20 +19,24 @@ inline std::vector<ScalarType> float32_or(const Tensor& query) {
   return {ScalarType::Float, query.scalar_type()};
 }
 
-inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& query) {
+// Keys and values: query's dtype or, where the op takes it, one of 8 bits.
+inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& query,
+                          bool takes_fp8) {
   check_same_device(op, name, t, "query", query);
-  check_same_dtype(op, name, t, "query", query);
+  if (!takes_fp8 || fp8_of(t) == Fp8::none) check_same_dtype(op, name, t, "query", query);
   check_ndim(op, name, t, 4, "[batch, num_kv_heads, kv_len, head_dim]");
   check_last_dim_contiguous(op, name, t);
 }
 
 inline void check_query_key_value(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
-                                  const char* key_name = "key", const char* value_name = "value") {
+                                  const char* key_name = "key", const char* value_name = "value",
+                                  bool takes_fp8 = false) {
   check_dtype(op, "query", query, floats);
   check_ndim(op, "query", query, 4, "[batch, num_qo_heads, qo_len, head_dim]");
   check_last_dim_contiguous(op, "query", query);
-  check_operand(op, key_name, key, query);
-  check_operand(op, value_name, value, query);
+  check_operand(op, key_name, key, query, takes_fp8);
+  check_operand(op, value_name, value, query, takes_fp8);
+  if (takes_fp8) check_same_dtype(op, value_name, value, key_name, key);
   const int64_t heads = query.size(1), kv_heads = key.size(1), kv_len = key.size(2);
   check_shape(op, key_name, key, {query.size(0), kv_heads, kv_len, query.size(3)},
               "[batch, num_kv_heads, kv_len, head_dim]");

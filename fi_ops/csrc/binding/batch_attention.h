@@ -76,12 +76,6 @@ inline void check_keys(const char* op, const KeysAndValues& kv, const Tensor& qu
            "'s ", kv_heads, " heads, got ", heads, "; repeat or drop heads so that they divide");
 }
 
-inline Fp8 fp8_of(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Float8_e4m3fn ? Fp8::e4m3
-         : t.scalar_type() == ScalarType::Float8_e5m2 ? Fp8::e5m2
-                                                      : Fp8::none;
-}
-
 // What follows the index tensors in the schemas.
 struct BatchOptions {
   const MaybeTensor &custom_mask, &mask_indptr, &k_scale, &v_scale, &alibi_slopes, &sinks, &cos_sin_cache,

@@ -13,6 +13,7 @@
 #  include "binding/cpu.h"
 #endif
 
+#include "fi/fp8.h"
 #include "fi/scalar.h"
 
 namespace fi::binding {
@@ -36,6 +37,13 @@ inline DType dtype_of(const Tensor& t) {
     default:
       throw std::runtime_error("fi_ops: a dtype passed the checks that no kernel has");
   }
+}
+
+// none: not one of the 8-bit formats.
+inline Fp8 fp8_of(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float8_e4m3fn ? Fp8::e4m3
+         : t.scalar_type() == ScalarType::Float8_e5m2 ? Fp8::e5m2
+                                                      : Fp8::none;
 }
 
 }  // namespace fi::binding

@@ -13,10 +13,6 @@ namespace {
 
 constexpr const char* cache_layout = "[num_pages, page_size, num_kv_heads, head_dim]";
 
-bool is_fp8(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Float8_e4m3fn || t.scalar_type() == ScalarType::Float8_e5m2;
-}
-
 void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_cache) {
   check_dtype(op, "paged_k_cache", k_cache,
               std::array{ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Float8_e4m3fn,
@@ -39,7 +35,7 @@ void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_cache) 
 void check_rows(const char* op, const char* name, const Tensor& t, const char* cache_name,
                 const Tensor& cache, int64_t nnz) {
   check_same_device(op, name, t, cache_name, cache);
-  if (is_fp8(cache)) {
+  if (fp8_of(cache) != Fp8::none) {
     check_dtype(op, name, t, floats);
   } else {
     check_same_dtype(op, name, t, cache_name, cache);
@@ -80,9 +76,7 @@ AppendPagesParams check_append(const char* op, const Tensor& append_key, const T
   p.nnz = nnz;
   p.num_kv_heads = k_cache.size(2);
   p.dtype = dtype_of(append_key);
-  p.cache_dtype = !is_fp8(k_cache)                                   ? Fp8::none
-                  : k_cache.scalar_type() == ScalarType::Float8_e5m2 ? Fp8::e5m2
-                                                                     : Fp8::e4m3;
+  p.cache_dtype = fp8_of(k_cache);
   p.key = paged_rows(append_key, k_cache);
   p.value = paged_rows(append_value, v_cache);
   p.batch_indices = indices_of(batch_indices);

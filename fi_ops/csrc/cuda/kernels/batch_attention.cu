@@ -5,6 +5,10 @@
 #include "fi/cuda/batch/few.h"
 #include "fi/cuda/batch/generic.h"
 #include "fi/cuda/launch.h"
+#include "fi/cuda/sm80/batch.h"
+#ifdef FI_CUDA_SM90A
+#  include "fi/cuda/sm90/batch.h"
+#endif
 
 namespace fi::cuda {
 namespace {
@@ -65,6 +69,10 @@ PlanView few_rows(const BatchAttentionParams& p, const Gpu& gpu) {
 
 // The tiles of the plan, requests with many rows.
 void many_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& gpu) {
+#ifdef FI_CUDA_SM90A
+  if (gpu.compute_capability == 90 && sm90_batch_supports(p)) return batch_tiles_sm90(p, plan, gpu);
+#endif
+  if (sm80_batch_supports(p)) return batch_tiles_sm80(p, plan, gpu);
   batch::on_cuda_cores(p, plan, /*segments=*/false, /*tiles=*/true, gpu);
 }
 

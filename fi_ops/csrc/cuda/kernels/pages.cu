@@ -97,6 +97,51 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   }
 }
 
+// Many tokens as they are. What a thread reads does not depend on the table: it has a pack of each of several
+// tokens in flight while the block's first threads look up where these go.
+constexpr int kTokensInFlight = 4;
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    append_rows_kernel(const __grid_constant__ AppendPagesParams p) {
+  constexpr int N = kPackSize<T>;
+  __shared__ PageEntry places[kTokensInFlight];
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  const int64_t first = int64_t{blockIdx.x} * kTokensInFlight, last = p.nnz - 1;
+  const int packs = static_cast<int>(p.key.head_dim) / N;  // of a head
+  const int item = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x), row = item / packs;
+  const bool is_key = row < p.num_kv_heads, inside = row < 2 * p.num_kv_heads;
+  const int64_t head = is_key ? row : row - p.num_kv_heads, column = int64_t{item - row * packs} * N;
+  const PagedRows& rows = is_key ? p.key : p.value;
+  uint4 values[kTokensInFlight];
+#pragma unroll
+  for (int k = 0; k < kTokensInFlight; ++k)
+    if (inside)
+      values[k] = load_16(static_cast<const T*>(rows.input) +
+                          rows.input_offset(smaller(first + k, last), head) + column);
+  if (threadIdx.x < kTokensInFlight) {
+    const int64_t token = first + threadIdx.x;
+    places[threadIdx.x] =
+        token <= last ? page_entry(p.table, p.batch_indices.at(token), p.positions.at(token)) : PageEntry{};
+  }
+  __syncthreads();
+  if (!inside) return;
+#pragma unroll
+  for (int k = 0; k < kTokensInFlight; ++k) {
+    const PageEntry at = places[k];
+    if (at.page < 0) continue;
+    const int64_t to = rows.cache_offset(at, head) + column;
+    if (p.cache_dtype == Fp8::none) {
+      store_16(static_cast<T*>(rows.cache) + to, values[k]);
+    } else {
+      float wide[N];
+      unpack_16<T>(wide, values[k]);
+      store_fp8_pack(static_cast<uint8_t*>(rows.cache) + to, wide, p.cache_dtype);
+    }
+  }
+}
+
 bool packs_fit_everywhere(const AppendPagesParams& p) {
   const int64_t pack = 16 / size_of(p.dtype);  // elements
   bool fit = true;
@@ -215,8 +260,19 @@ unsigned blocks_for(const Gpu& gpu, int64_t items) {
 void append_paged_kv_cache(const AppendPagesParams& p, const Gpu& gpu) {
   const int64_t num_heads = p.query.num_heads + 2 * p.num_kv_heads;
   if (p.nnz == 0 || num_heads == 0) return;
+  const bool many = p.nnz >= int64_t{8} * gpu.num_sms && p.nnz / kTokensInFlight < kMaxGridX;
+  const bool rows_alone =
+      p.query.num_heads == 0 && p.rope.cos == nullptr && p.key.head_dim == p.value.head_dim;
   dispatch_pack(p.dtype, packs_fit_everywhere(p), [&](auto t, auto size) {
     constexpr int N = decltype(size)::value;
+    if (N > 1 && many && rows_alone) {
+      const int64_t items = num_heads * (p.key.head_dim / N),
+                    threads = smaller(kMaxThreads, (items + 31) / 32 * 32);
+      const dim3 grid(static_cast<unsigned>(ceil_div(p.nnz, kTokensInFlight)),
+                      static_cast<unsigned>(ceil_div(items, threads)));
+      return launch(gpu, append_rows_kernel<decltype(t)>, grid, dim3(static_cast<unsigned>(threads)), 0,
+                    /*overlap=*/true, p);
+    }
     const int64_t elements = p.key.head_dim > p.value.head_dim ? p.key.head_dim : p.value.head_dim;
     // With RoPE a thread takes two packs of a row, else one.
     const Shape shape = shape_over_heads(gpu, p.nnz, num_heads, ceil_div(elements, p.rope.cos ? 2 * N : N));

@@ -1,5 +1,6 @@
 // Attention on mma.sync: sizes of blocks, what is split, dispatch by head dim; and the join of split blocks.
 #include "fi/cuda/launch.h"
+#include "fi/cuda/sm80/padded_dims.h"
 #include "fi/cuda/sm80/prefill.h"
 
 namespace fi::cuda {
@@ -21,38 +22,17 @@ constexpr int64_t kCachedBytes = 24 << 20;
 constexpr int64_t kMinTiles = 4;
 constexpr int64_t kMaxParts = 64;
 
-// The padded head dims that there are kernels for.
-struct Dims {
-  int qk, vo;
-};
-
-Dims padded_dims(int64_t qk, int64_t vo) {
-  if (qk <= 64 && vo <= 64) return {64, 64};
-  if (qk <= 128 && vo <= 128) return {128, 128};
-  if (qk <= 192 && vo <= 128) return {192, 128};
-  return {256, 256};
-}
-
 template <class T>
-void run(const PrefillArgs& args, const Gpu& gpu, int block_rows, Dims dims) {
-  switch (dims.qk) {
-    case 64:
-      return run_prefill<T, 64, 64>(args, gpu, block_rows);
-    case 128:
-      return run_prefill<T, 128, 128>(args, gpu, block_rows);
-    case 192:
-      return run_prefill<T, 192, 128>(args, gpu, block_rows);
-    default:
-      return run_prefill<T, 256, 256>(args, gpu, block_rows);
-  }
+void run(const PrefillArgs& args, const Gpu& gpu, int block_rows, PaddedDims dims) {
+  with_padded_dims(dims,
+                   [&]<int kDimQK, int kDimVO>() { run_prefill<T, kDimQK, kDimVO>(args, gpu, block_rows); });
 }
 
 }  // namespace
 
 bool prefill_supports(const AttentionParams& p) {
-  auto dim_fits = [](int64_t d) { return d >= 8 && d <= 256 && d % 8 == 0; };
-  return (p.dtype == DType::bf16 || p.dtype == DType::f16) && dim_fits(p.head_dim_qk) &&
-         dim_fits(p.head_dim_vo) && p.rope.cos == nullptr &&
+  return (p.dtype == DType::bf16 || p.dtype == DType::f16) && can_pad(p.head_dim_qk) &&
+         can_pad(p.head_dim_vo) && p.rope.cos == nullptr &&
          aligned(p.query, p.q_stride_b, p.q_stride_h, p.q_stride_n, p.batch, p.num_qo_heads, p.qo_len) &&
          aligned(p.key, p.k_stride_b, p.k_stride_h, p.k_stride_n, p.batch, p.num_kv_heads, p.kv_len) &&
          aligned(p.value, p.v_stride_b, p.v_stride_h, p.v_stride_n, p.batch, p.num_kv_heads, p.kv_len) &&
@@ -65,7 +45,7 @@ void prefill(const AttentionParams& p, const Gpu& gpu) {
   args.group = static_cast<unsigned>(p.num_qo_heads / p.num_kv_heads);
   args.num_rows = args.group * static_cast<unsigned>(p.qo_len);
   args.heads = static_cast<unsigned>(p.batch * p.num_kv_heads);
-  const Dims dims = padded_dims(p.head_dim_qk, p.head_dim_vo);
+  const PaddedDims dims = padded_dims(p.head_dim_qk, p.head_dim_vo);
   // Where blocks of 128 rows are too few for the SMs, the tiles are split, or if those are few too, the rows.
   const bool few = args.heads * ceil_div(args.num_rows, 128) < gpu.num_sms;
   const bool small = args.num_rows <= 64 || (few && p.kv_len < kLongKeys);

@@ -5,14 +5,12 @@
 //   Packed: many query rows; K and V packed into panels once a call, limited by the unit's arithmetic.
 #pragma once
 
+#include "fi/cpu/attention_tasks.h"
 #include "fi/cpu/pack.h"
 #include "fi/cpu/stream_gemv.h"
 #include "fi/cpu/tile_gemm.h"
 
 namespace fi::FI_ISA {
-
-FI_INLINE constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-FI_INLINE constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 template <class T>
 struct Stream {
@@ -24,8 +22,10 @@ struct Stream {
   static constexpr int64_t kStepRows = 1;
   static constexpr int64_t kStepCols = kLanes;
   static constexpr int64_t kStepDepth = StreamDot<T>::kStep;
-  static constexpr int64_t kStart = 1;          // a tile may be entered at any column
-  static constexpr int64_t kMinChunkTiles = 4;  // a chunk's state is small against its keys
+  static constexpr int64_t kStart = 1;            // a tile may be entered at any column
+  static constexpr int64_t kMinChunkTiles = 4;    // a chunk's state is small against its keys
+  static constexpr int64_t kMaxChunkTiles = 128;  // where requests' lengths differ: balance for many threads
+  static constexpr int64_t kTileStep = 16;        // a tile is a multiple
   static constexpr int64_t kPassRows = kMaxRows;
 
   static int64_t block_rows(int64_t rows) { return rows; }
@@ -49,6 +49,8 @@ struct Packed {
   static constexpr int64_t kStepDepth = Unit::kStepK;
   static constexpr int64_t kStart = kStepCols;
   static constexpr int64_t kMinChunkTiles = 1;
+  static constexpr int64_t kMaxChunkTiles = INT64_MAX;  // states are as large as a tile of keys
+  static constexpr int64_t kTileStep = 32;              // a tile is a multiple
   static constexpr int64_t kPassRows = Unit::kPassRows;
 
   static int64_t block_rows(int64_t rows) {

@@ -1,16 +1,15 @@
-// The attention main loop, for all dtypes, engines and variants.
+// The attention main loop, for all dtypes, engines, variants and sources.
 //
 // Head-query fusion: the rows of a block are the query heads of one KV group x query positions (row =
-// position * group + head), so each row of K and V is read once for its whole group. One task is one block
-// against one chunk of its live KV tiles; blocks whose tiles were split into several chunks are merged in
-// chunk order afterwards. What is split follows from shapes and mask alone, so results don't depend on the
-// number of threads.
+// position * group + head), so each row of K and V is read once for its whole group. A block's live tiles of
+// keys are cut into chunks; what more than one task does, or more than one chunk, is merged in chunk order.
+// What is cut where follows from lengths and mask alone, so results don't depend on the number of threads.
 #pragma once
 
-#include "fi/attention.h"
 #include "fi/cpu/attention_engine.h"
-#include "fi/cpu/live_tiles.h"
-#include "fi/cpu/online_softmax.h"
+#include "fi/cpu/attention_state.h"
+#include "fi/cpu/dense_source.h"
+#include "fi/cpu/fp8_rows.h"
 #include "fi/cpu/rope_table.h"
 
 namespace fi::FI_ISA {
@@ -19,43 +18,27 @@ namespace fi::FI_ISA {
 // starts: the first tile of a chunk is not prefetched.
 inline constexpr int64_t kTargetTasks = 48;
 
-// Partial states up to this many floats are merged by the calling thread: a second wake-up of all threads
-// costs more.
-inline constexpr int64_t kMergeAlone = 131072;
+// Bytes of partial states, and of K and V packed once a call, up to which a call uses them.
+inline constexpr int64_t kMaxPartialBytes = int64_t{1} << 28, kMaxPackedBytes = int64_t{1} << 32;
 
-// Hands out pieces of one allocation, each 64-byte aligned; with base null it only adds up the size.
-struct Carver {
-  char* base;
-  int64_t used = 0;
-  template <class E>
-  E* take(int64_t count) {
-    E* p = base ? reinterpret_cast<E*>(base + used) : nullptr;
-    used += round_up(count * int64_t(sizeof(E)), 64);
-    return p;
-  }
-};
-
-template <class E>
-FI_INLINE E* allocate(const AttentionParams& p, int64_t count) {
-  return static_cast<E*>(
-      p.scratch.allocate(p.scratch.context, round_up(count * int64_t(sizeof(E)), 64) + 64));
-}
-
-template <class T, class Engine>
+template <class T, class Engine, class Source>
 class AttentionCall {
  public:
   using Query = typename Engine::Query;
   using Weight = typename Engine::Weight;
+  using Rows = typename Source::Rows;
+  using TileRows = typename Source::TileRows;
 
-  AttentionCall(const AttentionParams& params, const Parallel& parallel) : p(params), parallel(parallel) {
+  AttentionCall(const AttentionParams& params, Source& source, const Parallel& parallel)
+      : p(params), source(source), parallel(parallel) {
     group = p.num_qo_heads / p.num_kv_heads;
-    rows = group * p.qo_len;
-    block_rows = Engine::block_rows(rows);
+    const int64_t max_rows = group * source.max_qo_len();
+    block_rows = Engine::block_rows(max_rows ? max_rows : 1);
     pass_rows = block_rows < Engine::kPassRows ? block_rows : Engine::kPassRows;
-    num_blocks = ceil_div(rows, block_rows);
     const int64_t widest = p.head_dim_qk > p.head_dim_vo ? p.head_dim_qk : p.head_dim_vo;
-    tile = Engine::tile(widest, p.kv_len);
-    num_tiles = ceil_div(p.kv_len, tile);
+    split_keys = source.split_keys();
+    tile = Engine::tile(widest, split_keys ? split_keys : source.max_kv_len() ? source.max_kv_len() : 1);
+    while (split_keys % tile) tile -= Engine::kTileStep;
     depth = round_up(p.head_dim_qk, Engine::kStepDepth);
     q_stride = depth + (Engine::kPacked ? 64 / int64_t(sizeof(Query))
                                         : 0);  // off powers of two: no cache set conflicts
@@ -63,21 +46,67 @@ class AttentionCall {
     o_stride = round_up(p.head_dim_vo, 2 * kLanes) + (Engine::kPacked ? 16 : 0);
     k_tile_size = round_up(tile, kLanes) * depth;
     v_tile_size = tile * round_up(p.head_dim_vo, kLanes);
-    pack_once = Engine::kPacked && num_blocks > 1;
+    k_staged = p.rope_keys || source.kv_dtype() != Fp8::none;
+    v_staged = source.kv_dtype() != Fp8::none;
   }
 
-  void run() {
-    if (p.mask) scan_mask();
+  // What there is to do: phases for run_phases(), first packing(), then attending(), then merge().
+  void prepare() {
+    source.prepare({group, block_rows, tile});
+    members = allocate<Member>(p.scratch, source.count());
+    for (int64_t b = 0; b < source.count(); ++b) {
+      Member& m = members[b];
+      m.rows = group * source.qo_len(b);
+      m.num_blocks = ceil_div(m.rows, block_rows);
+      m.num_tiles = ceil_div(source.kv_len(b), tile);
+      m.packed_at = -1;
+    }
     split();
-    if (pack_once) pack_all();
-    for_each_task_on_workers(num_tasks, [this](int64_t task, Worker& w) { attend(task, w); });
-    if (partials) merge();
+    if constexpr (Engine::kPacked) plan_packing();
+  }
+
+  auto packing() {
+    return phase(num_packs, [this](int64_t task, Worker& w) { pack_once(packs[task], w); });
+  }
+
+  auto attending() {
+    return phase(num_tasks, [this](int64_t task, Worker& w) { attend(tasks[task], w); });
+  }
+
+  // Joins the chunks of each block that several tasks shared, row by row, in chunk order, into the first one.
+  void merge() {
+    if (!partials) return;
+    const Parallel alone{nullptr, 1};
+    const bool small = num_partials * block_rows * stride() <= kMergeAlone;
+    for_each_task(small ? alone : parallel, num_tasks, [this](int64_t t) {
+      const Task& task = tasks[t];
+      if (task.partial < 0 || task.first_chunk != 0) return;
+      const Block k = block_of(task);
+      for (int64_t row = 0; row < k.num_rows(); ++row) {
+        float* state = partials + (task.partial * block_rows + row) * stride();
+        for (int64_t chunk = 1; chunk < task.num_chunks; ++chunk)
+          join_row(state, state + chunk * block_rows * stride(), p.head_dim_vo);
+        write_row(k, row, state, state[stride() - kLanes], state[stride() - kLanes + 1]);
+      }
+    });
   }
 
  private:
+  // A request of the source.
+  struct Member {
+    int64_t rows, num_blocks, num_tiles;
+    int64_t
+        packed_at;  // where its first tile lies among those packed once; -1: its blocks pack for themselves
+  };
+
   struct Task {
-    int64_t block;  // (b * num_kv_heads + kv_head) * num_blocks + block of rows
-    int64_t chunk, num_chunks;
+    int64_t b, kv_head, index;                    // its block
+    int64_t first_chunk, last_chunk, num_chunks;  // its own, of the block's
+    int64_t partial;  // of the block's first chunk; -1: the block is this task's alone
+  };
+
+  struct PackTask {
+    int64_t b, kv_head, tile;
   };
 
   // Buffers of one thread.
@@ -90,11 +119,15 @@ class AttentionCall {
     Range* allowed;   // [block_rows]
     Range* seen;      // [pass_rows]: the columns of s that hold visible keys
     float* additive;  // [tile]: one row of the mask
-    T* k_rows;        // [tile][head_dim_qk]: rotated keys
+    T* k_buffer;      // [tile][head_dim_qk]: keys, rotated or converted
+    T* v_buffer;      // [tile][head_dim_vo]: values, converted
     T* row;           // [head_dim_qk]
     Query* k_pack;    // one packed tile, where K and V are not packed once for all blocks
     Query* v_pack;
-    float* angles;  // of one position
+    float* angles;                               // of one position
+    float* states;                               // [2][block_rows][stride]: of all chunks so far, and of one
+    TileRows rows[2];                            // of this tile, and of the next one
+    typename Source::BufferRows k_rows, v_rows;  // of the buffers
 
     int64_t carve(char* base, const AttentionCall& c) {
       Carver carver{base};
@@ -106,190 +139,189 @@ class AttentionCall {
       allowed = carver.take<Range>(c.block_rows);
       seen = carver.take<Range>(c.pass_rows);
       additive = carver.take<float>(c.s_stride);
-      k_rows = carver.take<T>(c.p.rope_keys ? c.tile * c.p.head_dim_qk : 0);
+      k_buffer = carver.take<T>(c.k_staged ? c.tile * c.p.head_dim_qk : 0);
+      v_buffer = carver.take<T>(c.v_staged ? c.tile * c.p.head_dim_vo : 0);
       row = carver.take<T>(c.p.head_dim_qk);
       k_pack = carver.take<Query>(Engine::kPacked ? c.k_tile_size : 0);
       v_pack = carver.take<Query>(Engine::kPacked ? c.v_tile_size : 0);
       angles = carver.take<float>(rope_angle_floats(c.p.rope.rotary_dim));
+      states = carver.take<float>(c.split_keys ? 2 * c.block_rows * c.stride() : 0);
+      for (TileRows& r : rows) r.carve(carver, c.tile);
+      if (c.k_staged) k_rows.carve(carver, c.tile, k_buffer, c.p.head_dim_qk);
+      if (c.v_staged) v_rows.carve(carver, c.tile, v_buffer, c.p.head_dim_vo);
       return carver.used;
     }
   };
 
-  // The coordinates of a block.
-  struct Block {
-    int64_t b, kv_head, index, row_begin, row_end, i_begin, i_end;
-  };
+  // Floats of a row's state.
+  int64_t stride() const { return state_stride(p.head_dim_vo); }
 
-  Block block_of(int64_t block) const {
-    Block k;
-    k.index = block % num_blocks;
-    k.kv_head = block / num_blocks % p.num_kv_heads;
-    k.b = block / num_blocks / p.num_kv_heads;
-    k.row_begin = k.index * block_rows;
-    k.row_end = k.row_begin + block_rows < rows ? k.row_begin + block_rows : rows;
+  Block block_of(int64_t b, int64_t kv_head, int64_t index) const {
+    Block k{b, kv_head, index, index * block_rows, (index + 1) * block_rows, 0, 0};
+    if (k.row_end > members[b].rows) k.row_end = members[b].rows;
     k.i_begin = k.row_begin / group;
     k.i_end = (k.row_end - 1) / group + 1;
     return k;
   }
+  Block block_of(const Task& task) const { return block_of(task.b, task.kv_head, task.index); }
 
   template <class F>
-  void for_each_task_on_workers(int64_t count, const F& f) {
-    const int64_t workers = parallel.num_threads < count ? parallel.num_threads : count;
-    if (workers <= 0) return;
+  auto phase(int64_t count, F f) const {
     Worker sizes;
-    const int64_t bytes = sizes.carve(nullptr, *this);
-    char* memory = allocate<char>(p, bytes * workers);
-    struct Context {
-      AttentionCall* call;
-      const F* f;
-      char* memory;
-      int64_t bytes, count;
-      std::atomic<int64_t> next;
-    } context{this, &f, memory, bytes, count, {0}};
-    auto body = [](int64_t index, void* pointer) {
-      auto* c = static_cast<Context*>(pointer);
+    return Phase(count, sizes.carve(nullptr, *this), [this, f](char* memory, const auto& take) {
       Worker w;
-      w.carve(c->memory + index * c->bytes, *c->call);
+      w.carve(memory, *this);
       Engine::begin();
-      for (;;) {
-        const int64_t task = c->next.fetch_add(1, std::memory_order_relaxed);
-        if (task >= c->count) break;
-        (*c->f)(task, w);
-      }
+      for (int64_t task = take(); task >= 0; task = take()) f(task, w);
       Engine::end();
-    };
-    if (workers == 1) {
-      body(0, &context);
-    } else {
-      parallel.launch(workers, body, &context);
-    }
-  }
-
-  // ---- what to read ----
-
-  int64_t list_of(const Block& k) const {
-    return ((mask_batches == 1 ? 0 : k.b) * mask_heads + (mask_heads == 1 ? 0 : k.kv_head)) * num_blocks +
-           k.index;
-  }
-
-  void scan_mask() {
-    mask_batches = p.mask_stride_b == 0 && !keys_differ_by_batch(p) ? 1 : p.batch;
-    mask_heads = p.mask_stride_h == 0 ? 1 : p.num_kv_heads;
-    const int64_t num_lists = mask_batches * mask_heads * num_blocks;
-    lists = allocate<int32_t>(p, num_lists * num_tiles);
-    list_sizes = allocate<int64_t>(p, num_lists);
-    float* tops = allocate<float>(p, num_lists * num_tiles);
-    for_each_task(parallel, num_lists, [&](int64_t n) {
-      Block k = block_of(n % num_blocks);
-      k.kv_head = n / num_blocks % mask_heads;
-      k.b = n / num_blocks / mask_heads;
-      list_sizes[n] = list_live_tiles(p, k.b, k.kv_head * group, (k.kv_head + 1) * group, k.i_begin, k.i_end,
-                                      tile, lists + n * num_tiles, tops + n * num_tiles);
     });
   }
 
-  int64_t live_tiles(const Block& k) const {
-    if (p.mask) return list_sizes[list_of(k)];
-    const Range r = allowed_keys(p, k.b, k.i_begin, k.i_end);
-    return ceil_div(r.end, tile) - r.begin / tile;
-  }
+  // ---- what to do ----
 
-  // Entry n of the block's live tiles; `range` is allowed_keys of the block.
-  int32_t live_tile(const Block& k, const Range& range, int64_t n) const {
-    if (p.mask) return lists[list_of(k) * num_tiles + n];
-    return tile_entry(range.begin / tile + n, true);
-  }
+  // Of a block: the live tiles of its first chunk that a fixed split counts although they are not live.
+  int64_t tiles_before(const Range& range) const { return split_keys ? range.begin / tile % chunk_tiles : 0; }
 
   // Cuts blocks into tasks. Late blocks of a causal call are the long ones: they go first.
   void split() {
-    const int64_t total_blocks = p.batch * p.num_kv_heads * num_blocks;
-    int64_t* sizes = allocate<int64_t>(p, total_blocks);
-    int64_t total = 0;
-    for (int64_t n = 0; n < total_blocks; ++n) total += sizes[n] = live_tiles(block_of(n));
-    chunk_tiles = ceil_div(total, kTargetTasks);
-    if (chunk_tiles < Engine::kMinChunkTiles) chunk_tiles = Engine::kMinChunkTiles;
-    if (total_blocks >= kTargetTasks) chunk_tiles = num_tiles > 0 ? num_tiles : 1;
-    auto chunks = [&](int64_t n) { return sizes[n] > chunk_tiles ? ceil_div(sizes[n], chunk_tiles) : 1; };
-    num_tasks = 0;
-    for (int64_t n = 0; n < total_blocks; ++n) num_tasks += chunks(n);
-    tasks = allocate<Task>(p, num_tasks);
-    int64_t t = 0;
-    for (int64_t head = 0; head < p.batch * p.num_kv_heads; ++head) {
-      for (int64_t i = num_blocks - 1; i >= 0; --i) {
-        const int64_t n = head * num_blocks + i;
-        for (int64_t c = 0, count = chunks(n); c < count; ++c) tasks[t++] = {n, c, count};
+    int64_t num_blocks = 0;
+    for (int64_t b = 0; b < source.count(); ++b) num_blocks += p.num_kv_heads * members[b].num_blocks;
+    int64_t* sizes = allocate<int64_t>(p.scratch, num_blocks);
+    int64_t total = 0, n = 0;
+    auto for_each_block_of_rows = [&](const auto& f) {
+      for (int64_t b = 0; b < source.count(); ++b) {
+        for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+          for (int64_t i = members[b].num_blocks - 1; i >= 0; --i) {
+            const Block k = block_of(b, head, i);
+            f(k, source.allowed(b, k.i_begin, k.i_end));
+          }
+        }
       }
+    };
+    for_each_block_of_rows(
+        [&](const Block& k, const Range& range) { total += sizes[n++] = source.live_tiles(k, range); });
+    int64_t task_tiles = ceil_div(total, kTargetTasks);
+    if (task_tiles < Engine::kMinChunkTiles) task_tiles = Engine::kMinChunkTiles;
+    if (num_blocks >= kTargetTasks) {
+      // Blocks of one length keep all threads busy as they are; among others a long one may be left over.
+      if (!Source::kUneven) task_tiles = total + 1;
+      if (task_tiles > Engine::kMaxChunkTiles) task_tiles = Engine::kMaxChunkTiles;
     }
-    if (num_tasks > total_blocks) partials = allocate<float>(p, num_tasks * block_rows * partial_stride());
+    chunk_tiles = split_keys ? split_keys / tile : task_tiles;
+    int64_t task_chunks = split_keys ? ceil_div(task_tiles, chunk_tiles) : 1;
+    auto chunks_of = [&](int64_t tiles, const Range& range) {
+      return tiles ? ceil_div(tiles + tiles_before(range), chunk_tiles) : 1;
+    };
+
+    auto count = [&] {
+      num_tasks = num_partials = n = 0;
+      for_each_block_of_rows([&](const Block&, const Range& range) {
+        const int64_t chunks = chunks_of(sizes[n++], range);
+        num_tasks += ceil_div(chunks, task_chunks);
+        if (chunks > task_chunks) num_partials += chunks;
+      });
+    };
+    count();
+    if (num_partials * block_rows * stride() * int64_t(sizeof(float)) > kMaxPartialBytes && split_keys) {
+      task_chunks = INT32_MAX;  // many small chunks of many rows: every block is one task's
+      count();
+    }
+    tasks = allocate<Task>(p.scratch, num_tasks);
+    int64_t t = 0, partial = 0;
+    n = 0;
+    for_each_block_of_rows([&](const Block& k, const Range& range) {
+      const int64_t chunks = chunks_of(sizes[n++], range);
+      const bool shared = chunks > task_chunks;
+      for (int64_t first = 0; first < chunks; first += task_chunks) {
+        const int64_t last = first + task_chunks < chunks ? first + task_chunks : chunks;
+        tasks[t++] = {k.b, k.kv_head, k.index, first, last, chunks, shared ? partial : -1};
+      }
+      if (shared) partial += chunks;
+    });
+    if (num_partials) partials = allocate<float>(p.scratch, num_partials * block_rows * stride());
   }
 
-  // A partial row: acc, max, sum.
-  int64_t partial_stride() const { return round_up(p.head_dim_vo, kLanes) + kLanes; }
+  // Requests of several blocks get their K and V packed once for all of them.
+  void plan_packing() {
+    const int64_t room = kMaxPackedBytes / ((k_tile_size + v_tile_size) * int64_t(sizeof(Query)) + 1);
+    int64_t packed_tiles = 0, most = 0;
+    for (int64_t b = 0; b < source.count(); ++b) {
+      const int64_t tiles = p.num_kv_heads * members[b].num_tiles;
+      if (members[b].num_blocks == 1 || packed_tiles + tiles > room) continue;
+      members[b].packed_at = packed_tiles;
+      packed_tiles += tiles;
+      if (tiles > most) most = tiles;
+    }
+    k_packed = allocate<Query>(p.scratch, packed_tiles * k_tile_size);
+    v_packed = allocate<Query>(p.scratch, packed_tiles * v_tile_size);
+    packs = allocate<PackTask>(p.scratch, packed_tiles);
+    uint8_t* wanted = allocate<uint8_t>(p.scratch, most);
+    for (int64_t b = 0; b < source.count(); ++b) {
+      const int64_t tiles = members[b].num_tiles;
+      if (members[b].packed_at < 0) continue;
+      __builtin_memset(wanted, 0, p.num_kv_heads * tiles);
+      const bool marked = source.mark_wanted(b, wanted);
+      const Range range = source.allowed(b, 0, source.qo_len(b));
+      for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+        for (int64_t t = range.begin / tile; t * tile < range.end; ++t) {
+          if (!marked || wanted[head * tiles + t]) packs[num_packs++] = {b, head, t};
+        }
+      }
+    }
+  }
 
   // ---- K and V ----
 
-  const T* key_rows(int64_t b, int64_t kv_head, int64_t row) const {
-    return static_cast<const T*>(p.key) + b * p.k_stride_b + kv_head * p.k_stride_h + row * p.k_stride_n;
-  }
-  const T* value_rows(int64_t b, int64_t kv_head, int64_t row) const {
-    return static_cast<const T*>(p.value) + b * p.v_stride_b + kv_head * p.v_stride_h + row * p.v_stride_n;
-  }
-
-  struct KeyRows {
-    const T* rows;
-    int64_t stride;
-  };
-
-  // n keys from `row` on, rotated into the worker's buffer where the call asks for it.
-  KeyRows load_keys(int64_t b, int64_t kv_head, int64_t row, int64_t n, Worker& w) const {
-    const T* rows = key_rows(b, kv_head, row);
-    if (!p.rope_keys) return {rows, p.k_stride_n};
+  // n keys of a tile from key `begin` on: as they lie, or converted and rotated into the worker's buffer.
+  Rows load_keys(int64_t b, int64_t begin, Rows rows, int64_t n, Worker& w) const {
+    if (!k_staged) return rows;
     for (int64_t j = 0; j < n; ++j) {
-      const RopeAngles angles = rope_angles(p.rope, b, row + j, w.angles);
-      rotate_row(rows + j * p.k_stride_n, w.k_rows + j * p.head_dim_qk, angles, p.rope.rotary_dim,
-                 p.head_dim_qk, p.rope.interleaved);
+      const T* src = rows[j];
+      T* dst = w.k_buffer + j * p.head_dim_qk;
+      if (source.kv_dtype() != Fp8::none) {
+        convert_row(dst, reinterpret_cast<const uint8_t*>(src), p.head_dim_qk, source.kv_dtype());
+        src = dst;
+      }
+      if (!p.rope_keys) continue;
+      const RopeAngles angles = rope_angles(p.rope, b, begin + j, w.angles);
+      rotate_row(src, dst, angles, p.rope.rotary_dim, p.head_dim_qk, p.rope.interleaved);
     }
-    return {w.k_rows, p.head_dim_qk};
+    return w.k_rows.rows;
   }
 
-  // Packs keys and values [row, row + n) of a tile; the rest of the tile's V is 0, so that 0 weights meet no
-  // garbage.
-  void pack_tile(int64_t b, int64_t kv_head, int64_t row, int64_t n, Query* k_pack, Query* v_pack,
+  Rows load_values(Rows rows, int64_t n, Worker& w) const {
+    if (!v_staged) return rows;
+    for (int64_t j = 0; j < n; ++j) {
+      convert_row(w.v_buffer + j * p.head_dim_vo, reinterpret_cast<const uint8_t*>(rows[j]), p.head_dim_vo,
+                  source.kv_dtype());
+    }
+    return w.v_rows.rows;
+  }
+
+  // Packs keys and values [begin, begin + n) of a tile; the rest of the tile's V is 0, so that 0 weights meet
+  // no garbage.
+  void pack_tile(int64_t b, int64_t begin, const TileRows& rows, int64_t n, Query* k_pack, Query* v_pack,
                  Worker& w) const {
     if constexpr (Engine::kPacked) {
       using Unit = typename Engine::Unit;
-      const KeyRows keys = load_keys(b, kv_head, row, n, w);
-      pack_keys<Unit>(k_pack, keys.rows, keys.stride, n, p.head_dim_qk, depth);
-      pack_values<Unit>(v_pack, value_rows(b, kv_head, row), p.v_stride_n, n, p.head_dim_vo,
+      pack_keys<Unit>(k_pack, load_keys(b, begin, rows.keys, n, w), n, p.head_dim_qk, depth);
+      pack_values<Unit>(v_pack, load_values(rows.values, n, w), n, p.head_dim_vo,
                         round_up(n, Engine::kStepCols) < tile ? round_up(n, Engine::kStepCols) : tile,
                         tile * kLanes);
     }
   }
 
-  void pack_all() {
-    const int64_t heads = p.batch * p.num_kv_heads;
-    k_packed = allocate<Query>(p, heads * num_tiles * k_tile_size);
-    v_packed = allocate<Query>(p, heads * num_tiles * v_tile_size);
-    uint8_t* wanted = nullptr;  // [heads][num_tiles], where a mask decides
-    if (p.mask) {
-      wanted = allocate<uint8_t>(p, heads * num_tiles);
-      __builtin_memset(wanted, 0, heads * num_tiles);
-      for (int64_t n = 0; n < heads * num_blocks; ++n) {
-        const int64_t list = list_of(block_of(n));
-        for (int64_t t = 0; t < list_sizes[list]; ++t) {
-          wanted[n / num_blocks * num_tiles + tile_index(lists[list * num_tiles + t])] = 1;
-        }
-      }
-    }
-    for_each_task_on_workers(heads * num_tiles, [&](int64_t task, Worker& w) {
-      const int64_t head = task / num_tiles, t = task % num_tiles;
-      const int64_t b = head / p.num_kv_heads, kv_head = head % p.num_kv_heads;
-      const Range range = allowed_keys(p, b, 0, p.qo_len);
-      const int64_t end = (t + 1) * tile < range.end ? (t + 1) * tile : range.end;
-      if (wanted ? !wanted[task] : t < range.begin / tile || t * tile >= end) return;
-      pack_tile(b, kv_head, t * tile, end - t * tile, k_packed + task * k_tile_size,
-                v_packed + task * v_tile_size, w);
-    });
+  int64_t packed_at(const Block& k, int64_t t) const {
+    return members[k.b].packed_at + k.kv_head * members[k.b].num_tiles + t;
+  }
+
+  void pack_once(const PackTask& task, Worker& w) const {
+    const Range range = source.allowed(task.b, 0, source.qo_len(task.b));
+    const int64_t begin = task.tile * tile, end = begin + tile < range.end ? begin + tile : range.end;
+    const int64_t at = packed_at(block_of(task.b, task.kv_head, 0), task.tile);
+    source.locate(w.rows[0], task.b, task.kv_head, begin, end - begin);
+    pack_tile(task.b, begin, w.rows[0], end - begin, k_packed + at * k_tile_size, v_packed + at * v_tile_size,
+              w);
   }
 
   // ---- one task ----
@@ -300,10 +332,9 @@ class AttentionCall {
     RopeAngles angles{};
     for (int64_t r = k.row_begin; r < k.row_end; ++r) {
       const int64_t i = r / group, h = k.kv_head * group + r % group;
-      const T* src =
-          static_cast<const T*>(p.query) + k.b * p.q_stride_b + h * p.q_stride_h + i * p.q_stride_n;
+      const T* src = source.query(k.b, h, i);
       if (p.rope.cos) {
-        if (angles_of != i) angles = rope_angles(p.rope, k.b, i + p.rope_q_offset, w.angles);
+        if (angles_of != i) angles = rope_angles(p.rope, k.b, source.rope_row(k.b, i), w.angles);
         angles_of = i;
         rotate_row(src, w.row, angles, p.rope.rotary_dim, size, p.rope.interleaved);
         src = w.row;
@@ -325,82 +356,99 @@ class AttentionCall {
 
   int64_t padded_rows(const Block& k) const { return round_up(k.row_end - k.row_begin, Engine::kStepRows); }
 
-  // Narrows [begin, end) to the first and last key that a bool mask shows to any row of the block: the edge
-  // of a static cache's live part is not read past, whatever lies there.
-  Range trim(const Block& k, Range r) const {
-    auto shown = [&](int64_t j) {
-      const int64_t heads = p.mask_stride_h == 0 ? 1 : group,
-                    i_end = p.mask_stride_q == 0 ? k.i_begin + 1 : k.i_end;
-      for (int64_t h = 0; h < heads; ++h) {
-        for (int64_t i = k.i_begin; i < i_end; ++i) {
-          if (static_cast<const uint8_t*>(
-                  p.mask)[k.b * p.mask_stride_b + (k.kv_head * group + h) * p.mask_stride_h +
-                          i * p.mask_stride_q + j * p.mask_stride_k]) {
-            return true;
-          }
-        }
+  void attend(const Task& task, Worker& w) {
+    const Block k = block_of(task);
+    load_queries(k, w);
+    for (int64_t r = 0; r < k.num_rows(); ++r) w.allowed[r] = source.allowed(k.b, (k.row_begin + r) / group);
+    const Range range = source.allowed(k.b, k.i_begin, k.i_end);
+    for (int64_t chunk = task.first_chunk; chunk < task.last_chunk; ++chunk) {
+      attend_chunk(k, range, chunk, w);
+      if (task.partial >= 0) {
+        save_rows(k, w, partials + (task.partial + chunk) * block_rows * stride());
+      } else if (task.num_chunks == 1) {
+        for (int64_t r = 0; r < k.num_rows(); ++r)
+          write_row(k, r, w.acc + r * o_stride, w.row_max[r], w.row_sum[r]);
+      } else {
+        fold_rows(k, chunk, chunk == task.num_chunks - 1, w);
       }
-      return false;
-    };
-    while (r.begin < r.end && !shown(r.begin)) ++r.begin;
-    while (r.begin < r.end && !shown(r.end - 1)) --r.end;
-    return r;
+    }
   }
 
-  void attend(int64_t task_index, Worker& w) {
-    const Task& task = tasks[task_index];
-    const Block k = block_of(task.block);
-    const int64_t m = k.row_end - k.row_begin;
-    load_queries(k, w);
-    for (int64_t r = 0; r < m; ++r) {
+  struct Step {
+    int64_t tile_begin;
+    Range keys;
+    bool masked;
+  };
+
+  // Live tile n of the block, or the first one after it, before `last`, in which there is something to read.
+  bool find_step(const Block& k, const Range& range, int64_t& n, int64_t last, Step& step) const {
+    for (; n < last; ++n) {
+      const int32_t entry = source.live_tile(k, range, n);
+      const int64_t begin = tile_index(entry) * tile;
+      Range r{begin > range.begin ? begin : range.begin, begin + tile < range.end ? begin + tile : range.end};
+      bool masked = !tile_open(entry);
+      r = source.narrow(k, r, !Engine::kPacked, masked);
+      r.begin = begin + (r.begin - begin) / Engine::kStart * Engine::kStart;
+      if (r.begin >= r.end) continue;
+      step = {begin, r, masked};
+      ++n;
+      return true;
+    }
+    return false;
+  }
+
+  void attend_chunk(const Block& k, const Range& range, int64_t chunk, Worker& w) {
+    for (int64_t r = 0; r < k.num_rows(); ++r) {
       w.row_max[r] = -kInf;
       w.row_sum[r] = 0.0f;
-      w.allowed[r] = allowed_keys(p, k.b, (k.row_begin + r) / group);
     }
-    const Range range = allowed_keys(p, k.b, k.i_begin, k.i_end);
-    const int64_t live = live_tiles(k);
-    const int64_t first = task.num_chunks == 1 ? 0 : task.chunk * chunk_tiles;
-    const int64_t last = task.num_chunks == 1 || first + chunk_tiles > live ? live : first + chunk_tiles;
     __builtin_memset(w.acc, 0, padded_rows(k) * o_stride * sizeof(float));
-    for (int64_t n = first; n < last; ++n) {
-      const int32_t entry = live_tile(k, range, n);
-      const int64_t tile_begin = tile_index(entry) * tile;
-      Range r{tile_begin > range.begin ? tile_begin : range.begin,
-              tile_begin + tile < range.end ? tile_begin + tile : range.end};
-      const bool masked = p.mask && !tile_open(entry);
-      if (!Engine::kPacked && masked && p.mask_dtype == DType::boolean) r = trim(k, r);
-      r.begin = tile_begin + (r.begin - tile_begin) / Engine::kStart * Engine::kStart;
-      if (r.begin >= r.end) continue;
-      const int64_t next = n + 1 < last ? tile_index(live_tile(k, range, n + 1)) * tile : -1;
-      attend_tile(k, r, tile_begin, masked, next, w);
+    const int64_t live = source.live_tiles(k, range), before = tiles_before(range);
+    int64_t n = chunk == 0 ? 0 : chunk * chunk_tiles - before, last = live;
+    if (chunk_tiles - before < live - chunk * chunk_tiles) last = (chunk + 1) * chunk_tiles - before;
+    Step steps[2];
+    bool more = find_step(k, range, n, last, steps[0]);
+    if (more) locate(k, steps[0], w.rows[0]);
+    for (int64_t now = 0; more; now ^= 1) {
+      more = find_step(k, range, n, last, steps[now ^ 1]);
+      if (more) locate(k, steps[now ^ 1], w.rows[now ^ 1]);
+      attend_tile(k, steps[now], w.rows[now], more ? &w.rows[now ^ 1].keys : nullptr, w);
     }
-    task.num_chunks == 1 ? write_rows(k, w) : write_partial(task_index, m, w);
   }
 
-  // Keys [r.begin, r.end) of one tile: products, softmax, weighted values. `next` is the first key of the
-  // tile after it.
-  void attend_tile(const Block& k, Range r, int64_t tile_begin, bool masked, int64_t next, Worker& w) {
-    const int64_t m = k.row_end - k.row_begin;
+  // The rows of K and V of a tile that is not packed: from the tile's first key on where it will be.
+  void locate(const Block& k, const Step& step, TileRows& rows) const {
+    if (members[k.b].packed_at >= 0) return;
+    const int64_t begin = Engine::kPacked ? step.tile_begin : step.keys.begin;
+    source.locate(rows, k.b, k.kv_head, begin, step.keys.end - begin);
+  }
+
+  // The keys of one tile: products, softmax, weighted values. `next`: the keys of the tile after it.
+  void attend_tile(const Block& k, const Step& step, const TileRows& rows, const Rows* next, Worker& w) {
+    const int64_t m = k.num_rows();
+    const Range r = step.keys;
     if constexpr (Engine::kPacked) {
-      const int64_t at = (k.b * p.num_kv_heads + k.kv_head) * num_tiles + tile_begin / tile;
-      const Query* k_pack = pack_once ? k_packed + at * k_tile_size : w.k_pack;
-      const Query* v_pack = pack_once ? v_packed + at * v_tile_size : w.v_pack;
-      if (!pack_once) pack_tile(k.b, k.kv_head, tile_begin, r.end - tile_begin, w.k_pack, w.v_pack, w);
+      const Query *k_pack = w.k_pack, *v_pack = w.v_pack;
+      if (members[k.b].packed_at >= 0) {
+        const int64_t at = packed_at(k, step.tile_begin / tile);
+        k_pack = k_packed + at * k_tile_size;
+        v_pack = v_packed + at * v_tile_size;
+      } else {
+        pack_tile(k.b, step.tile_begin, rows, r.end - step.tile_begin, w.k_pack, w.v_pack, w);
+      }
       for (int64_t row = 0; row < m; row += pass_rows) {
-        attend_pass(k, {row, row + pass_rows < m ? row + pass_rows : m}, r, tile_begin, masked, k_pack,
-                    v_pack, w);
+        attend_pass(k, {row, row + pass_rows < m ? row + pass_rows : m}, r, step.tile_begin, step.masked,
+                    k_pack, v_pack, w);
       }
     } else {
       const int64_t n = r.end - r.begin;
-      const KeyRows keys = load_keys(k.b, k.kv_head, r.begin, n, w);
-      const T* values = value_rows(k.b, k.kv_head, r.begin);
-      stream_scores<T>(w.s, s_stride, w.q, q_stride, m, keys.rows, keys.stride, n, p.head_dim_qk, values,
-                       p.v_stride_n, p.head_dim_vo);
-      softmax_rows(k, {0, m}, r, masked, w);
-      const T* next_keys = next >= 0 ? key_rows(k.b, k.kv_head, next) : nullptr;
+      const int64_t element = source.kv_dtype() == Fp8::none ? sizeof(T) : 1;
+      stream_scores<T>(w.s, s_stride, w.q, q_stride, m, load_keys(k.b, r.begin, rows.keys, n, w), n,
+                       p.head_dim_qk, NextRows<Rows>{rows.values, p.head_dim_vo * element});
+      softmax_rows(k, {0, m}, r, step.masked, w);
       stream_values(w.acc, o_stride, reinterpret_cast<const Weight*>(w.s),
-                    s_stride * int64_t(sizeof(float) / sizeof(Weight)), m, values, p.v_stride_n, n,
-                    p.head_dim_vo, next_keys, p.k_stride_n, p.head_dim_qk);
+                    s_stride * int64_t(sizeof(float) / sizeof(Weight)), m, load_values(rows.values, n, w), n,
+                    p.head_dim_vo, next ? NextRows<Rows>{*next, p.head_dim_qk * element} : NextRows<Rows>{});
     }
   }
 
@@ -433,11 +481,12 @@ class AttentionCall {
   // sums and rescales what has been accumulated. All maxima first: the exponentials of a row wait for its
   // maximum, and would fill the processor's scheduler while they do.
   void softmax_rows(const Block& k, Range rows, Range r, bool masked, Worker& w) {
+    const float scale = p.scale * source.k_scale(k.kv_head);
     // Nothing but a positive scale: it joins the exponent's FMA instead of taking a pass of its own.
-    const bool plain = !masked && p.logits_soft_cap == 0.0f && !p.alibi_slopes && p.scale > 0.0f;
-    const float scale2 = plain ? p.scale * kLog2e : 1.0f;
+    const bool plain = !masked && p.logits_soft_cap == 0.0f && !p.alibi_slopes && scale > 0.0f;
+    const float scale2 = plain ? scale * kLog2e : 1.0f;
     const int64_t n = r.end - r.begin, cols = round_up(n, Engine::kStepCols);
-    if (!plain) apply_variants(k, rows, r, masked, w);
+    if (!plain) apply_variants(k, rows, r, scale, masked, w);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       float* s = w.s + (row - rows.begin) * s_stride;
       const Range allowed = w.allowed[row];
@@ -466,99 +515,80 @@ class AttentionCall {
   }
 
   // Products to logits, base 2, where more than a scale lies between them.
-  void apply_variants(const Block& k, Range rows, Range r, bool masked, Worker& w) {
+  void apply_variants(const Block& k, Range rows, Range r, float scale, bool masked, Worker& w) {
     const int64_t n = r.end - r.begin;
     int64_t staged_i = -1, staged_h = -1;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const int64_t i = (k.row_begin + row) / group, h = k.kv_head * group + (k.row_begin + row) % group;
-      const int64_t mask_i = p.mask_stride_q == 0 ? 0 : i, mask_h = p.mask_stride_h == 0 ? 0 : h;
+      const int64_t mask_i = source.mask_differs_by_query() ? i : 0;
+      const int64_t mask_h = source.mask_differs_by_head() ? h : 0;
       if (masked && (mask_i != staged_i || mask_h != staged_h)) {
-        stage_mask(w.additive, p, k.b, mask_h, mask_i, r.begin, n);
+        source.stage(w.additive, k.b, mask_h, mask_i, r.begin, n);
         staged_i = mask_i;
         staged_h = mask_h;
       }
-      const RowVariant variant{p.scale, p.logits_soft_cap,
+      const RowVariant variant{scale, p.logits_soft_cap,
                                p.alibi_slopes ? p.alibi_slopes.at(h) * kLog2e : 0.0f,
-                               r.begin - query_position(p, k.b, i), masked ? w.additive : nullptr};
+                               r.begin - source.position(k.b, i), masked ? w.additive : nullptr};
       apply_variant(w.s + (row - rows.begin) * s_stride, round_up(n, kLanes), variant);
     }
   }
 
   // ---- results ----
 
-  void write_row(const Block& k, int64_t row, const float* acc, float row_max, float row_sum) const {
-    const int64_t i = row / group, h = k.kv_head * group + row % group;
-    T* out = static_cast<T*>(p.out) + k.b * p.o_stride_b + h * p.o_stride_h + i * p.o_stride_n;
-    const float lse = finish_row(out, acc, p.head_dim_vo, row_max, row_sum,
-                                 p.sinks ? p.sinks.data + h * p.sinks.stride : nullptr);
-    if (p.lse) p.lse[(k.b * p.num_qo_heads + h) * p.qo_len + i] = lse;
+  void write_row(const Block& k, int64_t r, const float* acc, float row_max, float row_sum) const {
+    const int64_t i = (k.row_begin + r) / group, h = k.kv_head * group + (k.row_begin + r) % group;
+    const float lse =
+        finish_row(source.out(k.b, h, i), acc, p.head_dim_vo, row_max, row_sum,
+                   p.sinks ? p.sinks.data + h * p.sinks.stride : nullptr, source.v_scale(k.kv_head));
+    if (p.lse) *source.lse(k.b, h, i) = lse;
   }
 
-  void write_rows(const Block& k, const Worker& w) const {
-    for (int64_t row = k.row_begin; row < k.row_end; ++row) {
-      const int64_t r = row - k.row_begin;
-      write_row(k, row, w.acc + r * o_stride, w.row_max[r], w.row_sum[r]);
+  void save_rows(const Block& k, const Worker& w, float* states) const {
+    for (int64_t r = 0; r < k.num_rows(); ++r)
+      save_row(states + r * stride(), w.acc + r * o_stride, w.row_max[r], w.row_sum[r], p.head_dim_vo);
+  }
+
+  // One more chunk of a block that this worker does alone.
+  void fold_rows(const Block& k, int64_t chunk, bool last, Worker& w) const {
+    float* fresh = w.states + (chunk ? block_rows * stride() : 0);
+    save_rows(k, w, fresh);
+    for (int64_t r = 0; r < k.num_rows(); ++r) {
+      float* state = w.states + r * stride();
+      if (chunk) join_row(state, fresh + r * stride(), p.head_dim_vo);
+      if (last) write_row(k, r, state, state[stride() - kLanes], state[stride() - kLanes + 1]);
     }
-  }
-
-  void write_partial(int64_t task, int64_t m, const Worker& w) {
-    const int64_t width = round_up(p.head_dim_vo, kLanes);
-    for (int64_t r = 0; r < m; ++r) {
-      float* dst = partials + (task * block_rows + r) * partial_stride();
-      __builtin_memcpy(dst, w.acc + r * o_stride, width * sizeof(float));
-      dst[width] = w.row_max[r];
-      dst[width + 1] = w.row_sum[r];
-    }
-  }
-
-  // Joins the chunks of each split block, row by row, in chunk order, into the first chunk's partial.
-  void merge() {
-    const Parallel alone{nullptr, 1};
-    const bool small = num_tasks * block_rows * partial_stride() <= kMergeAlone;
-    for_each_task(small ? alone : parallel, num_tasks, [this](int64_t t) {
-      if (tasks[t].num_chunks == 1 || tasks[t].chunk != 0) return;
-      const Block k = block_of(tasks[t].block);
-      const int64_t width = round_up(p.head_dim_vo, kLanes), stride = partial_stride();
-      for (int64_t row = k.row_begin; row < k.row_end; ++row) {
-        float* acc = partials + (t * block_rows + row - k.row_begin) * stride;
-        for (int64_t c = 1; c < tasks[t].num_chunks; ++c) {
-          const float* other = acc + c * block_rows * stride;
-          const float top = acc[width] > other[width] ? acc[width] : other[width];
-          const float keep = exp2(set1(acc[width] - usable_max(top)))[0];
-          const float add = exp2(set1(other[width] - usable_max(top)))[0];
-          for (int64_t d = 0; d < width; d += kLanes)
-            store(acc + d, load(acc + d) * keep + load(other + d) * add);
-          acc[width + 1] = acc[width + 1] * keep + other[width + 1] * add;
-          acc[width] = top;
-        }
-        write_row(k, row, acc, acc[width], acc[width + 1]);
-      }
-    });
   }
 
   const AttentionParams& p;
+  Source& source;
   const Parallel& parallel;
-  int64_t group, rows, block_rows, pass_rows, num_blocks, tile, num_tiles, depth;
+  int64_t group, block_rows, pass_rows, tile, depth, split_keys;
   int64_t q_stride, s_stride, o_stride, k_tile_size, v_tile_size;
-  bool pack_once;
-  int64_t mask_batches = 1, mask_heads = 1;
-  int32_t* lists =
-      nullptr;  // [mask_batches][mask_heads][num_blocks][num_tiles]: live tiles, where there is a mask
-  int64_t* list_sizes = nullptr;  // [mask_batches][mask_heads][num_blocks]
-  Task* tasks = nullptr;          // [num_tasks]
-  int64_t num_tasks = 0, chunk_tiles = 1;
-  float* partials = nullptr;  // [num_tasks][block_rows][partial_stride], where any block is split
-  Query* k_packed = nullptr;  // [batch][num_kv_heads][num_tiles][k_tile_size]
-  Query* v_packed = nullptr;  // [batch][num_kv_heads][num_tiles][v_tile_size]
+  bool k_staged, v_staged;    // not read in place
+  Member* members = nullptr;  // [source.count()]
+  Task* tasks = nullptr;      // [num_tasks]
+  PackTask* packs = nullptr;  // [num_packs]
+  int64_t num_tasks = 0, num_packs = 0, num_partials = 0, chunk_tiles = 1;
+  float* partials = nullptr;  // [num_partials][block_rows][stride], where tasks share a block
+  Query* k_packed = nullptr;  // [tiles packed once][k_tile_size]
+  Query* v_packed = nullptr;  // [tiles packed once][v_tile_size]
 };
 
 template <class T, class Unit>
 void run_attention(const AttentionParams& p, const Parallel& parallel) {
   if (p.batch == 0 || p.num_qo_heads == 0 || p.qo_len == 0) return;
+  DenseSource<T> source(p, parallel);
+  auto run = [&](auto&& call) {
+    call.prepare();
+    run_phases(p.scratch, parallel, call.packing());
+    run_phases(p.scratch, parallel, call.attending());
+    call.merge();
+  };
   if (p.num_qo_heads / p.num_kv_heads * p.qo_len <= Stream<T>::kMaxRows) {
-    AttentionCall<T, Stream<T>>(p, parallel).run();
+    run(AttentionCall<T, Stream<T>, DenseSource<T>>(p, source, parallel));
   } else {
-    AttentionCall<T, Packed<T, Unit>>(p, parallel).run();
+    run(AttentionCall<T, Packed<T, Unit>, DenseSource<T>>(p, source, parallel));
   }
 }
 

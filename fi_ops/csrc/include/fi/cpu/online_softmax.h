@@ -129,10 +129,10 @@ FI_INLINE float weigh_row(const float* s, P* weights, int64_t n, float scale2, f
   return reduce_add(sum0 + sum1);
 }
 
-// One row's result: out = acc / sum, the sink joining the sum; returns the LSE, base 2.
+// One row's result: out = acc / sum * factor, the sink joining the sum; returns the LSE, base 2.
 template <class T>
 FI_INLINE float finish_row(T* out, const float* acc, int64_t n, float row_max, float row_sum,
-                           const float* sink) {
+                           const float* sink, float factor = 1.0f) {
   float total = row_sum, top = row_max, keep = 1.0f;
   if (sink) {
     const float s = *sink * kLog2e;
@@ -140,7 +140,7 @@ FI_INLINE float finish_row(T* out, const float* acc, int64_t n, float row_max, f
     keep = exp2(set1(row_max - usable_max(top)))[0];
     total = row_sum * keep + exp2(set1(s - usable_max(top)))[0];
   }
-  const float inverse = total == 0.0f ? 0.0f : keep / total;
+  const float inverse = total == 0.0f ? 0.0f : keep / total * factor;
   for (int64_t d = 0; d < n; d += kLanes) {
     const int64_t width = n - d < kLanes ? n - d : kLanes;
     const Vec x = load_partial(acc + d, width) * inverse;

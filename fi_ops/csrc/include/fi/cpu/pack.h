@@ -1,7 +1,7 @@
 // Packing rows of K and V into the panels that tile_gemm.h reads.
 #pragma once
 
-#include "fi/cpu/simd.h"
+#include "fi/cpu/key_rows.h"
 
 namespace fi::FI_ISA {
 
@@ -62,9 +62,8 @@ FI_INLINE VecI load_words(const T* row, int64_t d, int64_t size) {
 
 // K^T of `n` rows: panels of kLanes rows, each depth x kLanes elements; dims from `size` to `depth` and rows
 // from n to the end of the last panel are 0.
-template <class Unit, class T>
-void pack_keys(typename Unit::Element* dst, const T* rows, int64_t row_stride, int64_t n, int64_t size,
-               int64_t depth) {
+template <class Unit, class Rows>
+void pack_keys(typename Unit::Element* dst, Rows rows, int64_t n, int64_t size, int64_t depth) {
   constexpr int64_t word = Unit::kPair;
   for (int64_t r = 0; r < n; r += kLanes) {
     typename Unit::Element* panel = dst + r * depth;
@@ -72,7 +71,7 @@ void pack_keys(typename Unit::Element* dst, const T* rows, int64_t row_stride, i
       VecI v[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        v[i] = r + i < n && d < size ? load_words<Unit>(rows + (r + i) * row_stride, d, size) : VecI{};
+        v[i] = r + i < n && d < size ? load_words<Unit>(rows[r + i], d, size) : VecI{};
       }
       transpose(v);
       const int64_t count = (depth - d) / word < kLanes ? (depth - d) / word : kLanes;
@@ -84,21 +83,22 @@ void pack_keys(typename Unit::Element* dst, const T* rows, int64_t row_stride, i
 }
 
 // V of `n` rows: panels of kLanes columns, each `depth` (rows, padded with 0) x kLanes elements.
-template <class Unit, class T>
-void pack_values(typename Unit::Element* dst, const T* rows, int64_t row_stride, int64_t n, int64_t size,
-                 int64_t depth, int64_t panel_stride) {
+template <class Unit, class Rows>
+void pack_values(typename Unit::Element* dst, Rows rows, int64_t n, int64_t size, int64_t depth,
+                 int64_t panel_stride) {
   for (int64_t d = 0; d < size; d += kLanes) {
     typename Unit::Element* panel = dst + d / kLanes * panel_stride;
     const int64_t width = size - d < kLanes ? size - d : kLanes;
     if constexpr (Unit::kPair == 1) {
       for (int64_t r = 0; r < depth; ++r) {
-        const T* p = rows + r * row_stride + d;
-        store(panel + r * kLanes, r >= n ? zero() : width == kLanes ? load(p) : load_partial(p, width));
+        Vec x{};
+        if (r < n) x = width == kLanes ? load(rows[r] + d) : load_partial(rows[r] + d, width);
+        store(panel + r * kLanes, x);
       }
     } else {
       auto bits = [&](int64_t r) {
-        const T* p = rows + r * row_stride + d;
-        const VecH h = r >= n ? VecH{} : width == kLanes ? load_bits(p) : load_bits_partial(p, width);
+        VecH h{};
+        if (r < n) h = width == kLanes ? load_bits(rows[r] + d) : load_bits_partial(rows[r] + d, width);
         return __builtin_convertvector(h, VecU);
       };
       for (int64_t r = 0; r < depth; r += 2) {

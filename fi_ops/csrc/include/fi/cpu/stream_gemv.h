@@ -3,14 +3,9 @@
 // reads.
 #pragma once
 
-#include "fi/cpu/simd.h"
+#include "fi/cpu/key_rows.h"
 
 namespace fi::FI_ISA {
-
-FI_INLINE void prefetch_row(const void* row, int64_t bytes) {
-  const char* p = static_cast<const char*>(row);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
-}
 
 // dst[0..4) = the lane sums of four vectors.
 FI_INLINE void reduce_add4(float* dst, Vec a, Vec b, Vec c, Vec d) {
@@ -85,7 +80,7 @@ struct StreamDot<bf16> {
 // s[r][j..j+4) = q[r] . k[j..j+4) for kRows query rows.
 template <class T, int kRows>
 FI_INLINE void dot_block(float* s, int64_t s_stride, const typename StreamDot<T>::Query* q, int64_t q_stride,
-                         const T* k, const int64_t (&k_offset)[4], int64_t size) {
+                         const T* const (&k)[4], int64_t size) {
   using Dot = StreamDot<T>;
   Vec acc[kRows][4] = {};
   auto step = [&](const typename Dot::Operand(&kv)[4], int64_t d) {
@@ -100,13 +95,13 @@ FI_INLINE void dot_block(float* s, int64_t s_stride, const typename StreamDot<T>
   for (; d + Dot::kStep <= size; d += Dot::kStep) {
     typename Dot::Operand kv[4];
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) kv[c] = Dot::load_key(k + k_offset[c] + d);
+    for (int c = 0; c < 4; ++c) kv[c] = Dot::load_key(k[c] + d);
     step(kv, d);
   }
   if (d < size) {
     typename Dot::Operand kv[4];
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) kv[c] = Dot::load_key_partial(k + k_offset[c] + d, size - d);
+    for (int c = 0; c < 4; ++c) kv[c] = Dot::load_key_partial(k[c] + d, size - d);
     step(kv, d);
   }
 #if FI_ISA_LEVEL >= 2
@@ -127,27 +122,25 @@ FI_INLINE void dot_block(float* s, int64_t s_stride, const typename StreamDot<T>
 }
 
 // s[rows][n] = q k^T. Columns up to the next multiple of 4 are written too (with copies of the last key's
-// product). Prefetches `next_row(j)`, what the following pass reads, along the way.
-template <class T>
+// product). Prefetches `next`, what the following pass reads, along the way.
+template <class T, class Keys>
 void stream_scores(float* s, int64_t s_stride, const typename StreamDot<T>::Query* q, int64_t q_stride,
-                   int64_t rows, const T* k, int64_t k_stride, int64_t n, int64_t size, const T* next,
-                   int64_t next_stride, int64_t next_size) {
+                   int64_t rows, Keys k, int64_t n, int64_t size, NextRows<Keys> next) {
   for (int64_t j = 0; j < n; j += 4) {
-    int64_t offset[4];
-    for (int c = 0; c < 4; ++c) offset[c] = (j + c < n ? j + c : n - 1) * k_stride;
+    const T* key[4];
+    for (int c = 0; c < 4; ++c) key[c] = k[j + c < n ? j + c : n - 1];
     if (next) {
-      for (int64_t c = j; c < j + 4 && c < n; ++c)
-        prefetch_row(next + c * next_stride, next_size * sizeof(T));
+      for (int64_t c = j; c < j + 4 && c < n; ++c) next.prefetch(c);
     }
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4)
-      dot_block<T, 4>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, k, offset, size);
+      dot_block<T, 4>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, key, size);
     if (rows - r == 3) {
-      dot_block<T, 3>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, k, offset, size);
+      dot_block<T, 3>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, key, size);
     } else if (rows - r == 2) {
-      dot_block<T, 2>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, k, offset, size);
+      dot_block<T, 2>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, key, size);
     } else if (rows - r == 1) {
-      dot_block<T, 1>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, k, offset, size);
+      dot_block<T, 1>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, key, size);
     }
   }
 }
@@ -159,10 +152,9 @@ inline constexpr int kValueVecs = 2;
 #endif
 
 // acc[kRows][kVecs] += p v over n rows of V, for one strip of columns.
-template <class T, int kRows, int kVecs>
-FI_INLINE void value_block(float* acc, int64_t acc_stride, const float* p, int64_t p_stride, const T* v,
-                           int64_t v_stride, int64_t n, int64_t tail, const T* next, int64_t next_stride,
-                           int64_t next_size) {
+template <int kRows, int kVecs, class Values>
+FI_INLINE void value_block(float* acc, int64_t acc_stride, const float* p, int64_t p_stride, Values v,
+                           int64_t n, int64_t tail, NextRows<Values> next) {
   Vec sum[kRows][kVecs];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -170,11 +162,12 @@ FI_INLINE void value_block(float* acc, int64_t acc_stride, const float* p, int64
     for (int c = 0; c < kVecs; ++c) sum[r][c] = load(acc + r * acc_stride + c * kLanes);
   }
   for (int64_t j = 0; j < n; ++j) {
-    if (next) prefetch_row(next + j * next_stride, next_size * sizeof(T));
+    if (next) next.prefetch(j);
+    const auto* row = v[j];
     Vec vv[kVecs];
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {
-      const T* src = v + j * v_stride + c * kLanes;
+      const auto* src = row + c * kLanes;
       vv[c] = c == kVecs - 1 && tail < kLanes ? load_partial(src, tail) : load(src);
     }
 #pragma GCC unroll 4
@@ -195,10 +188,9 @@ FI_INLINE void value_block(float* acc, int64_t acc_stride, const float* p, int64
 // The same for bf16 weights: rows of V are interleaved two by two and multiplied as pairs, 32 columns a unit.
 // Interleaving within 128-bit lanes leaves columns 8l..8l+3 in one accumulator's lane l and 8l+4..8l+7 in the
 // other's; acc in memory is in order. p is 0 from n on.
-template <int kRows, int kUnits>
-FI_INLINE void value_pairs_block(float* acc, int64_t acc_stride, const bf16* p, int64_t p_stride,
-                                 const bf16* v, int64_t v_stride, int64_t n, int64_t width, const bf16* next,
-                                 int64_t next_stride, int64_t next_size) {
+template <int kRows, int kUnits, class Values>
+FI_INLINE void value_pairs_block(float* acc, int64_t acc_stride, const bf16* p, int64_t p_stride, Values v,
+                                 int64_t n, int64_t width, NextRows<Values> next) {
   Vec sum[kRows][kUnits][2];
 #  pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -211,13 +203,13 @@ FI_INLINE void value_pairs_block(float* acc, int64_t acc_stride, const bf16* p, 
   }
   auto load_unit = [&](int64_t j, int u) {
     const int64_t columns = width - u * 32;
-    if (columns >= 32) return _mm512_loadu_si512(v + j * v_stride + u * 32);
-    return _mm512_maskz_loadu_epi16((__mmask32(1) << columns) - 1, v + j * v_stride + u * 32);
+    if (columns >= 32) return _mm512_loadu_si512(v[j] + u * 32);
+    return _mm512_maskz_loadu_epi16((__mmask32(1) << columns) - 1, v[j] + u * 32);
   };
   for (int64_t j = 0; j < n; j += 2) {
     if (next) {
-      prefetch_row(next + j * next_stride, next_size * sizeof(bf16));
-      prefetch_row(next + (j + 1) * next_stride, next_size * sizeof(bf16));
+      next.prefetch(j);
+      next.prefetch(j + 1);
     }
     __m512bh low[kUnits], high[kUnits];
 #  pragma GCC unroll 2
@@ -252,9 +244,9 @@ FI_INLINE void value_pairs_block(float* acc, int64_t acc_stride, const bf16* p, 
 
 // acc[rows][size] += p[rows][n] v[n][size]; acc rows are padded to a multiple of 32. Prefetches rows of
 // `next`.
-inline void stream_values(float* acc, int64_t acc_stride, const bf16* p, int64_t p_stride, int64_t rows,
-                          const bf16* v, int64_t v_stride, int64_t n, int64_t size, const bf16* next,
-                          int64_t next_stride, int64_t next_size) {
+template <class Values>
+void stream_values(float* acc, int64_t acc_stride, const bf16* p, int64_t p_stride, int64_t rows, Values v,
+                   int64_t n, int64_t size, NextRows<Values> next) {
   for (int64_t d = 0; d < size; d += 64) {
     const int64_t width = size - d < 64 ? size - d : 64;
     for (int64_t r = 0; r < rows; r += 4) {
@@ -262,11 +254,9 @@ inline void stream_values(float* acc, int64_t acc_stride, const bf16* p, int64_t
         float* a = acc + r * acc_stride + d;
         const bf16* w = p + r * p_stride;
         if (width > 32) {
-          value_pairs_block<block_rows(), 2>(a, acc_stride, w, p_stride, v + d, v_stride, n, width, next,
-                                             next_stride, next_size);
+          value_pairs_block<block_rows(), 2>(a, acc_stride, w, p_stride, v.columns(d), n, width, next);
         } else {
-          value_pairs_block<block_rows(), 1>(a, acc_stride, w, p_stride, v + d, v_stride, n, width, next,
-                                             next_stride, next_size);
+          value_pairs_block<block_rows(), 1>(a, acc_stride, w, p_stride, v.columns(d), n, width, next);
         }
       };
       switch (rows - r) {
@@ -282,7 +272,7 @@ inline void stream_values(float* acc, int64_t acc_stride, const bf16* p, int64_t
         default:
           run([] { return 4; });
       }
-      next = nullptr;  // once is enough
+      next.bytes = 0;  // once is enough
     }
   }
 }
@@ -290,10 +280,9 @@ inline void stream_values(float* acc, int64_t acc_stride, const bf16* p, int64_t
 
 // acc[rows][size] += p[rows][n] v[n][size]; acc rows are padded to a multiple of kLanes. Prefetches rows of
 // `next`.
-template <class T>
-void stream_values(float* acc, int64_t acc_stride, const float* p, int64_t p_stride, int64_t rows, const T* v,
-                   int64_t v_stride, int64_t n, int64_t size, const T* next, int64_t next_stride,
-                   int64_t next_size) {
+template <class Values>
+void stream_values(float* acc, int64_t acc_stride, const float* p, int64_t p_stride, int64_t rows, Values v,
+                   int64_t n, int64_t size, NextRows<Values> next) {
   int64_t d = 0;
   while (d < size) {
     const int64_t left = size - d;
@@ -303,9 +292,8 @@ void stream_values(float* acc, int64_t acc_stride, const float* p, int64_t p_str
     for (int64_t r = 0; r < rows; r += 4) {
       const int64_t count = rows - r < 4 ? rows - r : 4;
       auto run = [&](auto block_rows, auto block_vecs) {
-        value_block<T, block_rows(), block_vecs()>(acc + r * acc_stride + d, acc_stride, p + r * p_stride,
-                                                   p_stride, v + d, v_stride, n, tail, next, next_stride,
-                                                   next_size);
+        value_block<block_rows(), block_vecs()>(acc + r * acc_stride + d, acc_stride, p + r * p_stride,
+                                                p_stride, v.columns(d), n, tail, next);
       };
       auto with_rows = [&](auto block_vecs) {
         switch (count) {
@@ -326,7 +314,7 @@ void stream_values(float* acc, int64_t acc_stride, const float* p, int64_t p_str
       } else {
         with_rows([] { return 1; });
       }
-      next = nullptr;  // once is enough
+      next.bytes = 0;  // once is enough
     }
     d += width;
   }

@@ -28,6 +28,14 @@ FI_DEVICE_INLINE void cp_async_16(void* smem, const void* src, bool valid = true
                "r"(valid ? 16 : 0)
                : "memory");
 }
+// 4 or 8 bytes, through L1; zeros likewise.
+template <int kBytes>
+FI_DEVICE_INLINE void cp_async_small(void* smem, const void* src, bool valid = true) {
+  static_assert(kBytes == 4 || kBytes == 8);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(smem_address(smem)), "l"(src),
+               "n"(kBytes), "r"(valid ? kBytes : 0)
+               : "memory");
+}
 // The same with a policy for L2: what it drops first, or as usual.
 FI_DEVICE_INLINE uint64_t l2_evict_first() {
   uint64_t policy;
@@ -151,6 +159,18 @@ FI_DEVICE_INLINE float2 unpack2(uint32_t v) {
         : "r"(v));
     return r;
   }
+}
+
+// The products of two pairs, each rounded to T. Denormals count.
+template <class T>
+FI_DEVICE_INLINE uint32_t multiply2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  if constexpr (__is_same(T, bf16)) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
+  } else {
+    asm("mul.rn.f16x2 %0, %1, %2;\n" : "=r"(r) : "r"(a), "r"(b));
+  }
+  return r;
 }
 
 // 2^x to 2 ulp; 0 for -inf.

@@ -22,11 +22,18 @@ inline void require_aligned(const void* p, size_t bytes, const char* what) {
 // ---- asynchronous copies: the destination is poisoned at once, the data arrive when they are waited for
 // ----
 
+inline void cp_async(void* smem, const void* source, bool valid, size_t bytes, const char* what) {
+  require_aligned(smem, bytes, what);
+  if (valid) require_aligned(source, bytes, what);
+  std::memset(smem, 0xff, bytes);
+  emulation::current().issued.push_back({smem, valid ? source : nullptr, bytes});
+}
 inline void cp_async_16(void* smem, const void* source, bool valid = true) {
-  require_aligned(smem, 16, "cp_async_16");
-  if (valid) require_aligned(source, 16, "cp_async_16");
-  std::memset(smem, 0xff, 16);
-  emulation::current().issued.push_back({smem, valid ? source : nullptr, 16});
+  cp_async(smem, source, valid, 16, "cp_async_16");
+}
+template <int kBytes>
+void cp_async_small(void* smem, const void* source, bool valid = true) {
+  cp_async(smem, source, valid, kBytes, "cp_async_small");
 }
 inline uint64_t l2_evict_first() { return 0; }
 inline uint64_t l2_evict_normal() { return 0; }
@@ -141,6 +148,10 @@ uint32_t pack2(float lo, float hi) {
 template <class T>
 float2 unpack2(uint32_t v) {
   return {half_of<T>(v, 0), half_of<T>(v, 1)};
+}
+template <class T>
+uint32_t multiply2(uint32_t a, uint32_t b) {
+  return pack2<T>(half_of<T>(a, 0) * half_of<T>(b, 0), half_of<T>(a, 1) * half_of<T>(b, 1));
 }
 inline float exp2_approx(float x) { return exp2f(x); }
 

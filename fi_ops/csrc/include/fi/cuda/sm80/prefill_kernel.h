@@ -9,6 +9,7 @@
 #include "fi/cuda/sm80/partials.h"
 #include "fi/cuda/sm80/prefill.h"
 #include "fi/cuda/sm80/prefill_tile.h"
+#include "fi/cuda/sm80/warp_rows.h"
 
 namespace fi::cuda {
 
@@ -34,13 +35,14 @@ struct PrefillConfig {
 };
 
 template <class C>
-class PrefillBlock {
+class PrefillBlock : WarpRows<C> {
   using T = typename C::T;
-  static constexpr int kTiles = C::kKeys / 8;
+  using Rows = WarpRows<C>;
+  using Rows::warp_row, Rows::o, Rows::row_max, Rows::row_sum;
 
  public:
   FI_DEVICE_INLINE PrefillBlock(const PrefillArgs& args, typename C::Smem& smem)
-      : args(args), p(args.p), smem(smem), warp_row(static_cast<int>(threadIdx.x / 32) * 16 * C::kM) {}
+      : args(args), p(args.p), smem(smem) {}
 
   FI_DEVICE_INLINE void run() {
     TileWalk<C::kVariants> walk = begin();
@@ -59,7 +61,8 @@ class PrefillBlock {
       tile = next, open = next_open, stage ^= 1;
     }
     cp_async_wait<0>();  // of q, where there was no tile
-    finish();
+    this->join_sums();
+    args.partials.parts > 1 ? write_partial() : write();
   }
 
  private:
@@ -76,7 +79,7 @@ class PrefillBlock {
       smem.block = block;
       smem.range = range;
     }
-    init();
+    this->init();
     __syncthreads();
     int first = range.begin / C::kKeys, last = (range.end + C::kKeys - 1) / C::kKeys;
     if (args.partials.parts > 1) {
@@ -117,230 +120,62 @@ class PrefillBlock {
                                                 static_cast<int>(p.head_dim_vo));
   }
 
-  FI_DEVICE_INLINE void init() {
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int d = 0; d < C::kDimVO / 8; ++d) o[m][d][0] = o[m][d][1] = o[m][d][2] = o[m][d][3] = 0.0f;
-      row_max[m][0] = row_max[m][1] = -kInf;
-      row_sum[m][0] = row_sum[m][1] = 0.0f;
-    }
-  }
-
-  // The row of the block that accumulators m, `half` belong to, and the tile's key that element e of tile n
-  // is.
-  FI_DEVICE_INLINE int row_of(int m, int half) const {
-    return warp_row + 16 * m + static_cast<int>(threadIdx.x % 32 / 4) + 8 * half;
-  }
-  FI_DEVICE_INLINE int key_of(int n, int e) const {
-    return 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e;
-  }
-
   FI_DEVICE_INLINE void attend_tile(int tile, bool open, int stage) {
     const int first = tile * C::kKeys;
-    float s[C::kM][kTiles][4];
+    typename Rows::Logits s;
     multiply_keys<C::kDimQK, C::kM, C::kKeys>(s, smem.q, warp_row, smem.k[stage]);
     float scale2 = p.scale * kLog2e;
     if constexpr (C::kVariants) {
-      apply_variants(s, first);
+      this->apply_variants(s, first, smem.rows, scale2, p.logits_soft_cap);
       if (!open) with_mask_type(p.mask_dtype, [&](auto* type) { apply_mask(s, first, type); });
       scale2 = 1.0f;
     }
-    if (first < smem.range.open_begin || first + C::kKeys > smem.range.open_end) exclude_keys(s, first);
-    softmax(s, scale2);
+    if (first < smem.range.open_begin || first + C::kKeys > smem.range.open_end)
+      this->exclude_keys(s, first, smem.rows);
+    this->softmax(s, scale2);
     add_values<C::kDimVO, C::kM, C::kKeys>(o, s, smem.v[stage]);
   }
 
-  // Products to logits, base 2.
-  FI_DEVICE_INLINE void apply_variants(float (&s)[C::kM][kTiles][4], int first) const {
-    const float cap = p.logits_soft_cap, to_cap = cap > 0.0f ? 2.0f * kLog2e * p.scale / cap : 0.0f;
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Row row = smem.rows[row_of(m, half)];
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& x = s[m][n][2 * half + e];
-            x = cap > 0.0f ? cap * kLog2e * tanh_exp2(x * to_cap) : x * (p.scale * kLog2e);
-            x += (static_cast<float>(first + key_of(n, e)) - row.position) * row.slope;
-          }
-        }
-      }
-    }
-  }
-
   template <class M>
-  FI_DEVICE_INLINE void apply_mask(float (&s)[C::kM][kTiles][4], int first, const M*) const {
+  FI_DEVICE_INLINE void apply_mask(typename Rows::Logits& s, int first, const M*) const {
     const BlockOfRows block = smem.block;
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = row_of(m, half);
-        if (!block.has(r)) continue;
-        const M* mask = static_cast<const M*>(p.mask) + block.b * p.mask_stride_b +
-                        block.head(r) * p.mask_stride_h + block.query(r) * p.mask_stride_q;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int j = first + key_of(n, e);
-            float& x = s[m][n][2 * half + e];
-            const float addend = j < smem.range.end ? mask_addend(mask[j * p.mask_stride_k]) : -kInf;
-            x = addend == -kInf ? addend : x + addend;
-          }
-        }
-      }
-    }
+    this->for_each_row([&](int m, int half) {
+      const int r = this->row_of(m, half);
+      if (!block.has(r)) return;
+      const M* mask = static_cast<const M*>(p.mask) + block.b * p.mask_stride_b +
+                      block.head(r) * p.mask_stride_h + block.query(r) * p.mask_stride_q;
+      this->for_each_logit(s, m, half, [&](float& x, int n, int e) {
+        const int j = first + this->key_of(n, e);
+        const float addend = j < smem.range.end ? mask_addend(mask[j * p.mask_stride_k]) : -kInf;
+        x = addend == -kInf ? addend : x + addend;
+      });
+    });
   }
 
-  // Keys that a row may not see become -inf, even where their product is NaN.
-  FI_DEVICE_INLINE void exclude_keys(float (&s)[C::kM][kTiles][4], int first) const {
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Row row = smem.rows[row_of(m, half)];
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int j = first + key_of(n, e);
-            if (j < row.begin || j >= row.end) s[m][n][2 * half + e] = -kInf;
-          }
-        }
-      }
-    }
-  }
-
-  // Logits / scale2 to weights. The maximum moves only when it grows by 2^kSlack or more: weights up to that
-  // are as good as weights up to 1, and what has been accumulated is rarely rescaled.
-  FI_DEVICE_INLINE void softmax(float (&s)[C::kM][kTiles][4], float scale2) {
-    constexpr float kSlack = 8.0f;
-    float rescale[C::kM][2];
-    bool moved = false;
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float top = -kInf;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2)) * scale2;
-        const float old = row_max[m][half];
-        const bool moves = top > old + kSlack;
-        rescale[m][half] = moves ? exp2_approx(old - top) : 1.0f;
-        row_max[m][half] = moves ? top : old;
-        moved = moved || moves;
-      }
-    }
-    if (__any_sync(kAllLanes, moved)) {
-#pragma unroll
-      for (int m = 0; m < C::kM; ++m) {
-        row_sum[m][0] *= rescale[m][0];
-        row_sum[m][1] *= rescale[m][1];
-#pragma unroll
-        for (int d = 0; d < C::kDimVO / 8; ++d) {
-          o[m][d][0] *= rescale[m][0];
-          o[m][d][1] *= rescale[m][0];
-          o[m][d][2] *= rescale[m][1];
-          o[m][d][3] *= rescale[m][1];
-        }
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float shift = usable_max(row_max[m][half]);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& x = s[m][n][2 * half + e];
-            x = exp2_approx(fmaf(x, scale2, -shift));
-            row_sum[m][half] += x;
-          }
-        }
-      }
-    }
-  }
-
-  FI_DEVICE_INLINE void finish() {
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& sum = row_sum[m][half];
-        sum += __shfl_xor_sync(kAllLanes, sum, 1);
-        sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      }
-    }
-    args.partials.parts > 1 ? write_partial() : write();
-  }
-
-  // Through shared memory, in the place of this warp's own queries, so that 16 bytes go out at a time.
   FI_DEVICE_INLINE void write() {
     const BlockOfRows block = smem.block;
-    const int lane = threadIdx.x % 32;
     __syncthreads();  // q's copies, which other threads waited for, have landed even where there was no tile
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = row_of(m, half);
-        const int64_t h = block.head(r);
-        float factor = 0.0f;
-        if (block.has(r)) {
-          const RowResult result = finish_row(p, h, row_max[m][half], row_sum[m][half]);
-          factor = result.factor;
-          if (p.lse && lane % 4 == 0)
-            p.lse[(block.b * p.num_qo_heads + h) * p.qo_len + block.query(r)] = result.lse;
-        }
-#pragma unroll
-        for (int d = 0; d < C::kDimVO / 8; ++d) {
-          *reinterpret_cast<uint32_t*>(smem.q + tile_offset<C::kDimQK>(r, d) + 2 * (lane % 4)) =
-              pack2<T>(o[m][d][2 * half] * factor, o[m][d][2 * half + 1] * factor);
-        }
-      }
-    }
-    __syncwarp();
-    constexpr int kChunks = C::kDimVO / 8;
+    auto factor_of = [&](int m, int half, int r) {
+      if (!block.has(r)) return 0.0f;
+      const int64_t h = block.head(r);
+      const RowResult result = finish_row(p, h, row_max[m][half], row_sum[m][half]);
+      if (p.lse && threadIdx.x % 4 == 0)
+        p.lse[(block.b * p.num_qo_heads + h) * p.qo_len + block.query(r)] = result.lse;
+      return result.factor;
+    };
     T* out = static_cast<T*>(p.out) + block.b * p.o_stride_b;
-#pragma unroll 4
-    for (int at = lane; at < 16 * C::kM * kChunks; at += 32) {
-      const int r = warp_row + at / kChunks, chunk = at % kChunks;
-      if (!block.has(r) || chunk * 8 >= p.head_dim_vo) continue;
-      *reinterpret_cast<uint4*>(out + block.head(r) * p.o_stride_h + block.query(r) * p.o_stride_n +
-                                chunk * 8) =
-          *reinterpret_cast<const uint4*>(smem.q + tile_offset<C::kDimQK>(r, chunk));
-    }
+    this->write_rows(smem.q, p.head_dim_vo, factor_of, [&](int r) -> T* {
+      return block.has(r) ? out + block.head(r) * p.o_stride_h + block.query(r) * p.o_stride_n : nullptr;
+    });
   }
 
   FI_DEVICE_INLINE void write_partial() const {
     const BlockOfRows block = smem.block;
     const PrefillArgs::Place place = args.place(blockIdx.x);
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = row_of(m, half);
-        if (!block.has(r)) continue;
-        const int64_t row = args.partials.row(place.part, place.head, block.row_begin + r);
-        float* out = args.partials.out + row * args.partials.width;
-#pragma unroll
-        for (int d = 0; d < C::kDimVO / 8; ++d)
-          *reinterpret_cast<float2*>(out + key_of(d, 0)) = {o[m][d][2 * half], o[m][d][2 * half + 1]};
-        if (threadIdx.x % 4 == 0) {
-          args.partials.state[2 * row] = row_max[m][half];
-          args.partials.state[2 * row + 1] = row_sum[m][half];
-        }
-      }
-    }
+    const Partials& s = args.partials;
+    this->write_partial_rows(s.out, s.state, s.width, [&](int r) -> int64_t {
+      return block.has(r) ? s.row(place.part, place.head, block.row_begin + r) : -1;
+    });
   }
 
   const PrefillArgs& args;
@@ -348,9 +183,6 @@ class PrefillBlock {
   typename C::Smem& smem;
   const T* key;
   const T* value;
-  int warp_row;
-  float o[C::kM][C::kDimVO / 8][4];
-  float row_max[C::kM][2], row_sum[C::kM][2];
 };
 
 template <class C>

@@ -4,7 +4,8 @@
 // kConsumers warpgroups of 64 query rows each. Blocks stay: each takes query tiles from PrefillQueue until
 // none is left, and the producer runs ahead into the next tile. A consumer has two products in flight: it
 // starts the scores of the next KV tile, then the output of the one before, and computes the softmax of the
-// former while the latter runs.
+// former while the latter runs. Over a batch
+// (batch_kernel.h) the producer says which query tile is next.
 #pragma once
 
 #include "fi/cuda/sm90/prefill_producer.h"
@@ -17,11 +18,14 @@ template <class Config>
 class PrefillConsumer {
  public:
   using T = typename Config::T;
-  static constexpr bool kDeviceKeys = Config::kDeviceKeys;
-  using Smem = std::conditional_t<kDeviceKeys, DeviceKeysSmem<Config>, PrefillSmem<Config>>;
+  static constexpr bool kDeviceKeys = Config::kDeviceKeys, kBatch = Config::kBatch;
+  using Smem =
+      std::conditional_t<kBatch, BatchSmem<Config>,
+                         std::conditional_t<kDeviceKeys, DeviceKeysSmem<Config>, PrefillSmem<Config>>>;
+  using Args = std::conditional_t<kBatch, BatchArgs, PrefillArgs>;
   static constexpr int kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
 
-  FI_DEVICE_INLINE PrefillConsumer(Smem& smem, const PrefillArgs& args, int group)
+  FI_DEVICE_INLINE PrefillConsumer(Smem& smem, const Args& args, int group)
       : smem_(smem),
         args_(args),
         lane_(threadIdx.x % 32),
@@ -29,9 +33,19 @@ class PrefillConsumer {
         warp_row_(64 * group + threadIdx.x % kWarpgroupThreads / 32 * 16) {}
 
   FI_DEVICE_INLINE void run() {
-    PrefillQueue<Config::kBlockM, kBlockN> queue(args_.shape);
-    PrefillWork work;
-    while (queue.next(work)) attend(work);
+    if constexpr (kBatch) {
+      for (;;) {
+        barrier_wait(smem_.q_full, q_at_.parity);
+        const PrefillWork work = uniform(batch_tile().work);
+        if (work.head < 0) return;
+        attend(work);
+        q_at_.advance();
+      }
+    } else {
+      PrefillQueue<Config::kBlockM, kBlockN> queue(args_.shape);
+      PrefillWork work;
+      while (queue.next(work)) attend(work);
+    }
   }
 
  private:
@@ -41,7 +55,7 @@ class PrefillConsumer {
     float o[kHeadDim / 2];
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
-    OnlineSoftmax softmax(args_.scale_log2);
+    OnlineSoftmax softmax(start_scale());
     Tile tile = first_tile(work);
     if (is_tile(tile, work)) {
       float s[kBlockN / 2], rescale[2];
@@ -49,6 +63,9 @@ class PrefillConsumer {
       barrier_wait(smem_.q_full, q_at_.parity);
       if constexpr (Config::kQInRegisters) {
         load_q();
+        if constexpr (kBatch) {
+          if (batch_tile().k_scale < 0.0f) negate_q();
+        }
         release(smem_.q_empty);
       }
       barrier_wait(smem_.k_full[k_at_.stage], k_at_.parity);
@@ -94,16 +111,16 @@ class PrefillConsumer {
         }
       }
       if constexpr (!Config::kQInRegisters) release(smem_.q_empty);
-      q_at_.advance();
+      if constexpr (!kBatch) q_at_.advance();
 
       start_output(o, p);
       wgmma_wait<0>();
       hold(o);
       release(smem_.v_empty[v_at_.stage]);
       v_at_.advance();
-    } else if constexpr (kDeviceKeys) {
+    } else if constexpr (kDeviceKeys || kBatch) {
       release(smem_.q_empty);
-      q_at_.advance();
+      if constexpr (!kBatch) q_at_.advance();
     }
     store(o, softmax, work);
   }
@@ -137,6 +154,49 @@ class PrefillConsumer {
     }
   }
 
+  // With kBatch: the query tile at hand, until q_at_ moves on.
+  FI_DEVICE_INLINE const BatchTile& batch_tile() const { return smem_.tiles[q_at_.parity]; }
+
+  // What lane 0 reads, known to be the same in all lanes.
+  FI_DEVICE_INLINE static PrefillWork uniform(const PrefillWork& work) {
+    const auto of = [](int x) { return __shfl_sync(kAllLanes, x, 0); };
+    return {of(work.b),
+            of(work.head),
+            of(work.q_start),
+            {of(work.tiles.begin), of(work.tiles.end)},
+            {of(work.whole.begin), of(work.whole.end)}};
+  }
+
+  // What the softmax multiplies scores by. A batch's scale of keys joins it, its sign q (the softmax relies
+  // on a scale above 0).
+  FI_DEVICE_INLINE float start_scale() {
+    if constexpr (kBatch) {
+      const float k_scale = fmaxf(fabsf(batch_tile().k_scale), 1e-30f);
+      if constexpr (Config::kVariant == PrefillVariant::kSoftCap) {
+        to_variant_ = args_.to_variant * k_scale;
+      } else {
+        return args_.scale_log2 * k_scale;
+      }
+    }
+    return args_.scale_log2;
+  }
+  FI_DEVICE_INLINE float to_variant() const {
+    if constexpr (kBatch) {
+      return to_variant_;
+    } else {
+      return args_.to_variant;
+    }
+  }
+
+  // Of the call, or of the request at hand: qo_len, kv_len, first_key, last_key.
+  FI_DEVICE_INLINE const auto& shape() const {
+    if constexpr (kBatch) {
+      return batch_tile();
+    } else {
+      return args_.shape;
+    }
+  }
+
   // ---- the products ----
 
   // This warp's 16 rows of q, as operands in registers.
@@ -150,6 +210,11 @@ class PrefillConsumer {
 #pragma unroll
       for (int i = 0; i < 4; ++i) q_[4 * step + i] = x[i];
     }
+  }
+
+  FI_DEVICE_INLINE void negate_q() {
+#pragma unroll
+    for (uint32_t& pair : q_) pair ^= 0x80008000u;
   }
 
   // s = q k^T
@@ -192,7 +257,7 @@ class PrefillConsumer {
   // ---- what the softmax takes instead of scores ----
 
   FI_DEVICE_INLINE void vary(float (&s)[kBlockN / 2], const PrefillWork& work, Tile tile) {
-    if constexpr (Config::kVariant == PrefillVariant::kSoftCap) tanh_of(s, args_.to_variant);
+    if constexpr (Config::kVariant == PrefillVariant::kSoftCap) tanh_of(s, to_variant());
     if constexpr (Config::kVariant == PrefillVariant::kMask) {
       switch (args_.p.mask_dtype) {
         case DType::f32:
@@ -224,7 +289,7 @@ class PrefillConsumer {
     if constexpr (kDeviceKeys) {
       if (tile.cut()) mask_listed(s, work, tile);
     } else {
-      const PrefillShape& shape = args_.shape;
+      const auto& shape = this->shape();
       const int row = work.q_start + warp_row_ + lane_ / 4, key = tile * kBlockN + lane_ % 4 * 2;
       if (tile >= work.whole.end) {
         const int last[2] = {min(row + shape.last_key, shape.kv_len - 1),
@@ -234,6 +299,13 @@ class PrefillConsumer {
       if (tile < work.whole.begin) {
         const int first[2] = {row + shape.first_key, row + 8 + shape.first_key};
         mask_before(s, key, first);
+      }
+      if constexpr (kBatch) {
+        if (tile >= work.whole.end || tile < work.whole.begin) {
+          const Range values = batch_tile().values;
+          if (tile * kBlockN < values.begin || (tile + 1) * kBlockN > values.end)
+            clear_unseen(tile * kBlockN, values, nullptr);
+        }
       }
     }
   }
@@ -255,16 +327,15 @@ class PrefillConsumer {
       mask_after(s, key, last);
       if (args_.p.window_left >= 0) mask_before(s, key, first);
     }
-    if (tile.has_unseen()) clear_unseen(tile, columns);
+    if (tile.has_unseen()) clear_unseen(tile.index() * kBlockN, smem_.rows[q_at_.parity].seen, columns);
   }
 
   // Values of keys that no row sees become 0 once they have arrived: a weight of 0 times what lies there must
-  // not be NaN. Every warpgroup clears them for itself, to the same effect. `columns`: the last line of the
-  // tile's bits, or null.
-  FI_DEVICE_INLINE void clear_unseen(ListedTile tile, const uint32_t* columns) {
+  // not be NaN. Every warpgroup clears them for itself, to the same effect. `first`: the tile's first key;
+  // `columns`: the last line of the tile's bits, or null.
+  FI_DEVICE_INLINE void clear_unseen(int first, Range seen, const uint32_t* columns) {
     barrier_wait(smem_.v_full[v_at_.stage], v_at_.parity);
-    const int thread = threadIdx.x % kWarpgroupThreads, first = tile.index() * kBlockN;
-    const Range seen = smem_.rows[q_at_.parity].seen;
+    const int thread = threadIdx.x % kWarpgroupThreads;
 #pragma unroll 1  // registers are short
     for (int key = thread / 8; key < kBlockN; key += kWarpgroupThreads / 8) {
       if (columns ? columns[key / 32] >> key % 32 & 1 : first + key >= seen.begin && first + key < seen.end)
@@ -300,15 +371,13 @@ class PrefillConsumer {
 
   FI_DEVICE_INLINE void store(const float (&o)[kHeadDim / 2], const OnlineSoftmax& softmax,
                               const PrefillWork& work) const {
-    const PrefillShape& shape = args_.shape;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = work.q_start + warp_row_ + lane_ / 4 + 8 * r;
-      const bool inside = row < shape.qo_len;
+      const bool inside = row < shape().qo_len;
       const float sum = softmax.sum(r);
-      const auto [factor, lse] = finish_row(args_.p, work.head, softmax.origin(r, sum), sum);
-      T* out = static_cast<T*>(args_.out) + work.b * args_.o_stride_b + work.head * args_.o_stride_h +
-               row * args_.o_stride_n + lane_ % 4 * 8;
+      const auto [factor, lse] = finish(work.head, softmax.origin(r, sum), sum);
+      T* out = out_row(work, row) + lane_ % 4 * 8;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 32; ++i) {
         uint32_t w[4];
@@ -320,18 +389,66 @@ class PrefillConsumer {
         gather_quad(w);
         if (inside) *reinterpret_cast<uint4*>(out + 32 * i) = make_uint4(w[0], w[1], w[2], w[3]);
       }
-      if (args_.lse != nullptr && inside && lane_ % 4 == 0)
-        args_.lse[(static_cast<int64_t>(work.b) * shape.num_qo_heads + work.head) * shape.qo_len + row] = lse;
+      if (lse_out() != nullptr && inside && lane_ % 4 == 0) lse_out()[lse_index(work, row)] = lse;
+    }
+  }
+
+  FI_DEVICE_INLINE RowResult finish(int head, float row_max, float row_sum) const {
+    if constexpr (kBatch) {
+      const auto [factor, lse] = finish_row(args_.p, head, row_max, row_sum);
+      return {factor * batch_tile().v_scale, lse};
+    } else {
+      return finish_row(args_.p, head, row_max, row_sum);
+    }
+  }
+  FI_DEVICE_INLINE T* out_row(const PrefillWork& work, int row) const {
+    if constexpr (kBatch) {
+      const AttentionParams& p = args_.p;
+      return static_cast<T*>(p.out) + work.head * p.o_stride_h + (batch_tile().q_begin + row) * p.o_stride_n;
+    } else {
+      return static_cast<T*>(args_.out) + work.b * args_.o_stride_b + work.head * args_.o_stride_h +
+             row * args_.o_stride_n;
+    }
+  }
+  FI_DEVICE_INLINE float* lse_out() const {
+    if constexpr (kBatch) {
+      return args_.p.lse;
+    } else {
+      return args_.lse;
+    }
+  }
+  FI_DEVICE_INLINE int64_t lse_index(const PrefillWork& work, int row) const {
+    if constexpr (kBatch) {
+      return (batch_tile().q_begin + row) * args_.p.num_qo_heads + work.head;
+    } else {
+      const PrefillShape& shape = args_.shape;
+      return (static_cast<int64_t>(work.b) * shape.num_qo_heads + work.head) * shape.qo_len + row;
     }
   }
 
   Smem& smem_;
-  const PrefillArgs& args_;
+  const Args& args_;
+  float to_variant_ = 0.0f;          // with kBatch
   int lane_, group_row_, warp_row_;  // the warpgroup's and the warp's first row in the query tile
   uint32_t q_[Config::kQInRegisters ? kHeadDim / 4 : 1];
   RingPosition<1> q_at_;
   RingPosition<Config::kStages> k_at_, v_at_;
 };
+
+// By one thread. `producers`: of keys and of values, how many arrive once a tile of theirs is there.
+template <class Config>
+FI_DEVICE_INLINE void init_barriers(PrefillSmem<Config>& smem, uint32_t producers) {
+  constexpr int kReaders = 4 * Config::kConsumers;  // warps
+  barrier_init(smem.q_full, 1);
+  barrier_init(smem.q_empty, kReaders);
+  for (int stage = 0; stage < Config::kStages; ++stage) {
+    barrier_init(smem.k_full[stage], producers);
+    barrier_init(smem.k_empty[stage], kReaders);
+    barrier_init(smem.v_full[stage], producers);
+    barrier_init(smem.v_empty[stage], kReaders);
+  }
+  barrier_init_fence();
+}
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
@@ -342,16 +459,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     prefetch_tensor_map(q_map);
     prefetch_tensor_map(k_map);
     prefetch_tensor_map(v_map);
-    constexpr int kReaders = 4 * Config::kConsumers;  // warps
-    barrier_init(smem.q_full, 1);
-    barrier_init(smem.q_empty, kReaders);
-    for (int stage = 0; stage < Config::kStages; ++stage) {
-      barrier_init(smem.k_full[stage], 1);
-      barrier_init(smem.k_empty[stage], kReaders);
-      barrier_init(smem.v_full[stage], 1);
-      barrier_init(smem.v_empty[stage], kReaders);
-    }
-    barrier_init_fence();
+    init_barriers<Config>(smem, 1);
   }
   __syncthreads();
   wait_for_previous_kernel();

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "fi/cuda/sm90/batch_work.h"
 #include "fi/cuda/sm90/mbarrier.h"
 #include "fi/cuda/sm90/prefill_device_keys.h"
 #include "fi/cuda/sm90/prefill_work.h"
@@ -26,7 +27,7 @@ template <class T_, int kHeadDim_, int kConsumers_, int kBlockN_, int kStages_, 
 struct PrefillConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kConsumers = kConsumers_, kBlockN = kBlockN_, kStages = kStages_;
-  static constexpr bool kQInRegisters = kQInRegisters_, kDeviceKeys = kDeviceKeys_;
+  static constexpr bool kQInRegisters = kQInRegisters_, kDeviceKeys = kDeviceKeys_, kBatch = false;
   static constexpr PrefillVariant kVariant = kVariant_;
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
@@ -40,6 +41,13 @@ struct PrefillConfig {
   static_assert(kHeadDim % kBoxColumns == 0 && kBlockN % 16 == 0);
   static_assert(kConsumers == 2 || kConsumers == 3);
   static_assert(kStages >= 2, "a consumer holds on to one tile of values while it waits for the next");
+};
+
+// The same for a batch, from a Config with kDeviceKeys: a producer needs the same registers.
+template <class Config>
+struct OverBatch : Config {
+  static_assert(Config::kDeviceKeys);
+  static constexpr bool kDeviceKeys = false, kBatch = true;
 };
 
 template <class Config>
@@ -61,6 +69,12 @@ struct DeviceKeysSmem : PrefillSmem<Config> {
   RowKeys<Config::kBlockM> rows[2];  // full as q is, by the parity of q's place; in use until the tile's end
 };
 
+template <class Config>
+struct BatchSmem : PrefillSmem<Config> {
+  BatchTile tiles[2];        // full as q is, by the parity of q's place; in use until the tile's end
+  BatchTile prepared[4][2];  // of each producer warp, the tile it is at and the one after, in turns
+};
+
 struct PrefillArgs {
   PrefillShape shape;
   float scale_log2;  // what the softmax takes, times this, is a logit in base 2
@@ -70,6 +84,14 @@ struct PrefillArgs {
   float* lse;  // [batch, num_qo_heads, qo_len] contiguous; null: not wanted
   AttentionParams p;
   MaskBits mask;  // with kDeviceKeys
+};
+
+struct BatchArgs {
+  float scale_log2, to_variant;  // as in PrefillArgs
+  BatchShape shape;
+  AttentionParams p;
+  int64_t k_stride_page, v_stride_page;
+  int box_rows;  // keys that one copy brings: a divisor of the page size; 0: keys are gathered one by one
 };
 
 }  // namespace fi::cuda::sm90

@@ -1,0 +1,98 @@
+"""Prefill of a batch, ragged and paged: 32 query heads, 8 KV heads, head_dim 128, causal.
+
+Prompts of one length, of mixed lengths (uniformly random, n on average), and a step of chunked prefill: decodes and one chunk
+of a prompt in the same call. "fi.attention, same work": our dense op on as many queries that see as many keys: what the batch,
+its pages and its lengths cost. The plan is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fi_ops.library import SPECS
+
+from . import batches
+from .batches import HEAD_DIM, KV_HEADS, QUERY_HEADS
+from .harness import Candidate, Case, Options, copies_beyond_caches
+
+PAGED, RAGGED = SPECS["paged_attention"], SPECS["ragged_attention"]
+
+# (batch, length)
+EQUAL_CPU, EQUAL_CUDA = [(1, 512), (4, 512), (1, 2048)], [(1, 1024), (1, 4096), (1, 16384), (16, 1024), (4, 4096)]
+MIXED_CPU, MIXED_CUDA = [(8, 256)], [(16, 1024), (64, 256)]
+# (decodes, their length, tokens of the chunk, tokens before the chunk)
+CHUNKED_CPU, CHUNKED_CUDA = [(15, 512, 256, 512)], [(63, 2048, 1024, 3072), (31, 4096, 8192, 0)]
+
+
+def equal_shapes(options: Options) -> list[tuple[int, int]]:
+    if options.batch or options.length:
+        return [(options.batch or 1, options.length or 4096)]
+    shapes = EQUAL_CPU if options.device == "cpu" else EQUAL_CUDA
+    return shapes[:2] if options.quick else shapes
+
+
+def mixed_shapes(options: Options) -> list[tuple[int, int]]:
+    if options.batch or options.length:
+        return [(options.batch or 8, options.length or 512)]
+    return MIXED_CPU if options.device == "cpu" else MIXED_CUDA
+
+
+def chunked_shapes(options: Options) -> list[tuple[int, int, int, int]]:
+    if options.batch or options.length:
+        length = options.length or 1024
+        return [(options.batch or 15, length, length, length)]
+    shapes = CHUNKED_CPU if options.device == "cpu" else CHUNKED_CUDA
+    return shapes[:1] if options.quick else shapes
+
+
+def _dense(batch: int, length: int, dtype: torch.dtype, device: str) -> Candidate:
+    """The dense op on `batch` prompts of `length`, as they lie in memory: tokens first."""
+    query = torch.randn(batch, length, QUERY_HEADS, HEAD_DIM, device=device, dtype=dtype)
+    key, value = (torch.randn(batch, length, KV_HEADS, HEAD_DIM, device=device, dtype=dtype) for _ in range(2))
+    tensors = [t.transpose(1, 2) for t in (query, key, value)]
+    return batches.same_work([(*tensors, True)])
+
+
+def _case(op: str, name: str, qo_lens, kv_lens, dtype, device, peers: list[Candidate]) -> Case:
+    make = batches.paged if op == "paged_attention" else batches.ragged
+    arguments = make(qo_lens, kv_lens, dtype, device)
+    cost = SPECS[op].cost(*arguments, causal=True)
+    copies = copies_beyond_caches((*arguments, batches.planned(arguments, causal=True)), cost.bytes, at_most=4)
+    return Case(
+        f"{op.partition('_')[0]}, {name}, {str(dtype).removeprefix('torch.')}",
+        [
+            batches.torch_peer(copies, qo_lens, kv_lens, causal=True),
+            *batches.flashinfer_peers(copies, causal=True, decode=False),
+            *peers,
+            Candidate("fi_ops", batches.ours(op, causal=True), ours=True, inputs=copies),
+        ],
+        cost,
+        batches.check_requests(arguments, qo_lens, kv_lens, causal=True),
+        dtype,
+    )
+
+
+def _mixed_lengths(batch: int, length: int) -> list[int]:
+    return torch.randint(1, 2 * length, (batch,)).tolist()
+
+
+def cases(options: Options) -> Iterator[Case]:
+    dtype, device = options.pick(torch.bfloat16), options.device
+    ops = ("paged_attention", "ragged_attention")
+    for batch, length in equal_shapes(options):
+        for op in ops:
+            lens, dense = [length] * batch, _dense(batch, length, dtype, device)
+            yield _case(op, f"B={batch} n={length} causal", lens, lens, dtype, device, [dense])
+    for batch, length in mixed_shapes(options):
+        lens = _mixed_lengths(batch, length)
+        for op in ops:
+            name = f"B={batch}, {min(lens)} to {max(lens)} tokens, causal"
+            # prompts of the root mean square of the lengths have as many pairs of a query and a key
+            even = round((sum(n * n for n in lens) / batch) ** 0.5)
+            yield _case(op, name, lens, lens, dtype, device, [_dense(batch, even, dtype, device)])
+    for decodes, length, chunk, before in chunked_shapes(options):
+        qo_lens, kv_lens = [1] * decodes + [chunk], [length] * decodes + [before + chunk]
+        name = f"a chunk of {chunk} behind {before}, and {decodes} decodes of {length}"
+        yield _case("paged_attention", name, qo_lens, kv_lens, dtype, device, [])

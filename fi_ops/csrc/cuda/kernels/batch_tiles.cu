@@ -1,0 +1,53 @@
+// Attention over a batch on mma.sync: what it takes, dispatch by head dim.
+#include "fi/cuda/sm80/batch.h"
+
+#include <climits>
+
+#include "fi/cuda/sm80/padded_dims.h"
+
+namespace fi::cuda {
+namespace {
+
+// A request's keys are counted in int, and where they lie in 32 bits of 8 elements.
+constexpr int64_t kMostKeys = INT_MAX - 128, kMostElements = int64_t{UINT32_MAX} * 8;
+
+bool fits(int64_t size, int64_t stride) { return size <= 1 || stride % 8 == 0; }
+
+// Keys or values: whether pieces of 8 elements lie at boundaries of their size, within reach.
+bool fits(const BatchAttentionParams& p, const void* data, int64_t stride_page, int64_t stride_n,
+          int64_t stride_h) {
+  const int64_t piece = p.kv_dtype == Fp8::none ? 16 : 8;
+  const int64_t pages = p.is_paged() ? p.table.num_pages : 1;
+  const int64_t entries = p.is_paged() ? p.table.page_size : p.table.nnz_pages;
+  return reinterpret_cast<uintptr_t>(data) % piece == 0 && fits(pages, stride_page) &&
+         fits(entries, stride_n) && fits(p.call.num_kv_heads, stride_h) &&
+         pages * stride_page + entries * stride_n < kMostElements;
+}
+
+template <class T>
+void run(const BatchTilesArgs& args, const Gpu& gpu) {
+  const AttentionParams& c = args.p.call;
+  with_padded_dims(padded_dims(c.head_dim_qk, c.head_dim_vo), [&]<int kDimQK, int kDimVO>() {
+    args.p.kv_dtype == Fp8::none ? run_batch_tiles<T, kDimQK, kDimVO, false>(args, gpu)
+                                 : run_batch_tiles<T, kDimQK, kDimVO, true>(args, gpu);
+  });
+}
+
+}  // namespace
+
+bool sm80_batch_supports(const BatchAttentionParams& p) {
+  const AttentionParams& c = p.call;
+  return (c.dtype == DType::bf16 || c.dtype == DType::f16) && can_pad(c.head_dim_qk) &&
+         can_pad(c.head_dim_vo) && c.kv_len <= kMostKeys && c.qo_len * c.num_qo_heads <= INT_MAX &&
+         reinterpret_cast<uintptr_t>(c.query) % 16 == 0 && fits(c.qo_len, c.q_stride_n) &&
+         fits(c.num_qo_heads, c.q_stride_h) && fits(p, c.key, p.k_stride_page, c.k_stride_n, c.k_stride_h) &&
+         fits(p, c.value, p.v_stride_page, c.v_stride_n, c.v_stride_h);
+}
+
+void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
+  const AttentionParams& c = p.call;
+  const BatchTilesArgs args{p, plan, static_cast<unsigned>(c.num_qo_heads / c.num_kv_heads)};
+  c.dtype == DType::bf16 ? run<bf16>(args, gpu) : run<f16>(args, gpu);
+}
+
+}  // namespace fi::cuda

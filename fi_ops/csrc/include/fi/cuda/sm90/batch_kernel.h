@@ -1,0 +1,127 @@
+// Attention over a batch, many query rows a request, on Hopper: the kernel, its tiles, its launch. The
+// consumer is that of one call (prefill.h).
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+
+#include "fi/cuda/sm90/batch.h"
+#include "fi/cuda/sm90/batch_producer.h"
+#include "fi/cuda/sm90/batch_rows.h"
+#include "fi/cuda/sm90/prefill_launch.h"
+
+namespace fi::cuda::sm90 {
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    batch_kernel(const __grid_constant__ BatchArgs args, const __grid_constant__ CUtensorMap q_map,
+                 const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
+  using ByBoxes = BatchProducer<Config, BoxLoader<Config>>;
+  using ByRows = BatchProducer<Config, RowLoader<Config>>;
+  auto& smem = *reinterpret_cast<BatchSmem<Config>*>(dynamic_smem());
+  const bool boxes = args.box_rows > 0;
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(q_map);
+    if (boxes) {
+      prefetch_tensor_map(k_map);
+      prefetch_tensor_map(v_map);
+    }
+    init_barriers<Config>(smem, boxes ? BoxLoader<Config>::kWarps : RowLoader<Config>::kWarps);
+  }
+  __syncthreads();
+  wait_for_previous_kernel();
+  allow_next_kernel();
+
+  const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroupThreads, 0);
+  if (warpgroup == 0) {
+    lower_registers<Config::kProducerRegisters>();
+    if (!boxes) {
+      ByRows::run(smem, args, q_map, k_map, v_map);
+    } else if (threadIdx.x < 32 * BoxLoader<Config>::kWarps) {
+      ByBoxes::run(smem, args, q_map, k_map, v_map);
+    }
+  } else {
+    raise_registers<Config::kConsumerRegisters>();
+    PrefillConsumer<Config>(smem, args, warpgroup - 1).run();
+  }
+}
+
+// Boxes of fewer keys than this cost more than copies of rows.
+inline constexpr int kMinBoxRows = 16;
+
+// Requests of fewer rows in the mean may be many to whom a larger tile is mostly empty.
+inline constexpr int kMinWideRows = 1024;
+
+// How many keys of a tile one box can bring: those that are neighbours wherever a tile is cut into as many.
+// 0: too few.
+inline int box_rows(const BatchAttentionParams& p, int block_n) {
+  const int rows = p.is_paged() ? static_cast<int>(std::gcd(p.table.page_size, int64_t{block_n})) : block_n;
+  return rows >= kMinBoxRows && rows % 8 == 0 ? rows : 0;
+}
+
+// Whether the larger of two query tiles is: as for one call, if all requests were as long as their mean.
+// Lengths are not known to the host; requests that are short beside the mean are a small part of the work.
+template <class Wide, class Narrow>
+bool wide_is_faster(const BatchAttentionParams& p, double wide_speed, const Gpu& gpu) {
+  const AttentionParams& c = p.call;
+  PrefillShape mean{};
+  mean.batch = static_cast<int>(c.batch);
+  mean.num_qo_heads = static_cast<int>(c.num_qo_heads);
+  mean.qo_len = static_cast<int>((c.qo_len + c.batch - 1) / c.batch);
+  mean.kv_len = static_cast<int>(std::max((c.kv_len + c.batch - 1) / c.batch, int64_t{mean.qo_len}));
+  mean.last_key = c.causal ? mean.kv_len - mean.qo_len : mean.kv_len;
+  mean.first_key = c.window_left < 0
+                       ? -mean.qo_len
+                       : clamp_int(mean.kv_len - mean.qo_len - clamp_int(c.window_left, 0, 1 << 30),
+                                   -mean.qo_len, mean.kv_len);
+  return mean.qo_len >= kMinWideRows &&
+         prefill_cost<Wide>(mean, gpu.num_sms) < prefill_cost<Narrow>(mean, gpu.num_sms) * wide_speed;
+}
+
+template <class Config>
+void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
+  const AttentionParams& c = p.call;
+  BatchArgs args{};
+  args.shape = batch_shape(p, plan);
+  args.p = c;
+  args.k_stride_page = p.k_stride_page;
+  args.v_stride_page = p.v_stride_page;
+  args.box_rows = box_rows(p, Config::kBlockN);
+  const float scale_log2 = kLog2e * c.scale;
+  if constexpr (Config::kVariant == PrefillVariant::kSoftCap) {
+    args.scale_log2 = kLog2e * c.logits_soft_cap;
+    args.to_variant = 2.0f * scale_log2 / c.logits_soft_cap;
+  } else {
+    args.scale_log2 = scale_log2;
+  }
+  const int64_t tiles = args.shape.max_tiles * c.num_qo_heads;
+  const CUtensorMap q_map = make_tensor_map(c.dtype, query_rows(p), Config::kBlockM);
+  const auto keys_map = [&](const HeadRows& rows) {
+    return args.box_rows > 0 ? make_tensor_map(c.dtype, rows, args.box_rows) : q_map;  // not used
+  };
+  launch(gpu, batch_kernel<Config>, static_cast<unsigned>(std::min<int64_t>(tiles, gpu.num_sms)),
+         Config::kThreads, sizeof(BatchSmem<Config>), /*overlap=*/true, args, q_map, keys_map(key_rows(p)),
+         keys_map(value_rows(p)));
+}
+
+// The tiles of each head dim: those of one call whose keys only the device knows, and when which (see
+// prefill_launch.h).
+template <class T, int kHeadDim, PrefillVariant kVariant>
+void batch_tiles_with(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
+  using Tiles = PrefillTiles<T, kHeadDim, true, kVariant>;
+  if constexpr (requires { typename Tiles::Wide; }) {
+    // A negative scale of keys joins queries in registers.
+    if (!p.k_scale && wide_is_faster<typename Tiles::Wide, typename Tiles::Narrow>(p, Tiles::kWideSpeed, gpu))
+      return launch_batch<OverBatch<typename Tiles::Wide>>(p, plan, gpu);
+  }
+  launch_batch<OverBatch<typename Tiles::Narrow>>(p, plan, gpu);
+}
+
+template <class T, int kHeadDim>
+void batch_tiles(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
+  using enum PrefillVariant;
+  p.call.logits_soft_cap > 0.0f ? batch_tiles_with<T, kHeadDim, kSoftCap>(p, plan, gpu)
+                                : batch_tiles_with<T, kHeadDim, kPlain>(p, plan, gpu);
+}
+
+}  // namespace fi::cuda::sm90

@@ -1,0 +1,189 @@
+// Which query tile of a batch a block takes next, and where its keys lie. The plan lists the tiles on the
+// device (fi/batch_attention.h); nothing of it is known to the host.
+//
+// Everything is counted in 32 bits, and index tensors are clamped to what is there: registers of the
+// producers, who ask, are few.
+#pragma once
+
+#include <numeric>
+#include "fi/batch_attention.h"
+#include "fi/cuda/batch/plan.h"
+
+#include "fi/cuda/sm90/prefill_work.h"
+
+namespace fi::cuda::sm90 {
+
+FI_INLINE int clamp_int(int64_t x, int low, int high) { return static_cast<int>(clamp_index(x, low, high)); }
+
+// Division of numbers below 2^31 by one that the host knows: a product and a shift.
+class Divisor {
+ public:
+  Divisor() = default;
+  explicit Divisor(unsigned divisor) {
+    int log2 = 0;
+    while ((uint64_t{1} << log2) < divisor) ++log2;
+    shift_ = 31 + log2;
+    factor_ = static_cast<uint32_t>(((uint64_t{1} << shift_) + divisor - 1) / divisor);
+  }
+
+  FI_HD unsigned divide(unsigned x) const { return static_cast<unsigned>(uint64_t{x} * factor_ >> shift_); }
+
+ private:
+  uint32_t factor_ = 0;
+  int shift_ = 0;
+};
+
+// A batch as its producers see it.
+struct BatchShape {
+  const PlanTile* tiles;
+  const int32_t* num_tiles;  // on the device; not to be believed beyond max_tiles
+  int max_tiles;
+  int batch, num_qo_heads, group_size, nnz_qo;
+  bool causal, is_paged;
+  int window_left;  // -1: none
+  // As in PageTable; ragged: the keys are one page, of which kv_indptr counts the rows.
+  int nnz_pages, num_pages, page_size;
+  Divisor by_page_size;
+  Indices qo_indptr, kv_indptr, kv_indices, kv_last_page_len;
+  PerHead k_scale, v_scale;
+};
+
+inline BatchShape batch_shape(const BatchAttentionParams& p, const batch::PlanView& plan) {
+  const AttentionParams& c = p.call;
+  BatchShape shape;
+  shape.tiles = plan.tiles;
+  shape.num_tiles = &plan.header->num_tiles;
+  shape.max_tiles = plan.max_tiles;
+  shape.batch = static_cast<int>(c.batch);
+  shape.num_qo_heads = static_cast<int>(c.num_qo_heads);
+  shape.group_size = static_cast<int>(c.num_qo_heads / c.num_kv_heads);
+  shape.nnz_qo = static_cast<int>(c.qo_len);
+  shape.causal = c.causal;
+  shape.is_paged = p.is_paged();
+  shape.window_left = clamp_int(c.window_left, -1, 1 << 30);
+  shape.nnz_pages = static_cast<int>(p.table.nnz_pages);
+  shape.num_pages = p.is_paged() ? static_cast<int>(p.table.num_pages) : 1;
+  shape.page_size = static_cast<int>(p.table.page_size);
+  shape.by_page_size = Divisor(static_cast<unsigned>(shape.page_size));
+  shape.qo_indptr = p.qo_indptr;
+  shape.kv_indptr = p.table.kv_indptr;
+  shape.kv_indices = p.table.kv_indices;
+  shape.kv_last_page_len = p.kv_last_page_len;
+  shape.k_scale = p.k_scale;
+  shape.v_scale = p.v_scale;
+  return shape;
+}
+
+// Where a block is in the plan's list of tiles.
+struct BatchQueue {
+  int round = 0;           // of handing out tiles
+  int span = -1, at = -1;  // the last span asked for, and its first planned tile
+};
+
+// A query tile of one head, as the producer tells it to the consumers. Queries and keys count from the
+// request's first.
+struct BatchTile {
+  PrefillWork work;                         // b: the request; head -1: no tile is left
+  int qo_len, kv_len, first_key, last_key;  // as in PrefillShape
+  Range values;                             // what lies outside may be anything
+  int q_begin, kv_begin;                    // as in Request
+  int kv_head;
+  BatchQueue queue;  // behind it
+  float k_scale, v_scale;
+
+  FI_HD bool any() const { return work.head >= 0; }
+};
+
+// The query tile of `head` that starts `row` queries behind the planned one. False where there is none:
+// behind the request's end, or because it is a plan of another batch.
+FI_INLINE bool make_batch_tile(const BatchShape& shape, const PlanTile& planned, int row, int head,
+                               int block_m, int block_n, BatchTile& tile) {
+  const int b = planned.request;
+  if (b < 0 || b >= shape.batch) return false;
+  const int q_begin = clamp_int(shape.qo_indptr.at(b), 0, shape.nnz_qo);
+  const int qo_len = clamp_int(shape.qo_indptr.at(b + 1), q_begin, shape.nnz_qo) - q_begin;
+  if (planned.q_begin < 0 || planned.q_begin >= qo_len - row) return false;
+  const int q_start = planned.q_begin + row;
+  const int kv_begin = clamp_int(shape.kv_indptr.at(b), 0, shape.nnz_pages);
+  const int pages = clamp_int(shape.kv_indptr.at(b + 1), kv_begin, shape.nnz_pages) - kv_begin;
+  int kv_len = pages * shape.page_size;
+  if (shape.kv_last_page_len && pages > 0)
+    kv_len -= shape.page_size - clamp_int(shape.kv_last_page_len.at(b), 0, shape.page_size);
+
+  PrefillShape keys{};
+  keys.qo_len = qo_len, keys.kv_len = kv_len;
+  keys.last_key = shape.causal ? kv_len - qo_len : kv_len;
+  keys.first_key =
+      shape.window_left < 0 ? -qo_len : clamp_int(kv_len - qo_len - shape.window_left, -qo_len, kv_len);
+  const SeenKeys seen(keys, q_start, block_m);
+  tile.work.b = b, tile.work.head = head, tile.work.q_start = q_start;
+  tile.work.tiles = seen.needed(block_n);
+  tile.work.whole = seen.whole(block_n);
+  tile.qo_len = qo_len, tile.kv_len = kv_len;
+  tile.first_key = keys.first_key, tile.last_key = keys.last_key;
+  tile.values = {q_start + keys.first_key < 0 ? 0 : q_start + keys.first_key, kv_len};
+  tile.q_begin = q_begin, tile.kv_begin = kv_begin;
+  tile.kv_head = head / shape.group_size;
+  tile.k_scale = shape.k_scale ? shape.k_scale.at(tile.kv_head) : 1.0f;
+  tile.v_scale = shape.v_scale ? shape.v_scale.at(tile.kv_head) : 1.0f;
+  return true;
+}
+
+// Query tiles of kBlockM rows are made from the planned ones by spans: as many neighbours of one request as
+// they fill exactly.
+template <int kBlockM>
+inline constexpr int kSpanRows = static_cast<int>(std::lcm(kTileQueries, kBlockM));
+
+// Finds the nth span, that is its first planned tile; false where there is none. They are asked for in order.
+FI_INLINE bool find_span(const BatchShape& shape, int span_rows, int nth, BatchQueue& queue) {
+  const int count = clamp_int(*shape.num_tiles, 0, shape.max_tiles);
+  if (span_rows == kTileQueries) {
+    queue.at = nth;
+  } else {
+    while (queue.span < nth && queue.at < count)
+      if (++queue.at < count && shape.tiles[queue.at].q_begin % span_rows == 0) ++queue.span;
+  }
+  return queue.at < count;
+}
+
+// Tiles are handed out to the blocks round by round, of each tile all heads, so that those of a KV group are
+// neighbours. The plan has the long ones first, and every other round runs backwards through the blocks.
+// !any() when nothing is left. `queue` may be tile.queue.
+template <int kBlockM, int kBlockN>
+FI_INLINE void next_batch_tile(const BatchShape& shape, int blocks, int block, BatchQueue queue,
+                               BatchTile& tile) {
+  constexpr int kParts = kSpanRows<kBlockM> / kBlockM;
+  for (;;) {
+    const int index = queue.round * blocks + (queue.round % 2 == 0 ? block : blocks - 1 - block);
+    ++queue.round;
+    const int part = index / shape.num_qo_heads, nth = part / kParts;
+    if (!find_span(shape, kSpanRows<kBlockM>, nth, queue)) break;
+    const int row = (kParts - 1 - part % kParts) * kBlockM;  // the last one, the longest if causal, first
+    const int head = index - part * shape.num_qo_heads;
+    if (make_batch_tile(shape, shape.tiles[queue.at], row, head, kBlockM, kBlockN, tile)) {
+      tile.queue = queue;
+      return;
+    }
+  }
+  tile.work.head = -1, tile.work.tiles = {0, 0};
+  tile.queue = queue;
+}
+
+// The page that a key of a tile's request lies in, as the table says, and which of its keys it is. -1:
+// nowhere. Looked up ahead: what the table says is compared with what there is only by checked_page().
+FI_INLINE int key_page(const BatchShape& shape, const BatchTile& tile, int position) {
+  if (position >= tile.kv_len) return -1;
+  if (!shape.is_paged) return 0;
+  return static_cast<int>(
+      shape.kv_indices.at(tile.kv_begin + shape.by_page_size.divide(static_cast<unsigned>(position))));
+}
+FI_INLINE int checked_page(const BatchShape& shape, int page) {
+  return page >= 0 && page < shape.num_pages ? page : -1;
+}
+FI_INLINE int key_entry(const BatchShape& shape, const BatchTile& tile, int position) {
+  if (!shape.is_paged) return tile.kv_begin + position;
+  return position -
+         static_cast<int>(shape.by_page_size.divide(static_cast<unsigned>(position))) * shape.page_size;
+}
+
+}  // namespace fi::cuda::sm90

@@ -1,0 +1,263 @@
+"""Prefill and decode in one call with FlashInfer's names, arguments and defaults (`flashinfer.pod`).
+
+Prefill and decode here are an op each. Where all keys are in one paged cache, `BatchAttention` does a step's prefills and
+decodes in one op:
+
+    wrapper = fi_ops.BatchAttention("NHD", device)
+    wrapper.plan(qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_qo_heads, num_kv_heads, head_dim, head_dim, page_size,
+                 causal=True)  # qo_indptr [0, 512, 513, 514]: a prompt's 512 tokens and two decoding requests
+    out, lse = wrapper.run(torch.cat((q_p, q_d)), paged_kv_cache)
+
+Source: POD-Attention (Kamath et al. 2024).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._arguments import require
+from ._batch_prefill import BatchPrefillWithPagedKVCacheWrapper
+from .decode import BatchDecodeWithPagedKVCacheWrapper
+from .page import PagedKVCache, _as_nhd
+from .prefill import single_prefill_with_kv_cache
+
+__all__ = ["BatchPODWithPagedKVCacheWrapper", "PODWithPagedKVCacheWrapper"]
+
+
+class PODWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
+    """Prefill of one request with keys and values of its own, and decode of a batch over a paged cache.
+
+    Args:
+        float_workspace_buffer, kv_layout, use_cuda_graph, paged_kv_indptr_buffer, paged_kv_indices_buffer,
+            paged_kv_last_page_len_buffer, jit_args: as in `BatchDecodeWithPagedKVCacheWrapper`.
+
+    Source: FlashInfer `PODWithPagedKVCacheWrapper`.
+    """
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        paged_kv_indptr_buffer: torch.Tensor | None = None,
+        paged_kv_indices_buffer: torch.Tensor | None = None,
+        paged_kv_last_page_len_buffer: torch.Tensor | None = None,
+        jit_args: list | None = None,
+    ) -> None:
+        super().__init__(
+            float_workspace_buffer, kv_layout, use_cuda_graph, paged_kv_indptr_buffer=paged_kv_indptr_buffer,
+            paged_kv_indices_buffer=paged_kv_indices_buffer, paged_kv_last_page_len_buffer=paged_kv_last_page_len_buffer,
+            jit_args=jit_args,
+        )  # fmt: skip
+
+    def plan(  # type: ignore[override]  # FlashInfer's arguments
+        self,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        pos_encoding_mode: str = "NONE",
+        window_left: int = -1,
+        q_data_type: str | torch.dtype | None = "float16",
+        kv_data_type: str | torch.dtype | None = None,
+        data_type: str | torch.dtype | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        non_blocking: bool = True,
+    ) -> None:
+        """Plan the decode of the runs that follow; arguments as in `BatchDecodeWithPagedKVCacheWrapper.plan`."""
+        super().plan(
+            indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size,
+            pos_encoding_mode=pos_encoding_mode, window_left=window_left, q_data_type=q_data_type,
+            kv_data_type=kv_data_type, data_type=data_type, sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta,
+            non_blocking=non_blocking,
+        )  # fmt: skip
+
+    begin_forward = plan  # type: ignore[assignment]
+
+    def run(  # type: ignore[override]  # FlashInfer's arguments
+        self,
+        q_p: torch.Tensor,
+        k_p: torch.Tensor,
+        v_p: torch.Tensor,
+        q_d: torch.Tensor,
+        paged_kv_cache_d: PagedKVCache,
+        custom_mask_p: torch.Tensor | None = None,
+        packed_custom_mask_p: torch.Tensor | None = None,
+        causal_p: bool = False,
+        kv_layout_p: str = "NHD",
+        pos_encoding_mode_p: str = "NONE",
+        sm_scale_p: float | None = None,
+        window_left_p: int = -1,
+        rope_scale_p: float | None = None,
+        rope_theta_p: float | None = None,
+        return_lse_p: bool = False,
+        custom_mask_d: torch.Tensor | None = None,
+        packed_custom_mask_d: torch.Tensor | None = None,
+        causal_d: bool = False,
+        kv_layout_d: str = "NHD",
+        pos_encoding_mode_d: str = "NONE",
+        sm_scale_d: float | None = None,
+        window_left_d: int = -1,
+        rope_scale_d: float | None = None,
+        rope_theta_d: float | None = None,
+        q_scale: float | torch.Tensor | None = None,
+        k_scale: float | torch.Tensor | None = None,
+        v_scale: float | torch.Tensor | None = None,
+        return_lse_d: bool = False,
+        use_fp16_qk_reduction: bool = False,
+        enable_pdl: bool | None = None,
+        *args,
+    ) -> tuple:
+        """Both attentions of a step.
+
+        Args:
+            q_p, k_p, v_p, and those that end in _p: `single_prefill_with_kv_cache`'s.
+            q_d, paged_kv_cache_d, q_scale, k_scale, v_scale: `BatchDecodeWithPagedKVCacheWrapper.run`'s.
+            causal_d: without effect: there is one query a request.
+            kv_layout_d, pos_encoding_mode_d, sm_scale_d, window_left_d, rope_scale_d, rope_theta_d: their defaults, or as in the
+                constructor and `plan`, which count (FlashInfer doesn't look at them).
+            custom_mask_d, packed_custom_mask_d, args: refused.
+            return_lse_p, return_lse_d: that result is a pair `(output, LSE)`.
+
+        Returns:
+            prefill's output `[qo_len, num_qo_heads, head_dim]` and decode's `[batch, num_qo_heads, head_dim]`.
+        """
+        function = "PODWithPagedKVCacheWrapper.run"
+        settings = self._settings
+        require(function, settings is not None, "nothing is planned; call plan first")
+        assert settings is not None
+        masks = custom_mask_d is not None or packed_custom_mask_d is not None
+        require(
+            function, not masks, "custom_mask_d and packed_custom_mask_d are not supported; one query sees all keys"
+        )
+        require(function, not args, f"got {len(args)} positional arguments too many; leave them out")
+        given = {
+            "kv_layout_d": (kv_layout_d, "NHD", self._kv_layout),
+            "pos_encoding_mode_d": (pos_encoding_mode_d, "NONE", settings.pos_encoding_mode),
+            "sm_scale_d": (sm_scale_d, None, settings.sm_scale),
+            "window_left_d": (window_left_d, -1, settings.window_left),
+            "rope_scale_d": (rope_scale_d, None, settings.rope_scale),
+            "rope_theta_d": (rope_theta_d, None, settings.rope_theta),
+        }
+        for name, (value, default, planned) in given.items():
+            require(
+                function,
+                value in (default, planned),
+                f"{name} must be {planned}, as planned, got {value}; pass it to plan (kv_layout_d: to the constructor)",
+            )
+        prefill = single_prefill_with_kv_cache(
+            q_p, k_p, v_p, custom_mask=custom_mask_p, packed_custom_mask=packed_custom_mask_p, causal=causal_p,
+            kv_layout=kv_layout_p, pos_encoding_mode=pos_encoding_mode_p, sm_scale=sm_scale_p, window_left=window_left_p,
+            rope_scale=rope_scale_p, rope_theta=rope_theta_p, return_lse=return_lse_p,
+        )  # fmt: skip
+        decode = super().run(
+            q_d, paged_kv_cache_d, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse_d
+        )
+        return prefill, decode
+
+
+class BatchPODWithPagedKVCacheWrapper:
+    """Prefill of a batch and decode of a batch, each over a paged cache of its own or one for both (then see `BatchAttention`).
+
+    Args:
+        float_workspace_buffer: a tensor of any size on the device to work on; only its device is used.
+        kv_layout: "NHD" or "HND", of both caches.
+
+    Source: FlashInfer `BatchPODWithPagedKVCacheWrapper`.
+    """
+
+    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD") -> None:
+        self._prefill = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
+        self._decode = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        return False
+
+    def plan(
+        self,
+        qo_indptr_p: torch.Tensor,
+        kv_indptr_p: torch.Tensor,
+        kv_indices_p: torch.Tensor,
+        last_page_len_p: torch.Tensor,
+        qo_indptr_d: torch.Tensor,
+        kv_indptr_d: torch.Tensor,
+        kv_indices_d: torch.Tensor,
+        last_page_len_d: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        pos_encoding_mode: str = "NONE",
+        window_left: int = -1,
+        q_data_type: str | torch.dtype | None = "float16",
+        kv_data_type: str | torch.dtype | None = None,
+        data_type: str | torch.dtype | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        non_blocking: bool = True,
+    ) -> None:
+        """Plan the runs that follow: two batches; arguments as in `BatchPrefillWithPagedKVCacheWrapper.plan`.
+
+        Args:
+            data_type: of keys and values where kv_data_type is left out.
+        """
+        options: dict[str, Any] = {
+            "pos_encoding_mode": pos_encoding_mode, "window_left": window_left, "q_data_type": q_data_type,
+            "kv_data_type": data_type if kv_data_type is None else kv_data_type, "sm_scale": sm_scale,
+            "rope_scale": rope_scale, "rope_theta": rope_theta, "non_blocking": non_blocking,
+        }  # fmt: skip
+        sizes = num_qo_heads, num_kv_heads, head_dim, page_size
+        # Each run says whether prefill is causal: this plan fits if it is, else the op makes its own.
+        self._prefill.plan(qo_indptr_p, kv_indptr_p, kv_indices_p, last_page_len_p, *sizes, causal=True, **options)
+        self._decode.plan(qo_indptr_d, kv_indptr_d, kv_indices_d, last_page_len_d, *sizes, **options)
+
+    begin_forward = plan
+
+    def run(
+        self,
+        q_p: torch.Tensor,
+        paged_kv_cache_p: PagedKVCache,
+        q_d: torch.Tensor,
+        paged_kv_cache_d: PagedKVCache,
+        custom_mask_p: torch.Tensor | None = None,
+        packed_custom_mask_p: torch.Tensor | None = None,
+        causal_p: bool = False,
+        q_scale: float | torch.Tensor | None = None,
+        k_scale: float | torch.Tensor | None = None,
+        v_scale: float | torch.Tensor | None = None,
+        return_lse: bool = False,
+        use_fp16_qk_reduction: bool = False,
+        enable_pdl: bool | None = None,
+    ) -> tuple:
+        """Both attentions of a step.
+
+        Args:
+            q_p, paged_kv_cache_p, q_d, paged_kv_cache_d: `BatchPrefillWithPagedKVCacheWrapper.run`'s.
+            custom_mask_p, packed_custom_mask_p, causal_p: prefill's, as in `BatchPrefillWithPagedKVCacheWrapper.plan`.
+            q_scale, k_scale, v_scale: of decode (as in FlashInfer).
+            return_lse: also return a pair of log-sum-exps.
+
+        Returns:
+            `(prefill's output, decode's output)`; with return_lse `((output, output), (LSE, LSE))`.
+        """
+        k_p, v_p = _as_nhd("BatchPODWithPagedKVCacheWrapper.run", paged_kv_cache_p, self._prefill._kv_layout)
+        prefill = self._prefill._attend(
+            q_p, k_p, v_p, custom_mask=custom_mask_p, packed_custom_mask=packed_custom_mask_p, causal=causal_p,
+            return_lse=return_lse,
+        )  # fmt: skip
+        decode = self._decode.run(
+            q_d, paged_kv_cache_d, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse
+        )
+        return tuple(zip(prefill, decode, strict=True)) if return_lse else (prefill, decode)
+
+    def end_forward(self) -> None:
+        """Accepted and without effect, as FlashInfer's."""
