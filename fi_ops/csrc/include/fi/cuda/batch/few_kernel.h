@@ -101,7 +101,48 @@ FI_DEVICE_INLINE void fold(Part& all, float row_max, float row_sum, const float4
   all.add_scaled(acc, factor);
 }
 
-template <class T, class Engine>
+// Four columns of a result, and with the first of them the LSE.
+template <class T>
+FI_DEVICE_INLINE void write_columns(const FewArgs& args, int q_begin, int kv_head, int row, int chunk,
+                                    Part part) {
+  const BatchAttentionParams& p = args.p;
+  const AttentionParams& c = p.call;
+  const int i = row / args.group;
+  const int64_t n = int64_t{q_begin} + i, head = int64_t{kv_head} * args.group + row - i * args.group;
+  const RowResult result = finish_row(c, head, part.max, part.sum);
+  const float factor = p.v_scale ? result.factor * p.v_scale.at(kv_head) : result.factor;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) part.acc[e] *= factor;
+  T* out = static_cast<T*>(c.out) + n * c.o_stride_n + head * c.o_stride_h;
+  decode::store_columns<T, true>(out + chunk * 4, part.acc, 4);
+  if (c.lse && chunk == 0) c.lse[n * c.num_qo_heads + head] = result.lse;
+}
+
+// Segments with no unit, which belong to no block, and the tokens of no request.
+template <class T, int kRowChunks>
+FI_DEVICE_NOINLINE void write_empty(const FewArgs& args) {
+  const AttentionParams& c = args.p.call;
+  const int num_segments = args.plan.num_segments();
+#pragma unroll 1
+  for (int n = blockIdx.x; n < num_segments; n += gridDim.x) {
+    if (args.plan.segments[n].num_units > 0) continue;
+    const RowsOfRequest rows = segment_rows(args.p, args.plan, n, args.group);
+    if (rows.request < 0) continue;
+    const int q_begin = static_cast<int>(request_of(args.p, rows.request).q_begin);
+    const int num_rows = static_cast<int>(rows.end - rows.begin);
+#pragma unroll 1
+    for (int item = threadIdx.x; item < num_rows * static_cast<int>(c.num_kv_heads) * kRowChunks;
+         item += blockDim.x) {
+      const int row = item / kRowChunks, chunk = item % kRowChunks, head = row / num_rows;
+      if (chunk * 4 < c.head_dim_vo)
+        write_columns<T>(args, q_begin, head, static_cast<int>(rows.begin) + row - head * num_rows, chunk,
+                         Part{});
+    }
+  }
+  write_padding<T>(args.p);
+}
+
+template <class T, class Engine, bool kFixed>
 class FewBlock {
  public:
   FI_DEVICE_INLINE FewBlock(const FewArgs& args, unsigned char* query, FewShared& shared)
@@ -115,7 +156,7 @@ class FewBlock {
     Engine engine(args, table, query, warp_memory);
     FewQuery<T, Engine::kHeadDim, kThreads> rows;
     for (bool is_first = true, more = true; more; is_first = false) {
-      if (warp == 0) RunFinder(args, table).fill(is_first);
+      if (warp == 0) RunFinder<kFixed>(args, table).fill(is_first);
       __syncthreads();
       const int count = table.count;
       more = table.more;
@@ -140,8 +181,7 @@ class FewBlock {
         __syncthreads();
       }
     }
-    write_empty_segments();
-    write_padding<T>(p);
+    write_empty<T, Engine::kRowChunks>(args);
     // The next kernel in the stream waits for this one only, so this one waits for the one before.
     wait_for_previous_kernel();
   }
@@ -156,20 +196,8 @@ class FewBlock {
     }
   }
 
-  // Four columns of a result, and with the first of them the LSE.
-  FI_DEVICE_INLINE void write(int q_begin, int64_t kv_head, int row, int chunk, Part part) const {
-    const int i = row / args.group;
-    const int64_t n = int64_t{q_begin} + i, head = kv_head * args.group + row - i * args.group;
-    const RowResult result = finish_row(c, head, part.max, part.sum);
-    const float factor = p.v_scale ? result.factor * p.v_scale.at(kv_head) : result.factor;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) part.acc[e] *= factor;
-    T* out = static_cast<T*>(c.out) + n * c.o_stride_n + head * c.o_stride_h;
-    decode::store_columns<T, true>(out + chunk * 4, part.acc, 4);
-    if (c.lse && chunk == 0) c.lse[n * c.num_qo_heads + head] = result.lse;
-  }
   FI_DEVICE_INLINE void write(const Run& run, int row, int chunk, const Part& part) const {
-    write(run.q_begin, run.kv_head, run.row_begin + row, chunk, part);
+    write_columns<T>(args, run.q_begin, run.kv_head, run.row_begin + row, chunk, part);
   }
 
   FI_DEVICE_INLINE float* slot(int64_t n) const {
@@ -177,29 +205,29 @@ class FewBlock {
   }
   // Of part n of a pair: a block's, or with a fixed split a unit's.
   FI_DEVICE_INLINE float* slot_of(const Run& run, int n) const {
-    if (p.fixed_split_size) return slot(run.first_unit + n);
-    return slot(int64_t{n} * 2 + (n == run.part));
+    return kFixed ? slot(int64_t{run.first_unit} + n) : slot(int64_t{n} * 2 + (n == run.part));
   }
 
   // Joins the warps' results of a run; the pair's, where this was the last part of it.
   FI_DEVICE_INLINE void finish(const Run& run, const Engine& engine) {
     const auto joined = [&](int row, int chunk) { return join_warps(shared.results, engine, row, chunk); };
-    const bool is_fixed = p.fixed_split_size != 0;
-    if (run.whole && (!is_fixed || run.last_part == 0)) {
-      for_each_item(run.num_rows,
-                    [&](int row, int chunk, int) { write(run, row, chunk, joined(row, chunk)); });
-    } else if (run.whole) {
-      fold_unit(run, joined);
+    if (run.whole) {
+      if (kFixed && run.last_part > 0) return fold_unit(run, joined);
+      return for_each_item(run.num_rows,
+                           [&](int row, int chunk, int) { write(run, row, chunk, joined(row, chunk)); });
+    }
+    leave(run, kFixed ? run.part : static_cast<int>(blockIdx.x), joined);
+    if (threadIdx.x == 0) {
+      wait_for_previous_kernel();  // which has zeroed the counters
+      const int others = run.last_part - (kFixed ? 0 : run.part);
+      shared.is_last = atomic_add_acq_rel(&args.arrivals[run.pair], 1) == others;
+    }
+    __syncthreads();
+    if (!shared.is_last) return;
+    if constexpr (kFixed) {
+      fold_parts(run);
     } else {
-      leave(run, is_fixed ? run.part : static_cast<int>(blockIdx.x), joined);
-      const int first = is_fixed ? 0 : run.part;
-      if (threadIdx.x == 0) {
-        wait_for_previous_kernel();  // which has zeroed the counters
-        shared.is_last = atomic_add_acq_rel(&args.arrivals[run.pair], 1) == run.last_part - first;
-      }
-      __syncthreads();
-      if (!shared.is_last) return;
-      is_fixed ? fold_parts(run) : join_parts(run);
+      join_parts(run);
     }
   }
 
@@ -300,22 +328,6 @@ class FewBlock {
     });
   }
 
-  // Segments with no unit belong to no block.
-  FI_DEVICE_INLINE void write_empty_segments() const {
-    const int num_segments = args.plan.num_segments();
-    for (int n = blockIdx.x; n < num_segments; n += gridDim.x) {
-      if (args.plan.segments[n].num_units > 0) continue;
-      const RowsOfRequest rows = segment_rows(p, args.plan, n, args.group);
-      if (rows.request < 0) continue;
-      const int q_begin = static_cast<int>(request_of(p, rows.request).q_begin);
-      for (int64_t head = 0; head < c.num_kv_heads; ++head) {
-        for_each_item(static_cast<int>(rows.end - rows.begin), [&](int row, int chunk, int) {
-          write(q_begin, head, static_cast<int>(rows.begin) + row, chunk, Part{});
-        });
-      }
-    }
-  }
-
   const FewArgs& args;
   const BatchAttentionParams& p;
   const AttentionParams& c;
@@ -324,17 +336,17 @@ class FewBlock {
 };
 
 // Dynamic shared memory: the warps' parts, the query rows, FewShared.
-template <class T, class Engine>
+template <class T, class Engine, bool kFixed>
 __global__ void __launch_bounds__(Engine::kSmWarps / Engine::kBlocksAnSm * 32, Engine::kBlocksAnSm)
     few_kernel(const __grid_constant__ FewArgs args, int warp_bytes, int query_bytes) {
   allow_next_kernel();
   unsigned char* smem = dynamic_smem();
   unsigned char* query = smem + static_cast<int>(blockDim.x / 32) * warp_bytes;
-  FewBlock<T, Engine> block(args, query, *reinterpret_cast<FewShared*>(query + query_bytes));
+  FewBlock<T, Engine, kFixed> block(args, query, *reinterpret_cast<FewShared*>(query + query_bytes));
   block.run(smem + static_cast<int>(threadIdx.x / 32) * warp_bytes);
 }
 
-template <class T, class Engine>
+template <class T, class Engine, bool kFixed>
 void run_few(FewArgs args, const Gpu& gpu) {
   const AttentionParams& c = args.p.call;
   const decode::BlockShape shape = decode::shape_of_block<Engine>(c, gpu, sizeof(FewShared), /*wide=*/false);
@@ -356,22 +368,27 @@ void run_few(FewArgs args, const Gpu& gpu) {
     return static_cast<float*>(c.scratch.allocate(c.scratch.context, floats * int64_t(sizeof(float))));
   };
   args.num_slots = 2 * grid;
-  if (args.p.fixed_split_size) {
+  if constexpr (kFixed) {
     constexpr int64_t kMostBytes = int64_t{256} << 20;
     args.whole_pairs = most_units * args.partial_floats() * int64_t(sizeof(float)) > kMostBytes;
     args.num_slots = args.whole_pairs ? 1 : most_units;
     args.folded = allocate(grid * args.part_rows * args.acc_width / 4 * 6);
   }
   args.partials = allocate(args.num_slots * args.partial_floats());
-  launch(gpu, few_kernel<T, Engine>, dim3(static_cast<unsigned>(grid)), dim3(shape.warps * 32),
+  launch(gpu, few_kernel<T, Engine, kFixed>, dim3(static_cast<unsigned>(grid)), dim3(shape.warps * 32),
          shape.all_bytes, /*overlap=*/true, args, static_cast<int>(shape.warp_bytes),
          static_cast<int>(shape.query_bytes));
 }
 
 template <class T, int kDim>
 void run_few(const FewArgs& args, const Gpu& gpu) {
-  args.p.kv_dtype == Fp8::none ? run_few<T, FewWarp<T, kDim, false>>(args, gpu)
-                               : run_few<T, FewWarp<T, kDim, true>>(args, gpu);
+  const auto run = [&]<bool kFp8, bool kFixed>() { run_few<T, FewWarp<T, kDim, kFp8>, kFixed>(args, gpu); };
+  const bool is_fixed = args.p.fixed_split_size != 0;
+  if (args.p.kv_dtype == Fp8::none) {
+    is_fixed ? run.template operator()<false, true>() : run.template operator()<false, false>();
+  } else {
+    is_fixed ? run.template operator()<true, true>() : run.template operator()<true, false>();
+  }
 }
 
 }  // namespace fi::cuda::batch

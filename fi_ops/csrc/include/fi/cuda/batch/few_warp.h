@@ -142,25 +142,30 @@ class FewWarp : public decode::WarpTile<T, kDim> {
       const AttentionParams& c = p_.call;
       const int64_t head = table_.runs[run_].kv_head;
       const bool there = page_ >= 0 && (!p_.is_paged() || page_ < p_.table.num_pages);
-      const int64_t k_offset = there ? page_ * p_.k_stride_page + entry_ * c.k_stride_n : -1;
-      const int64_t v_offset = there ? page_ * p_.v_stride_page + entry_ * c.v_stride_n : -1;
-      absent_[kStages - 1] = __ballot_sync(~0u, !there) & 0xffffu;
+      const unsigned absent = __ballot_sync(~0u, !there) & 0xffffu;
+      absent_[kStages - 1] = absent;
       keys_[kStages - 1] = key_;
       const int row = lane_ / kChunks, chunk = lane_ % kChunks;
-      auto copy = [&](unsigned char* to, const void* data, int64_t head_offset, int64_t own, int64_t dim) {
-        const auto* base = static_cast<const unsigned char*>(data) + head_offset * kElementBytes;
-        const bool chunk_inside = chunk * kChunkElements < dim;
+      // Of what is absent nothing is read; query is there in every call.
+      const auto own = [&](const void* data, int64_t stride_page, int64_t stride_n, int64_t stride_h) {
+        const int64_t offset = page_ * stride_page + entry_ * stride_n + head * stride_h;
+        return there ? static_cast<const unsigned char*>(data) + offset * kElementBytes
+                     : static_cast<const unsigned char*>(c.query);
+      };
+      const unsigned char* const own_key = own(c.key, p_.k_stride_page, c.k_stride_n, c.k_stride_h);
+      const unsigned char* const own_value = own(c.value, p_.v_stride_page, c.v_stride_n, c.v_stride_h);
+#pragma unroll 1
+      for (int is_value = 0; is_value < 2; ++is_value) {
+        const auto from = reinterpret_cast<unsigned long long>(is_value ? own_value : own_key);
+        const bool chunk_inside = chunk * kChunkElements < (is_value ? c.head_dim_vo : c.head_dim_qk);
+        unsigned char* to = ring_ + to_stage * kStageBytes + is_value * kKeysBytes;
 #pragma unroll
         for (int r = 0; r < kSliceKeys; r += kRowsAtOnce) {
-          const int64_t offset = __shfl_sync(~0u, own, r + row);
-          const bool inside = chunk_inside && offset >= 0;
-          unsigned char* at = to + (kFp8 ? (r + row) * kRowBytes + chunk * 16 : offset_of(r + row, chunk));
-          cp_async_16(at, inside ? base + offset * kElementBytes + chunk * 16 : base, inside);
+          const auto* src = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, from, r + row));
+          cp_async_16(to + (kFp8 ? (r + row) * kRowBytes + chunk * 16 : offset_of(r + row, chunk)),
+                      src + chunk * 16, chunk_inside && !(absent >> (r + row) & 1));
         }
-      };
-      unsigned char* stage = ring_ + to_stage * kStageBytes;
-      copy(stage, c.key, head * c.k_stride_h, k_offset, c.head_dim_qk);
-      copy(stage + kKeysBytes, c.value, head * c.v_stride_h, v_offset, c.head_dim_vo);
+      }
       step();
     }
     cp_async_commit();
