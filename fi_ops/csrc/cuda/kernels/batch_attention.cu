@@ -17,6 +17,7 @@ using batch::PlanView;
 
 __global__ void zero_kernel(int32_t* data, int64_t count) {
   allow_next_kernel();
+  wait_for_previous_kernel();
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * blockDim.x)
     data[i] = 0;
@@ -56,14 +57,12 @@ PlanView few_rows(const BatchAttentionParams& p, const Gpu& gpu) {
     batch::on_cuda_cores(p, plan, /*segments=*/true, /*tiles=*/false, gpu);
     return plan;
   }
-  // Not launched early: what comes next may begin at once, and read what the kernels before have written.
   if (has_plan) {
     const int64_t blocks = (num_arrivals + 1023) / 1024;
     launch(gpu, zero_kernel, dim3(static_cast<unsigned>(blocks < gpu.num_sms ? blocks : gpu.num_sms)),
-           dim3(256), 0,
-           /*overlap=*/false, arrivals, num_arrivals);
+           dim3(256), 0, /*overlap=*/true, arrivals, num_arrivals);
   }
-  batch::few_rows(p, plan, arrivals, /*waits=*/!has_plan, gpu);
+  batch::few_rows(p, plan, arrivals, gpu);
   return plan;
 }
 
