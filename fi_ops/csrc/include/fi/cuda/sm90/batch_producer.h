@@ -12,14 +12,14 @@
 namespace fi::cuda::sm90 {
 
 // threadIdx.x, read anew, for what would otherwise be computed once and kept.
-FI_DEVICE_INLINE int thread_now() {
-  int thread;
+FI_DEVICE_INLINE unsigned thread_now() {
+  unsigned thread;
   asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
   return thread;
 }
-FI_DEVICE_INLINE int lane_now() { return thread_now() % 32; }
+FI_DEVICE_INLINE int lane_now() { return static_cast<int>(thread_now() % 32); }
 // Which half of a tile this warp brings.
-FI_DEVICE_INLINE int half_now() { return thread_now() / 32 % 2; }
+FI_DEVICE_INLINE int half_now() { return static_cast<int>(thread_now() / 32 % 2); }
 
 // Boxes of box_rows keys and kBoxColumns columns, one a lane. Those of pages that are not there lie outside
 // of the tensor and arrive as zeros.
@@ -98,9 +98,10 @@ class RowLoader {
                             : page * cache.page_step +
                                   key_entry(args_.shape, tile, position(kv_tile, i)) * cache.row_step;
     }
-    const int lane = lane_now(), chunk = lane % 8, eighth = lane / 8;
-    const uint4* const head =
-        cache.base + static_cast<uint32_t>(tile.kv_head) * uint64_t{cache.head_step} + chunk;
+    const unsigned lane = thread_now() % 32, chunk = lane % 8, eighth = lane / 8;
+    const char* const head =
+        reinterpret_cast<const char*>(cache.base) +
+        (static_cast<uint32_t>(tile.kv_head) * uint64_t{cache.head_step} + chunk) * sizeof(uint4);
     // Row r of a panel starts at 128 r, its chunk c of 16 bytes lies at c ^ r % 8: the 128-byte swizzle.
     to += (half_now() * kWarpRows + eighth) * 128;
     unsigned char* const places[2] = {to + (chunk ^ eighth) * 16, to + 512 + (chunk ^ (eighth + 4)) * 16};
@@ -108,10 +109,11 @@ class RowLoader {
     for (int i = 0; i < kWarpRows / 4; ++i) {
       const uint32_t offset = __shfl_sync(kAllLanes, offsets[i / 8], 4 * (i % 8) + eighth);
       const bool valid = offset != kNowhere;
-      const uint4* const from = head + (valid ? offset : 0);
+      const char* const from = head + uint64_t{valid ? offset : 0} * sizeof(uint4);
 #pragma unroll
       for (int panel = 0; panel < Config::kPanels; ++panel)
-        cp_async_16(places[i % 2] + i / 2 * 1024 + panel * kPanelBytes, from + panel * 8, valid);
+        cp_async_16(places[i % 2] + i / 2 * 1024 + panel * kPanelBytes, from + panel * 2 * kBoxColumns,
+                    valid);
     }
     barrier_arrive_after_copies(full);
   }
