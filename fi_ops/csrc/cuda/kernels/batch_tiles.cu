@@ -5,6 +5,7 @@
 
 #include "fi/cuda/sm80/padded_dims.h"
 #include "fi/cuda/sm80/prefill.h"
+#include "fi/cuda/sm80/rotate_tile.h"
 
 namespace fi::cuda {
 namespace {
@@ -66,6 +67,7 @@ void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan
   args.by_page_size = Divisor(static_cast<uint32_t>(p.table.page_size));
   args.k_units = units(p.k_stride_page, c.k_stride_n);
   args.v_units = units(p.v_stride_page, c.v_stride_n);
+  args.rope_has_packs = c.rope.cos && rope_has_packs(c.rope);
   args.next_item = reinterpret_cast<unsigned*>(counters);
   if (sm80_batch_splits(p)) args.arrivals = counters + 1;
   c.dtype == DType::bf16 ? run<bf16>(args, gpu) : run<f16>(args, gpu);

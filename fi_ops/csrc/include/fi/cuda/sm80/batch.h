@@ -18,6 +18,7 @@ struct BatchTilesArgs {
   unsigned group;  // query heads of a KV head
   Divisor by_page_size;
   KeyUnits k_units, v_units;
+  bool rope_has_packs;
   unsigned* next_item;  // zeroed: items beyond the first of each block that are taken
 
   // Where tiles may be too few for the GPU their keys are split, each part a thread block's; of each, the

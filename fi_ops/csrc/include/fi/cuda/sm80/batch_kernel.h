@@ -244,11 +244,13 @@ class BatchTilesBlock : WarpRows<C> {
 
   FI_DEVICE_INLINE void rotate(int tile, int stage, bool rotate_q) {
     const int first = tile * C::kKeys;
-    rotate_tile<C::kDimQK, C::kThreads>(keys.k(stage), C::kKeys, p, [&](int r) { return first + r; });
+    rotate_tile<C::kDimQK, C::kKeys, C::kThreads>(keys.k(stage), p, args.rope_has_packs,
+                                                  [&](int r) { return first + r; });
     if (!rotate_q) return;
     const BlockOfRows block = smem.block;
     const int64_t offset = smem.request.kv_len - smem.request.qo_len;
-    rotate_tile<C::kDimQK, C::kThreads>(smem.q, C::kRows, p, [&](int r) { return block.query(r) + offset; });
+    rotate_tile<C::kDimQK, C::kRows, C::kThreads>(smem.q, p, args.rope_has_packs,
+                                                  [&](int r) { return block.query(r) + offset; });
   }
 
   FI_DEVICE_INLINE void attend_tile(int tile, int stage, int words) {
