@@ -75,7 +75,7 @@ TilesPath path_of_tiles(const BatchAttentionParams& p, const Gpu& gpu) {
   // Few tiles over long keys leave most of the GPU to who doesn't split keys, as in dense attention; how many
   // tiles there are at least is the device's to know.
   const int64_t most_blocks = ((c.qo_len - 1) / kTileQueries + c.batch) * c.num_qo_heads;
-  const bool splits = sm80_batch_supports(p) && sm80_batch_arrivals(p, gpu) > 0;
+  const bool splits = sm80_batch_supports(p) && sm80_batch_splits(p);
   const bool few = splits && 9 * most_blocks < 4 * gpu.num_sms;
   if (gpu.compute_capability == 90 && sm90_batch_supports(p) && !few) return TilesPath::sm90;
 #endif
@@ -90,7 +90,7 @@ void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
   const TilesPath path = path_of_tiles(p, gpu);
   const bool few_is_fast = batch::few_rows_supports(p);
   const int64_t num_segments = few_is_fast ? PlanView::of(p, nullptr).max_segments * c.num_kv_heads : 0;
-  const int64_t num_tiles = path == TilesPath::sm80 ? sm80_batch_arrivals(p, gpu) : 0;
+  const int64_t num_tiles = path == TilesPath::sm80 ? sm80_batch_counters(p, gpu) : 0;
   Arrivals arrivals;
   const PlanView plan = begin(p, num_segments, num_tiles, arrivals, gpu);
 
