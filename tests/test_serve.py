@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import socket
 import sys
 import zlib
 from pathlib import Path
@@ -508,6 +509,14 @@ def test_what_is_no_llama_is_refused(files, reason, tmp_path, capsys):
         (tmp_path / "config.json").write_text(files["config.json"] or json.dumps(config))
     assert serve.main(["--model", str(tmp_path)]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert serve.main(["--port", port, "--eager", "--device", "cpu", "--pages", "64", "--max-requests", "4"]) == 2
+    err = capsys.readouterr().err
+    assert f"127.0.0.1:{port}: " in err and "choose another --port" in err
 
 
 def test_bench_mode(capsys):
