@@ -412,6 +412,19 @@ def test_compiled_step(make, prompts, alone):
     assert compiled == generate(make(), prompts[:3], [sampled] * 3)
 
 
+def test_a_size_is_made_when_it_is_needed(make, prompts, alone, monkeypatch):
+    """An engine that was not prepared makes its steps with a batch already in their inputs, and runs them before their time."""
+    made = []
+
+    def compiled(step):
+        made.append(step)
+        return step
+
+    monkeypatch.setattr("serving.step._compiled", compiled)
+    engine = make(max_requests=4, step_tokens=24, compiled=True)
+    assert generate(engine, prompts, [greedy()] * len(prompts)) == alone and len(made) == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "options", [[], ["--eager", "--no-prefix-sharing", "--page-size", "5"]], ids=["compiled", "eager"]
