@@ -14,7 +14,7 @@ from emulation import build as emulation
 from fi_ops import _build
 
 NATIVE = Path(__file__).parent / "native"
-UNCHECKED = Path(__file__).parent / "test_cuda_unchecked.py"
+UNCHECKED = [Path(__file__).parent / name for name in ("test_cuda_unchecked.py", "test_batch_unchecked.py")]
 SWEEP = Path(__file__).parent / "test_every_op.py"
 
 pytestmark = pytest.mark.skipif(not emulation.supported(), reason="the emulator runs on x86-64")
@@ -58,7 +58,7 @@ def test_sweep():
 
 def test_unchecked_values():
     """Hostile index tensors that nothing refuses: the kernels stay in their tensors' memory."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--emulate-cuda", str(UNCHECKED)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--emulate-cuda", *map(str, UNCHECKED)]
     env = {**os.environ, "FI_EMULATION_CHECK": "0"}
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]

@@ -17,6 +17,7 @@ using batch::PlanView;
 
 __global__ void zero_kernel(int32_t* data, int64_t count) {
   allow_next_kernel();
+  wait_for_previous_kernel();
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * blockDim.x)
     data[i] = 0;
@@ -57,10 +58,9 @@ PlanView begin(const BatchAttentionParams& p, int64_t num_segments, int64_t num_
     arrivals.tiles = arrivals.segments + num_segments;
   }
   if (!p.plan) return PlanView::of(p, plan_of_call(p, arrivals.segments, count, gpu));
-  // Not launched early: what comes next may begin at once, and read what the kernels before have written.
   const int64_t blocks = (count + 1023) / 1024;
   launch(gpu, zero_kernel, dim3(static_cast<unsigned>(blocks < gpu.num_sms ? blocks : gpu.num_sms)),
-         dim3(256), 0, /*overlap=*/false, arrivals.segments, count);
+         dim3(256), 0, /*overlap=*/true, arrivals.segments, count);
   return PlanView::of(p, p.plan);
 }
 
@@ -96,7 +96,7 @@ void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
 
   // The plan's segments, requests with few rows; and the tokens of no request.
   if (few_is_fast) {
-    batch::few_rows(p, plan, arrivals.segments, /*waits=*/!p.plan, gpu);
+    batch::few_rows(p, plan, arrivals.segments, gpu);
   } else {
     batch::on_cuda_cores(p, plan, /*segments=*/true, /*tiles=*/false, gpu);
   }

@@ -15,7 +15,7 @@ struct FewArgs {
   int group;          // query heads of a KV head
   int room;           // blocks that run at once
   int min_units;      // for less no block is started
-  bool waits;         // the kernel before this one makes the plan
+  int most_units;     // of all segments and KV heads
   bool whole_pairs;   // with a fixed split: no block begins or ends within a pair
   int32_t* arrivals;  // [max_segments * num_kv_heads], zeroed by the kernel before: partial results left
   // Slots of partial_floats() each: acc [part_rows][acc_width], then max and sum [part_rows] each. Two for
@@ -36,30 +36,28 @@ inline constexpr int kLongShare = 64;
 
 // The units of each block: `base` of them, the first `extra` blocks one more.
 struct Shares {
-  int64_t total, base, extra;
-  int blocks;
+  int total, base, extra, blocks;
 
-  FI_DEVICE_INLINE Shares(const FewArgs& args, int64_t units) : total(units) {
-    const int grid = static_cast<int>(gridDim.x);
-    const int64_t wanted = (units + args.min_units - 1) / args.min_units;
-    const int64_t most = units >= int64_t{kLongShare} * args.room ? grid : min(grid, args.room);
-    blocks = static_cast<int>(clamp_index(wanted, 1, most));
+  FI_DEVICE_INLINE Shares(const FewArgs& args, int units) : total(units) {
+    const int grid = static_cast<int>(gridDim.x), wanted = (units - 1) / args.min_units + 1;
+    const int most = units / kLongShare >= args.room ? grid : min(grid, args.room);
+    blocks = max(1, min(wanted, most));
     base = units / blocks;
     extra = units - base * blocks;
   }
-  FI_DEVICE_INLINE int64_t begin_of(int64_t block) const {
-    return clamp_index(block * base + (block < extra ? block : extra), 0, total);
+  FI_DEVICE_INLINE int begin_of(int block) const {
+    return block >= blocks ? total : block * base + min(block, extra);
   }
-  FI_DEVICE_INLINE int block_of(int64_t unit) const {
-    const int64_t split = extra * (base + 1);
-    return static_cast<int>(
-        clamp_index(unit < split ? unit / (base + 1) : extra + (unit - split) / base, 0, blocks - 1));
+  FI_DEVICE_INLINE int block_of(int unit) const {
+    const int split = extra * (base + 1);
+    const int block = unit < split ? unit / (base + 1) : extra + (unit - split) / base;
+    return max(0, min(block, blocks - 1));
   }
 };
 
 struct Run {
   int64_t kv_begin, mask_begin;  // of the request
-  int64_t first_unit;            // of the pair
+  int first_unit;                // of the pair
   int pair, kv_head;
   int q_begin, qo_len, kv_len;  // of the request
   int row_begin, num_rows;
@@ -75,22 +73,25 @@ struct RunTable {
   Run runs[kRunsAtOnce];
   int count;
   bool more;
-  int64_t begin, end;  // the block's units
-  int64_t next;        // what the next runs begin with: a pair, or a unit
+  int begin, end;  // the block's units
+  int next;        // what the next runs begin with: a pair, or a unit
 };
 
 // Finds a block's runs, kRunsAtOnce at a time, a lane each: what a chain of loads costs, it costs once for
 // all. By one warp. What it remembers is in the table: registers are for the loop over slices.
+template <bool kFixed>
 class RunFinder {
  public:
   FI_DEVICE_INLINE RunFinder(const FewArgs& args, RunTable& table)
       : args(args),
         p(args.p),
         table(table),
-        heads(p.call.num_kv_heads),
+        heads(static_cast<int>(p.call.num_kv_heads)),
         num_segments(args.plan.num_segments()),
-        unit_keys(p.fixed_split_size ? p.fixed_split_size : kUnitKeys),
-        shares(args, num_segments > 0 ? heads * max(args.plan.header->num_units, 0) : 0) {}
+        unit_keys(kFixed ? static_cast<int>(p.fixed_split_size) : static_cast<int>(kUnitKeys)),
+        shares(args, num_segments > 0
+                         ? max(0, min(args.plan.header->num_units, args.most_units / heads)) * heads
+                         : 0) {}
 
   FI_DEVICE_INLINE void fill(bool is_first) {
     if (is_first) {
@@ -99,7 +100,11 @@ class RunFinder {
     } else {
       begin = table.begin, end = table.end, next = table.next;
     }
-    p.fixed_split_size ? fill_units() : fill_pairs();
+    if constexpr (kFixed) {
+      fill_units();
+    } else {
+      fill_pairs();
+    }
     if (threadIdx.x % 32 == 0) table.begin = begin, table.end = end, table.next = next;
   }
 
@@ -107,38 +112,38 @@ class RunFinder {
   struct Segment {
     PlanSegment s;
     Request r;
-    int64_t first;  // unit, of all pairs
-    int units;      // of its keys
+    int first;  // unit, of all pairs
+    int units;  // of its keys
   };
 
-  FI_DEVICE_INLINE int64_t first_of_block() {
-    if (p.fixed_split_size) {
+  FI_DEVICE_INLINE int first_of_block() {
+    if constexpr (kFixed) {
       if (args.whole_pairs) begin = next_pair(begin), end = next_pair(end);
       return begin;
+    } else {
+      if (begin >= end) return 0;
+      const int n = segment_of(begin);
+      const Segment segment = load(n);
+      return n * heads + max(0, min((begin - segment.first) / max(segment.units, 1), heads - 1));
     }
-    if (begin >= end) return 0;
-    const int n = segment_of(begin);
-    const Segment segment = load(n);
-    return n * heads + clamp_index((begin - segment.first) / max(segment.units, 1), 0, heads - 1);
   }
 
   FI_DEVICE_INLINE Segment load(int n) const {
     Segment segment;
     segment.s = args.plan.segments[n];
-    segment.first = segment.s.first_unit * heads;
+    segment.first = max(0, min(segment.s.first_unit, 0x7fffffff / heads)) * heads;
     segment.units = 0;
     if (segment.s.request < 0 || segment.s.request >= p.call.batch) return segment;
     segment.r = request_of(p, segment.s.request);
-    const int64_t most = (segment.r.kv_len + unit_keys - 1) / unit_keys;
-    segment.s.unit_begin = static_cast<int32_t>(clamp_index(segment.s.unit_begin, 0, most));
-    segment.units = static_cast<int>(clamp_index(segment.s.num_units, 0, most - segment.s.unit_begin));
+    const int most = (static_cast<int>(segment.r.kv_len) + unit_keys - 1) / unit_keys;
+    segment.s.unit_begin = max(0, min(segment.s.unit_begin, most));
+    segment.units = max(0, min(segment.s.num_units, most - segment.s.unit_begin));
     return segment;
   }
 
   // The segment with the unit (of all pairs): the last one that begins at it or before. For the whole warp.
-  FI_DEVICE_INLINE int segment_of(int64_t unit) const {
-    const int64_t wanted = unit / heads;
-    const int lane = threadIdx.x % 32;
+  FI_DEVICE_INLINE int segment_of(int unit) const {
+    const int wanted = unit / heads, lane = threadIdx.x % 32;
     int low = 0, high = num_segments;
     while (high - low > 1) {
       const int step = (high - low + 31) / 32, at = low + lane * step;
@@ -151,8 +156,8 @@ class RunFinder {
   }
 
   // The same, for a unit of each lane.
-  FI_DEVICE_INLINE int segment_of_lane(int64_t unit) const {
-    const int64_t wanted = unit / heads;
+  FI_DEVICE_INLINE int segment_of_lane(int unit) const {
+    const int wanted = unit / heads;
     int low = 0, high = num_segments;
     while (high - low > 1) {
       const int middle = low + (high - low) / 2;
@@ -164,31 +169,31 @@ class RunFinder {
   }
 
   // The first unit at `unit` or after that begins a pair.
-  FI_DEVICE_INLINE int64_t next_pair(int64_t unit) const {
+  FI_DEVICE_INLINE int next_pair(int unit) const {
     if (unit >= shares.total) return shares.total;
     const Segment segment = load(segment_of(unit));
     if (segment.units == 0) return unit;
-    const int64_t within = (unit - segment.first) % segment.units;
-    return within == 0 ? unit : unit - within + segment.units;
+    const int within = (unit - segment.first) % segment.units;
+    return within <= 0 ? unit : unit - within + segment.units;
   }
 
   // Units [from, to) of the segment's own.
-  FI_DEVICE_INLINE Run run_of(const Segment& segment, int n, int64_t head, int64_t first_unit, int64_t from,
-                              int64_t to) const {
+  FI_DEVICE_INLINE Run run_of(const Segment& segment, int n, int head, int first_unit, int from,
+                              int to) const {
     const Request& r = segment.r;
     Run run;
     run.kv_begin = r.kv_begin, run.mask_begin = r.mask_begin;
-    run.pair = static_cast<int>(n * heads + head), run.kv_head = static_cast<int>(head);
+    run.pair = n * heads + head, run.kv_head = head;
     run.q_begin = static_cast<int>(r.q_begin);
     run.qo_len = static_cast<int>(r.qo_len), run.kv_len = static_cast<int>(r.kv_len);
-    const int64_t rows = r.qo_len * args.group, row = clamp_index(segment.s.row_begin, 0, rows);
-    run.row_begin = static_cast<int>(row);
-    run.num_rows = static_cast<int>(clamp_index(rows - row, 0, kSegmentRows));
-    const int64_t last_row = row + run.num_rows - (run.num_rows > 0);
-    const int64_t first_key = keys_of_query(p, r, row / args.group).begin / 16 * 16;
+    const int rows = run.qo_len * args.group;
+    run.row_begin = max(0, min(segment.s.row_begin, rows));
+    run.num_rows = min(rows - run.row_begin, static_cast<int>(kSegmentRows));
+    const int last_row = max(run.row_begin + run.num_rows - 1, 0);
+    const int64_t first_key = keys_of_query(p, r, run.row_begin / args.group).begin / 16 * 16;
     const int64_t last_key = keys_of_query(p, r, last_row / args.group).end;
-    const int64_t key_begin = (segment.s.unit_begin + from) * unit_keys,
-                  key_end = (segment.s.unit_begin + to) * unit_keys;
+    const int64_t key_begin = int64_t{segment.s.unit_begin + from} * unit_keys,
+                  key_end = int64_t{segment.s.unit_begin + to} * unit_keys;
     run.key_begin = static_cast<int>(key_begin > first_key ? key_begin : first_key);
     run.key_end = static_cast<int>(key_end < last_key ? key_end : last_key);
     run.first_unit = first_unit;
@@ -203,15 +208,14 @@ class RunFinder {
   }
 
   FI_DEVICE_INLINE void fill_pairs() {
-    const int64_t pair = next + threadIdx.x % 32;
-    bool before_end = begin < end && pair < num_segments * heads, has = false;
+    const int n = (next + static_cast<int>(threadIdx.x % 32)) / heads;
+    const int head = next + static_cast<int>(threadIdx.x % 32) - n * heads;
+    bool before_end = begin < end && n < num_segments, has = false;
     Run run;
     if (before_end) {
-      const int n = static_cast<int>(pair / heads);
       const Segment segment = load(n);
-      const int64_t head = pair - n * heads, first = segment.first + head * segment.units;
-      const int64_t from = first > begin ? first : begin, past = first + segment.units,
-                    to = past < end ? past : end;
+      const int first = segment.first + head * segment.units, past = first + segment.units;
+      const int from = max(first, begin), to = min(past, end);
       before_end = first < end;
       has = from < to;
       if (has) {
@@ -227,18 +231,18 @@ class RunFinder {
   }
 
   FI_DEVICE_INLINE void fill_units() {
-    const int64_t unit = next + threadIdx.x % 32;
+    const int unit = next + static_cast<int>(threadIdx.x % 32);
     bool has = unit < end;
     Run run;
     if (has) {
       const int n = segment_of_lane(unit);
       const Segment segment = load(n);
-      const int64_t at = unit - segment.first, head = at / max(segment.units, 1);
+      const int at = unit - segment.first, head = at / max(segment.units, 1);
       has = segment.units > 0 && at >= 0 && head < heads;
       if (has) {
-        const int64_t first = segment.first + head * segment.units, own = unit - first;
+        const int first = segment.first + head * segment.units, own = unit - first;
         run = run_of(segment, n, head, first, own, own + 1);
-        run.part = static_cast<int>(own), run.last_part = segment.units - 1;
+        run.part = own, run.last_part = segment.units - 1;
         run.whole = first >= begin && first + segment.units <= end;
       }
     }
@@ -250,11 +254,9 @@ class RunFinder {
   const FewArgs& args;
   const BatchAttentionParams& p;
   RunTable& table;
-  const int64_t heads;
-  const int num_segments;
-  const int64_t unit_keys;
+  const int heads, num_segments, unit_keys;
   const Shares shares;
-  int64_t begin, end, next;  // as in the table
+  int begin, end, next;  // as in the table
 };
 
 }  // namespace fi::cuda::batch
