@@ -292,7 +292,6 @@ class FewBlock {
     }
   }
 
- private:
   template <class F>
   FI_DEVICE_INLINE void for_each_item(int num_rows, const F& f) const {
     batch::for_each_item<Engine::kRowChunks>(args, num_rows, f);
