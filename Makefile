@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment, the dependencies, the native library.
 # PYTHON chooses the interpreter, VENV the environment's folder, WORKERS how many processes test, PYTEST_ARGS what else pytest gets,
 # DEVICE whose library is built,
-# SUITE_ARGS what the GPU suite gets, JOBS how many models the zoo runs at a time, TORCH which releases of torch the matrix runs,
+# SUITE_ARGS what the GPU suite gets, SERVE_ARGS what the server gets, JOBS how many models the zoo runs at a time, TORCH which releases of torch the matrix runs,
 # SUBSET=n one in n of the matrix's cases.
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,13 +9,14 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 DEVICE ?= cpu
 SUITE_ARGS ?=
+SERVE_ARGS ?=
 JOBS ?= 2
 TORCH ?=
 SUBSET ?= 1
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-gpu test-matrix bench build lint format asan docs zoo clean
+.PHONY: demo serve test test-gpu test-matrix bench build lint format asan docs zoo clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +35,9 @@ build: $(VENV)/.ready        ## build the CPU library ahead of time (a no-op whe
 
 demo: build                  ## the main job: a real checkpoint, stock torch.compile against fi_ops
 	$(PY) examples/demo.py
+
+serve: build                 ## a continuous-batching server of the demo model (SERVE_ARGS: see examples/serve.py --help)
+	$(PY) examples/serve.py $(SERVE_ARGS)
 
 test: build                  ## the whole suite; without a GPU, CUDA code is compiled (where nvcc is) and emulated
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)

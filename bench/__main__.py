@@ -5,6 +5,7 @@ python -m bench sampling --full --device cuda  # the same at vocabularies of 320
 python -m bench single_decode --batch 8        # attention of one new token
 python -m bench batch_decode --batch 16        # decode over a paged cache: lengths, pages, fp8, a shared prefix, the plan
 python -m bench batch_prefill --length 4096    # prompts of a batch, paged and ragged; chunked prefill
+python -m bench sparse                         # block-sparse attention, vector-sparse, by head
 python -m bench filters                        # softmax, renorm, top-k, log-probabilities, penalties, draft chains
 python -m bench generate                       # the sampling step of Hugging Face's generate
 python -m bench linear --batch 1               # linear layers of few rows
@@ -38,6 +39,7 @@ BENCHES = {
     "single_decode": "bench_single_decode",
     "batch_prefill": "bench_batch_prefill",
     "batch_decode": "bench_batch_decode",
+    "sparse": "bench_sparse",
     "sampling": "bench_sampling",
     "filters": "bench_filters",
     "generate": "bench_generate",
@@ -62,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: the bench's own (bfloat16; samplers float32)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: as torch chooses)")
     parser.add_argument("--batch", type=int, help="only this batch size")
-    parser.add_argument("--length", type=int, help="only this length (prefill, decode, pages, batches)")
+    parser.add_argument("--length", type=int, help="only this length (prefill, decode, pages, batches, sparse)")
     parser.add_argument("--vocab", type=int, help="sampling, filters: this vocabulary (default 128256)")
     parser.add_argument("--only", metavar="TEXT", help="families: those whose name has this in it")
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")

@@ -272,7 +272,7 @@ class BatchWrapper:
         if mode == "ROPE_LLAMA" and self._max_kv_len is not None:
             key = (self._head_dims[0], settings.rope_scale, settings.rope_theta)
             if self._table is None or key != self._table_key or self._table.shape[0] < self._max_kv_len:
-                length = 1 << max(self._max_kv_len - 1, 0).bit_length()  # so that it seldom grows
+                length = -(-self._max_kv_len // 1024) * 1024  # so that it seldom grows
                 self._table, self._table_key = cos_sin_table(length, *key, device), key
         self._settings = settings
 

@@ -214,9 +214,10 @@ class BatchAttention(BatchWrapper):
             f"kv_len_arr must have {kv_indptr.shape[0] - 1} elements, as kv_indptr has requests, got {kv_len_arr.shape[0]}; pass "
             f"one length a request",
         )
+        if kv_len_arr.device != kv_indptr.device:
+            kv_len_arr, kv_indptr = kv_len_arr.to(self.device), kv_indptr.to(self.device)
         pages = kv_indptr.diff()
-        lengths = kv_len_arr.to(kv_indptr.device)
-        kv_last_page_len = torch.where(pages > 0, lengths - (pages - 1) * page_size, lengths)
+        kv_last_page_len = torch.where(pages > 0, kv_len_arr - (pages - 1) * page_size, kv_len_arr)
         self._plan_batch(
             qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_indices=kv_indices, kv_last_page_len=kv_last_page_len,
             num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk, head_dim_vo=head_dim_vo,

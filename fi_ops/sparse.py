@@ -276,8 +276,12 @@ class VariableBlockSparseAttentionWrapper(BatchWrapper):
             num_kv_heads >= 1 and num_qo_heads % num_kv_heads == 0,
             f"num_qo_heads must be a multiple of num_kv_heads, got {num_qo_heads} and {num_kv_heads}; repeat or drop heads",
         )
-        mask, columns = block_mask_map.bool(), block_col_sz.to(block_mask_map.device).long()
-        lengths = torch.where(mask, columns[:, None, :], 0)
+        if block_mask_map.device != block_col_sz.device:
+            block_mask_map, block_col_sz = (
+                t.to(self.device, non_blocking=non_blocking) for t in (block_mask_map, block_col_sz)
+            )
+        columns = block_col_sz.long()
+        lengths = torch.where(block_mask_map.bool(), columns[:, None, :], 0)
         if max_nnz is None:
             max_nnz = int(lengths.sum())
         nnz_qo = int(block_row_sz.sum()) if values_known(block_row_sz) else None

@@ -7,10 +7,13 @@ import itertools
 import pytest
 import torch
 
+import fi_ops
 from fi_ops.library._reference import attend, rotate
 from fi_ops.testing import assert_within_budget
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+MIXED = [1, 5, 0, 9, 3], [40, 5, 30, 33, 70]  # decode, prefill, no query, append
+NO_EMPTY = (37, 1, 90, 16, 2)  # RoPE has no row for the query of a request without keys
 
 
 def indptr(counts, dtype=torch.int32, device="cpu") -> torch.Tensor:
@@ -62,11 +65,14 @@ def check(actual, expect, what=""):
 
 
 class Batch:
-    """Random requests, dense and in the pages of a cache, in either layout, as a pair or as one tensor."""
+    """Random requests, dense and in the pages of a cache, in either layout, as a pair or as one tensor.
+
+    shared: pages are in several requests, and several times in one.
+    """
 
     def __init__(
         self, device, qo_lens, kv_lens, *, dtype=torch.float32, kv_dtype=None, page_size=4, heads=4, kv_heads=2, head_dim=64,
-        head_dim_vo=None, index=torch.int32, layout="NHD", fused=False, spare_pages=3,
+        head_dim_vo=None, index=torch.int32, layout="NHD", fused=False, spare_pages=3, shared=False,
     ):  # fmt: skip
         head_dim_vo = head_dim_vo or head_dim
         self.qo_lens, self.kv_lens, self.page_size, self.layout = qo_lens, kv_lens, page_size, layout
@@ -76,6 +82,9 @@ class Batch:
         counts = [-(-n // page_size) for n in kv_lens]
         num_pages = sum(counts) + spare_pages
         pages = torch.randperm(num_pages)[: sum(counts)]
+        if shared:  # between requests and within one
+            num_pages = max(num_pages // 2, 1)
+            pages = torch.randint(0, num_pages, (sum(counts),))
         self.qo_indptr, self.kv_indptr = indptr(qo_lens, index), indptr(counts, index)
         self.kv_indices = pages.to(index)
         self.kv_last_page_len = torch.tensor([(n - 1) % page_size + 1 if n else 0 for n in kv_lens], dtype=index)
@@ -115,3 +124,57 @@ class Batch:
 
     def random_masks(self, share=0.6):
         return [torch.rand(q, kv, device=self.device) < share for q, kv in zip(self.qo_lens, self.kv_lens, strict=True)]
+
+
+# ---- wrappers that are planned for a batch ----
+
+
+def decode_batch(device, kv_lens=(37, 1, 90, 16, 0), **options):
+    return Batch(device, [1] * len(kv_lens), list(kv_lens), **options)
+
+
+def empty(device):
+    return torch.empty(0, dtype=torch.uint8, device=device)
+
+
+def plan_decode(batch, wrapper=None, table=None, **options):
+    wrapper = wrapper or fi_ops.BatchDecodeWithPagedKVCacheWrapper(empty(batch.device), batch.layout)
+    wrapper.plan(
+        *(table or batch.table), *batch.sizes, batch.page_size, q_data_type=batch.dtype, kv_data_type=batch.kv_dtype, **options
+    )  # fmt: skip
+    return wrapper
+
+
+def plan_prefill(batch, wrapper=None, qo_indptr=None, table=None, **options):
+    wrapper = wrapper or fi_ops.BatchPrefillWithPagedKVCacheWrapper(empty(batch.device), batch.layout)
+    wrapper.plan(
+        batch.qo_indptr if qo_indptr is None else qo_indptr, *(table or batch.table), *batch.sizes, batch.page_size,
+        head_dim_vo=batch.head_dim_vo, q_data_type=batch.dtype, kv_data_type=batch.kv_dtype, **options,
+    )  # fmt: skip
+    return wrapper
+
+
+def plan_ragged(batch, **options):
+    wrapper = fi_ops.BatchPrefillWithRaggedKVCacheWrapper(empty(batch.device))
+    wrapper.plan(
+        batch.qo_indptr, indptr(batch.kv_lens), *batch.sizes, head_dim_vo=batch.head_dim_vo, q_data_type=batch.dtype,
+        kv_data_type=batch.kv_dtype, **options,
+    )  # fmt: skip
+    return wrapper
+
+
+def ragged_keys(batch):
+    return (torch.cat([t.view(torch.uint8) for t in ts]).view(ts[0].dtype) for ts in (batch.keys, batch.values))
+
+
+def graph_buffers(device, batch, pages=80):
+    ints = {"dtype": torch.int32, "device": device}
+    return {
+        "paged_kv_indptr": torch.zeros(batch + 1, **ints), "paged_kv_indices": torch.zeros(pages, **ints),
+        "paged_kv_last_page_len": torch.zeros(batch, **ints),
+    }  # fmt: skip
+
+
+def prefill_buffers(device, batch):
+    buffers = {f"{name}_buf": t for name, t in graph_buffers(device, batch).items()}
+    return buffers | {"qo_indptr_buf": torch.zeros(batch + 1, dtype=torch.int32, device=device)}

@@ -6,7 +6,6 @@ dims, several tiles a thread block. What no request has in the cache is NaN.
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
@@ -17,7 +16,6 @@ from fi_ops.library import SPECS, Sample
 from fi_ops.testing import assert_op_matches_reference
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-UNCHECKED = os.environ.get("FI_EMULATION_CHECK") == "0"
 
 
 def indptr(device, lens, dtype=torch.int32):
@@ -127,3 +125,76 @@ def random_call(seed, device):
 def test_random_batch(seed, device):
     op, args, options = random_call(seed, device)
     assert_op_matches_reference(SPECS[op], Sample(args, options, f"seed {seed}"))
+
+
+def long_call(seed, device):
+    """Few tiles over long keys, which several blocks share: (arguments, keyword arguments)."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype, page_size = draw.choice([torch.bfloat16, torch.float16]), draw.choice([1, 16, 64])
+    dim, group = draw.choice([64, 128, 256]), draw.choice([1, 2])
+    lens = [(draw.choice([66, 100, 129]), draw.choice([1100, 2300, 3000]))]
+    if draw.random() < 0.5:
+        lens.insert(draw.randrange(2), (draw.choice([1, 65, 130]), draw.choice([0, 130, 700])))
+    qo_lens, kv_lens = zip(*lens, strict=True)
+    query = torch.randn(sum(qo_lens), group, dim, device=device).to(dtype)
+    cache, table = paged(draw, device, draw.choice([dtype, *FP8]), kv_lens, 1, page_size)
+    args = (query, cache(dim), cache(dim), indptr(device, qo_lens), *table)
+    options: dict = {"causal": draw.random() < 0.7, "v_scale": torch.tensor([1.5], device=device)}
+    if draw.random() < 0.3:
+        options["window_left"] = draw.choice([300, 1500])
+    if draw.random() < 0.3:
+        options["sinks"] = torch.randn(group, device=device) * 5
+    if draw.random() < 0.3:
+        args = (*args, *packed_mask(draw, device, qo_lens, kv_lens))
+    return args, options
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(12))
+def test_few_tiles_over_long_keys(seed, device):
+    args, options = long_call(seed, device)
+    sample = Sample(args, options, f"long keys {seed}")
+    assert_op_matches_reference(SPECS["paged_attention_with_lse"], sample)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("given", [False, True], ids=["plan made", "plan given"])
+def test_a_fixed_split_does_not_see_the_batch(given, device):
+    """Bit for bit the same, alone and among others; long enough that one request alone would be split."""
+    draw = random.Random(0)
+    qo_lens, kv_lens, page_size = [100, 70, 300, 65], [1500, 80, 300, 2000], 16
+    query = torch.randn(sum(qo_lens), 4, 64, device=device).bfloat16()
+    cache, (kv_indices, kv_indptr, last) = paged(draw, device, torch.bfloat16, kv_lens, 2, page_size)
+    key, value = cache(64), cache(64)
+    options = {"causal": True, "fixed_split_size": 256}
+
+    def attend(query, qo_lens, kv_indices, kv_indptr, last):
+        starts = indptr(device, qo_lens)
+        plan = torch.ops.fi.batch_attention_plan(starts, kv_indptr, last, len(query), 2, page_size, **options)
+        return torch.ops.fi.paged_attention_with_lse(
+            query, key, value, starts, kv_indices, kv_indptr, last, plan=plan if given else None, **options
+        )
+
+    together = attend(query, qo_lens, kv_indices, kv_indptr, last)
+    starts, pages = indptr("cpu", qo_lens).tolist(), kv_indptr.tolist()
+    for b, n in enumerate(qo_lens):
+        rows, own = slice(starts[b], starts[b + 1]), kv_indices[pages[b] : pages[b + 1]]
+        alone = attend(query[rows], [n], own, indptr(device, [len(own)]), last[b : b + 1])
+        assert all(torch.equal(a[rows], x) for a, x in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_offsets_past_two_to_the_31(kv_dtype, device):
+    """The same as from a small cache of the same pages. (Memory that nobody writes costs nothing on a CPU.)"""
+    near = torch.randn(5, 16, 2, 64, device=device).to(kv_dtype)
+    far = torch.empty(2**20 + 9, 16, 2, 64, device=device, dtype=kv_dtype)
+    pages = torch.tensor([2**20 + 5, 7, 2**20 + 8, 2**20, 3], device=device)
+    far.view(torch.uint8)[pages] = near.view(torch.uint8)
+    starts = torch.tensor([0, 70], device=device)
+    table = torch.tensor([0, 5], device=device), torch.tensor([13], device=device)
+    query = torch.randn(70, 4, 64, device=device).bfloat16()
+    attend = torch.ops.fi.paged_attention
+    expected = attend(query, near, near, starts, torch.arange(5, device=device), *table, causal=True)
+    assert torch.equal(attend(query, far, far, starts, pages, *table, causal=True), expected)

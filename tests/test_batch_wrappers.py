@@ -1,55 +1,29 @@
-"""FlashInfer's wrappers for decode, prefill and append of a batch: options against attention by request, state, refusals."""
+"""FlashInfer's wrappers for decode, prefill and append of a batch: options against attention by request, refusals."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from batch_cases import DEVICES, Batch, check, indptr
+from batch_cases import (
+    DEVICES,
+    MIXED,
+    NO_EMPTY,
+    Batch,
+    check,
+    decode_batch,
+    empty,
+    graph_buffers,
+    indptr,
+    plan_decode,
+    plan_prefill,
+    plan_ragged,
+    prefill_buffers,
+    ragged_keys,
+)
 
 import fi_ops
 
-MIXED = [1, 5, 0, 9, 3], [40, 5, 30, 33, 70]  # decode, prefill, no query, append
-NO_EMPTY = (37, 1, 90, 16, 2)  # RoPE has no row for the query of a request without keys
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def decode_batch(device, kv_lens=(37, 1, 90, 16, 0), **options):
-    return Batch(device, [1] * len(kv_lens), list(kv_lens), **options)
-
-
-def empty(device):
-    return torch.empty(0, dtype=torch.uint8, device=device)
-
-
-def plan_decode(batch, wrapper=None, table=None, **options):
-    wrapper = wrapper or fi_ops.BatchDecodeWithPagedKVCacheWrapper(empty(batch.device), batch.layout)
-    wrapper.plan(
-        *(table or batch.table), *batch.sizes, batch.page_size, q_data_type=batch.dtype, kv_data_type=batch.kv_dtype, **options
-    )  # fmt: skip
-    return wrapper
-
-
-def plan_prefill(batch, wrapper=None, qo_indptr=None, table=None, **options):
-    wrapper = wrapper or fi_ops.BatchPrefillWithPagedKVCacheWrapper(empty(batch.device), batch.layout)
-    wrapper.plan(
-        batch.qo_indptr if qo_indptr is None else qo_indptr, *(table or batch.table), *batch.sizes, batch.page_size,
-        head_dim_vo=batch.head_dim_vo, q_data_type=batch.dtype, kv_data_type=batch.kv_dtype, **options,
-    )  # fmt: skip
-    return wrapper
-
-
-def plan_ragged(batch, **options):
-    wrapper = fi_ops.BatchPrefillWithRaggedKVCacheWrapper(empty(batch.device))
-    wrapper.plan(
-        batch.qo_indptr, indptr(batch.kv_lens), *batch.sizes, head_dim_vo=batch.head_dim_vo, q_data_type=batch.dtype,
-        kv_data_type=batch.kv_dtype, **options,
-    )  # fmt: skip
-    return wrapper
-
-
-def ragged_keys(batch):
-    return (torch.cat([t.view(torch.uint8) for t in ts]).view(ts[0].dtype) for ts in (batch.keys, batch.values))
-
 
 SETTINGS = {
     "plain": ({}, {}),
@@ -267,189 +241,6 @@ def test_plain_functions(device):
         batch.q, *ragged_keys(batch), qo_indptr, indptr(batch.kv_lens, device=device), **options
     )
     check(got, batch.expect(causal=True, sm_scale=0.2))
-
-
-# ---- state ----
-
-
-def test_a_plan_is_made_once_where_rows_are_known(monkeypatch):
-    """One plan for all layers: `run` hands it to the op (which would make its own)."""
-    batch = decode_batch("cpu")
-    seen = []
-    op = torch.ops.fi.paged_attention
-    monkeypatch.setattr(torch.ops.fi, "paged_attention", lambda *a, **k: (seen.append(a[14]), op(*a, **k))[1])
-    wrapper = plan_decode(batch)
-    for _ in range(2):
-        wrapper.run(batch.q, batch.cache)
-    assert seen[0] is seen[1] and seen[0] is not None
-    batch = Batch("cpu", *MIXED)
-    wrapper = plan_prefill(batch, causal=True)
-    wrapper.run(batch.q, batch.cache)
-    assert seen[2] is not None
-    wrapper.forward(batch.q, batch.cache, causal=False)  # another attention than planned for
-    wrapper.run(torch.cat((batch.q, batch.q)), batch.cache)  # more rows
-    assert seen[3] is None and seen[4] is None
-
-
-def test_the_result_does_not_depend_on_the_batch_with_a_fixed_split():
-    batch = Batch("cpu", [1, 1, 4], [300, 90, 200])
-    whole = plan_prefill(batch, causal=True, fixed_split_size=16).run(batch.q, batch.cache)
-    kv_indptr, kv_indices, last = batch.table
-    alone = fi_ops.BatchPrefillWithPagedKVCacheWrapper(empty("cpu"))
-    for b, rows in enumerate(batch.qo_indptr.tolist()[:-1]):
-        qo_len = batch.qo_lens[b]
-        table = (kv_indptr[b : b + 2] - kv_indptr[b], kv_indices[kv_indptr[b] : kv_indptr[b + 1]], last[b : b + 1])
-        plan_prefill(batch, alone, qo_indptr=indptr([qo_len]), table=table, causal=True, fixed_split_size=16)
-        part = slice(rows, rows + qo_len)
-        assert torch.equal(alone.run(batch.q[part], batch.cache), whole[part])
-
-
-def graph_buffers(device, batch, pages=80):
-    ints = {"dtype": torch.int32, "device": device}
-    return {
-        "paged_kv_indptr": torch.zeros(batch + 1, **ints), "paged_kv_indices": torch.zeros(pages, **ints),
-        "paged_kv_last_page_len": torch.zeros(batch, **ints),
-    }  # fmt: skip
-
-
-def prefill_buffers(device, batch):
-    buffers = {f"{name}_buf": t for name, t in graph_buffers(device, batch).items()}
-    return buffers | {"qo_indptr_buf": torch.zeros(batch + 1, dtype=torch.int32, device=device)}
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_cuda_graph_mode_writes_into_the_buffers(device):
-    buffers = graph_buffers(device, 5)
-    wrapper = fi_ops.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(empty(device), *buffers.values())
-    assert wrapper.is_cuda_graph_enabled
-    plans = []
-    for _ in range(2):
-        batch = decode_batch(device, NO_EMPTY, index=torch.int64)
-        plan_decode(batch, wrapper, pos_encoding_mode="ROPE_LLAMA")
-        plans.append((wrapper._plan.data_ptr(), wrapper._table.data_ptr(), wrapper._qo_indptr.data_ptr()))
-        check(wrapper.run_return_lse(batch.q, batch.cache), batch.expect(rope=(1.0, 1e4)))
-        kept = buffers["paged_kv_indices"][: batch.kv_indices.shape[0]]
-        assert torch.equal(kept.cpu(), batch.kv_indices.int())
-    assert plans[0] == plans[1]
-    mask_buffers = {
-        "custom_mask_buf": torch.zeros(9999, dtype=torch.uint8, device=device),
-        "mask_indptr_buf": torch.zeros(6, dtype=torch.int32, device=device),
-    }
-    wrapper = fi_ops.BatchPrefillWithPagedKVCacheWrapper(
-        empty(device), use_cuda_graph=True, **prefill_buffers(device, 5), **mask_buffers
-    )
-    for lengths in (MIXED, ([3, 1, 2, 0, 2], [9, 33, 40, 3, 2])):
-        batch = Batch(device, *lengths)
-        masks = batch.random_masks()
-        plan_prefill(batch, wrapper, custom_mask=torch.cat([m.flatten() for m in masks]))
-        assert wrapper._custom_mask is mask_buffers["custom_mask_buf"]
-        q = torch.cat((batch.q, batch.q))[:18]  # the first plan's rows
-        output, lse = wrapper.run_return_lse(q, batch.cache)
-        rows = batch.q.shape[0]
-        check((output[:rows], lse[:rows]), batch.expect(masks))
-        assert (output[rows:] == 0).all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("on_device", [False, True])
-def test_a_captured_run_follows_later_plans(on_device):
-    """Decode and prefill, captured once; then other lengths and pages by `plan` alone, and with `plan` in the graph."""
-    decode = fi_ops.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(empty("cuda"), *graph_buffers("cuda", 5).values())
-    prefill = fi_ops.BatchPrefillWithPagedKVCacheWrapper(
-        empty("cuda"), use_cuda_graph=True, **prefill_buffers("cuda", 5)
-    )
-    lengths = [MIXED, ([9, 1, 3, 2, 3], [9, 80, 40, 2, 3]), ([0, 1, 0, 2, 3], [0, 1, 60, 70, 3])]
-    cases = [(Batch("cuda", [1] * 5, kv), Batch("cuda", *lens)) for lens, kv in zip(lengths, (
-        [37, 1, 90, 16, 2], [1, 90, 2, 3, 100], [60, 0, 0, 60, 61]), strict=True)]  # fmt: skip
-    statics = []
-    for wrapper, plan, which, options in ((decode, plan_decode, 0, {}), (prefill, plan_prefill, 1, {"causal": True})):
-        first = cases[0][which]
-        q, cache = first.q.clone(), tuple(torch.zeros(90, *t.shape[1:], device="cuda") for t in first.cache)
-        tables = first.table_on("cuda") if on_device else None
-        extra = {"qo_indptr": first.qo_indptr.to("cuda")} if on_device and which else {}
-        plan(first, wrapper, table=tables, **extra, **options)
-        wrapper.run(q, cache)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = wrapper.run_return_lse(q, cache)
-        statics.append((q, cache, graph, out))
-        for case in cases:
-            batch = case[which]
-            rows = batch.q.shape[0]
-            q[:rows].copy_(batch.q)
-            for static, pages in zip(cache, batch.cache, strict=True):
-                static[: pages.shape[0]].copy_(pages)
-            tables = batch.table_on("cuda") if on_device else None
-            extra = {"qo_indptr": batch.qo_indptr.to("cuda")} if on_device and which else {}
-            plan(batch, wrapper, table=tables, **extra, **options)
-            graph.replay()
-            check([t[:rows] for t in out], batch.expect(**options))
-
-
-@pytest.mark.gpu
-def test_plan_and_run_do_not_sync():
-    batch = Batch("cuda", *MIXED)
-    mask = torch.cat([m.flatten() for m in batch.random_masks()])
-    on_device = {"qo_indptr": batch.qo_indptr.to("cuda"), "table": batch.table_on("cuda")}
-    wrapper = plan_prefill(batch, pos_encoding_mode="ALIBI", **on_device)  # the slopes are made once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for options in ({"causal": True}, {"custom_mask": mask}, {"pos_encoding_mode": "ROPE_LLAMA"}):
-            plan_prefill(batch, wrapper, **on_device, **options)
-            wrapper.run(batch.q, batch.cache, v_scale=2.0)
-        decode = decode_batch("cuda")
-        table = decode.table_on("cuda")
-        plan_decode(decode, table=table).run(decode.q, decode.cache)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-# ---- torch.compile ----
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_run_compiles_without_a_break_or_a_recompile(device):
-    batch = decode_batch(device, NO_EMPTY)
-    wrapper = plan_decode(batch, pos_encoding_mode="ROPE_LLAMA")
-    compiled = torch.compile(
-        lambda q, cache: wrapper.run_return_lse(q, cache, k_scale=0.5, v_scale=2.0), fullgraph=True
-    )
-    expected = {"rope": (1.0, 1e4), "logits_scale": 0.5, "v_scale": 2.0}
-    check(compiled(batch.q, batch.cache), batch.expect(**expected))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for _ in range(2):
-            batch = decode_batch(device, NO_EMPTY)
-            plan_decode(batch, wrapper, pos_encoding_mode="ROPE_LLAMA")
-            check(compiled(batch.q, batch.cache), batch.expect(**expected))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_prefill_compiles_for_all_lengths(device):
-    batch = Batch(device, *MIXED)
-    wrapper = plan_prefill(batch, causal=True)
-    compiled = torch.compile(lambda q, cache: wrapper.run_return_lse(q, cache), fullgraph=True, dynamic=True)
-    check(compiled(batch.q, batch.cache), batch.expect(causal=True))
-    for lengths in (([7, 1, 3, 20], [60, 1, 33, 20]), ([9, 2], [60, 10])):  # sizes become symbols once
-        batch = Batch(device, *lengths)
-        plan_prefill(batch, wrapper, causal=True)
-        check(compiled(batch.q, batch.cache), batch.expect(causal=True))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        batch = Batch(device, [3, 4, 5, 2, 1, 1], [60, 10, 5, 2, 200, 17])
-        plan_prefill(batch, wrapper, causal=True)
-        check(compiled(batch.q, batch.cache), batch.expect(causal=True))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_plan_compiles_too(device):
-    batch = decode_batch(device)
-    wrapper = fi_ops.BatchDecodeWithPagedKVCacheWrapper(empty(device))
-
-    @torch.compile(fullgraph=True)
-    def step(q, cache, *table):
-        plan_decode(batch, wrapper, table=table)
-        return wrapper.run_return_lse(q, cache)
-
-    check(step(batch.q, batch.cache, *batch.table_on(device)), batch.expect())
 
 
 # ---- refusals ----

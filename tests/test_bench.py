@@ -33,6 +33,7 @@ def _small(monkeypatch):
         ["single_prefill", "--length", "70"],
         ["batch_decode", "--length", "100", "--batch", "2"],
         ["batch_prefill", "--length", "70", "--batch", "2"],
+        ["sparse", "--length", "128"],
         ["linear", "--batch", "2"],
         ["pages", "--length", "70", "--batch", "2"],
         ["ops"],

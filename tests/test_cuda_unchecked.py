@@ -10,7 +10,8 @@ import os
 import pytest
 import torch
 
-from fi_ops.testing import canaries_intact, with_canaries
+from fi_ops.library import SPECS, Sample
+from fi_ops.testing import assert_op_matches_reference, canaries_intact, with_canaries
 
 EMULATED = os.environ.get("FI_EMULATION_CHECK") == "0"
 ON_GPU = [
@@ -181,4 +182,73 @@ def test_tokens_of_impossible_requests(indptr, lens):
     assert ((batch_indices >= 0) == (positions >= 0)).all()
     assert (batch_indices >= -1).all() and (batch_indices < 2).all() and (positions >= -1).all()
     torch.ops.fi.get_seq_lens(ends, lens, 16)
+    _wait()
+
+
+# ---------------------------------------------------------------------------------------------- attention over a batch
+
+
+def _batch_call(dtype, index=torch.int32):
+    """A decode, a prompt and an append over a cache of 40 pages of 16: (arguments, keyword arguments)."""
+    qo_lens, kv_lens = [1, 150, 70], [40, 150, 300]
+    query = torch.randn(sum(qo_lens), 4, 64, device=DEVICE).to(dtype)
+    caches = [torch.randn(40, 16, 2, 64, device=DEVICE).to(dtype) for _ in range(2)]
+    pages = [-(-n // 16) for n in kv_lens]
+    starts, kv_indptr = (torch.tensor([0, *n], device=DEVICE).cumsum(0).to(index) for n in (qo_lens, pages))
+    last = torch.tensor([n - 16 * (count - 1) for n, count in zip(kv_lens, pages, strict=True)], device=DEVICE)
+    kv_indices = torch.randperm(40)[: sum(pages)].to(DEVICE, index)
+    return (query, *caches, starts, kv_indices, kv_indptr, last.to(index)), {"causal": True}
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_keys_that_the_table_places_nowhere_do_not_take_part(dtype, index):
+    args, options = _batch_call(dtype, index)
+    spec = SPECS["paged_attention_with_lse"]
+    starts, kv_indices, kv_indptr, last = args[3:]
+    far = [v for v in (*FAR, 2**32, 2**32 + 3, -(2**62)) if index == torch.int64 or abs(v) <= 2**31]
+    bad, bits = kv_indices.clone(), []
+    for b, (begin, end) in enumerate(zip(kv_indptr[:-1].tolist(), kv_indptr[1:].tolist(), strict=True)):
+        kept = torch.ones(end - begin, 16, dtype=torch.bool)
+        for n, value in enumerate(far):
+            if (page := begin + 2 * n + 1) < end:
+                bad[page] = value if value >= -(2**31) or index == torch.int64 else -1
+                kept[page - begin] = False
+        rows = int(starts[b + 1] - starts[b])
+        row = kept.flatten()[: 16 * (end - begin - 1) + int(last[b])]
+        bits.append(row.expand(rows, -1).flatten())
+    ends, byte_ends = (
+        torch.tensor([0, *sizes], device=DEVICE).cumsum(0)
+        for sizes in ([len(x) for x in bits], [-(-len(x) // 8) for x in bits])
+    )
+    masked = torch.ops.fi.segment_packbits(torch.cat(bits).to(DEVICE), ends, byte_ends, int(byte_ends[-1]), "little")
+    sample = Sample((*args, masked, byte_ends), options, "keys nowhere")
+    bad_args = (*args[:4], bad, *args[5:])
+    assert_op_matches_reference(
+        spec, sample, lambda *given, **kwargs: torch.ops.fi.paged_attention_with_lse(*bad_args, **kwargs)
+    )
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_batches_of_impossible_requests(index):
+    """Index tensors, masks' places and plans of any content: nothing outside is read or written."""
+    args, options = _batch_call(torch.bfloat16, index)
+    far = [*FAR, 3, *([2**63 - 1, -(2**63), 2**40] if index == torch.int64 else [])]
+    mask, mask_indptr = (
+        torch.full((5,), 255, dtype=torch.uint8, device=DEVICE),
+        torch.tensor([0, 2, 2**40, -9], device=DEVICE),
+    )
+    plan = torch.ops.fi.batch_attention_plan(args[3], args[5], args[6], len(args[0]), 2, 16, causal=True)
+    for which in range(3, 7):
+        for value in far:
+            for at in (1, -1, slice(None)):
+                wrong = args[which].clone()
+                wrong[at] = value
+                given = (*args[:which], wrong, *args[which + 1 :])
+                torch.ops.fi.paged_attention_with_lse(*given, **options)
+                torch.ops.fi.paged_attention_with_lse(*given, mask, mask_indptr, plan=plan, **options)
+    for value in (*FAR, 3):
+        wrong = torch.where(torch.rand(len(plan), device=DEVICE) < 0.3, value, plan).to(torch.int32)
+        for hostile in (wrong, torch.full_like(plan, value)):
+            torch.ops.fi.paged_attention_with_lse(*args, plan=hostile, **options)
     _wait()

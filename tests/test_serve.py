@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import socket
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,15 @@ def test_a_sampled_request_is_its_own(make, prompts):
     assert generate(make(), prompts[:1], [SamplingParams(NEW, 0.8, top_k=50, top_p=0.95, seed=9)])[0] != expected[0]
 
 
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_a_request_that_needs_every_page(page_size, make, prompts, alone):
+    """Also where the page that it would copy from is one of those that it needs."""
+    engine = make(page_size=page_size, num_pages=-(-(len(prompts[0]) + NEW) // page_size))
+    for _ in range(3):
+        assert generate(engine, [prompts[0]] * 2, [greedy()] * 2) == [alone[0]] * 2
+    assert all_free(engine)
+
+
 def test_requests_without_a_seed_differ(make, prompts):
     outputs = generate(make(), [prompts[5]] * 6, [SamplingParams(NEW)] * 6)
     assert len(set(map(tuple, outputs))) == 6
@@ -254,6 +265,70 @@ def test_a_request_that_could_never_have_its_pages_is_refused(make):
         make(num_pages=4).submit([1] * 60, greedy(5))
 
 
+class Ledger(Step):
+    """A step whose cache holds tokens, and whose next token is a checksum of all that a row's pages hold."""
+
+    def __init__(self, engine, num_pages, page_size):
+        self.model, self.max_requests, self.sizes = engine.step_fn.model, *engine.rows
+        self.page_size, self.cache = page_size, [[None] * page_size for _ in range(num_pages)]
+
+    def copy_pages(self, pairs):
+        assert not {source for source, _ in pairs} & {destination for _, destination in pairs}
+        for source, destination in pairs:
+            self.cache[destination][:] = self.cache[source]
+
+    def __call__(self, rows):
+        assert len(rows) <= self.max_requests and sum(len(row.tokens) for row in rows) <= self.sizes[-1]
+        written = set()
+        for row in rows:
+            assert len(row.pages) == -(-row.kv_len // self.page_size) and len(row.tokens) > 0
+            for at, token in enumerate(row.tokens, row.kv_len - len(row.tokens)):
+                slot = row.pages[at // self.page_size], at % self.page_size
+                assert slot not in written
+                written.add(slot)
+                self.cache[slot[0]][slot[1]] = token
+        return [self.next([t for page in row.pages for t in self.cache[page]][: row.kv_len]) for row in rows]
+
+    @staticmethod
+    def next(tokens):
+        return zlib.crc32(bytes(tokens)) % 3
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_pages_at_random(seed, make):
+    """Requests of few tokens, so that prefixes meet, over pools of any size; cancellations; every token is checked.
+
+    The model is a ledger: a wrong, stale or overwritten page shows in the next token.
+    """
+    rng = random.Random(seed)
+    page_size, max_requests = rng.choice([1, 2, 3, 4, 8]), rng.randint(1, 6)
+    num_pages = rng.randint(40 // page_size + 1, 120 // page_size + 1)
+    engine = make(max_requests=max_requests, step_tokens=max_requests + rng.randrange(9))
+    engine.rows = max_requests, engine.step_fn.sizes
+    engine.pool = PagePool(num_pages, page_size, sharing=rng.random() < 0.8)
+    engine.step_fn, engine.eos_token_ids = Ledger(engine, num_pages, page_size), frozenset()
+    requests, busy = [], 0
+    for _ in range(300):
+        while rng.random() < 0.3:
+            prompt = [rng.randrange(2) for _ in range(rng.randint(1, 20))]
+            if requests and rng.random() < 0.5:
+                prompt = rng.choice(requests).tokens[: rng.randint(1, 24)]
+            requests += engine.submit(prompt, greedy(rng.randint(1, 16)), rng.choice([1, 1, 3]))
+        if requests and rng.random() < 0.1:
+            engine.cancel(rng.choice(requests))
+        busy += bool(engine.step())
+        held = [page for request in engine.running for page in request.pages]
+        assert sum(engine.pool._refs) == len(held) and engine.pool.used == len(set(held))
+    run(engine)
+    assert busy > 100 and all_free(engine)
+    for request in requests:
+        tokens = request.tokens[: request.prompt_len]
+        for token in request.output:
+            assert token == Ledger.next(tokens)
+            tokens.append(token)
+        assert request.finish_reason == "cancelled" or len(request.output) == request.params.max_tokens
+
+
 # ------------------------------------------------------------------------------------------------ pages, text, status
 
 
@@ -335,6 +410,19 @@ def test_compiled_step(make, prompts, alone):
         sampled = SamplingParams(NEW, 0.8, top_k=50, top_p=0.95, seed=1)
         compiled = generate(engine, prompts[:3], [sampled] * 3)
     assert compiled == generate(make(), prompts[:3], [sampled] * 3)
+
+
+def test_a_size_is_made_when_it_is_needed(make, prompts, alone, monkeypatch):
+    """An engine that was not prepared makes its steps with a batch already in their inputs, and runs them before their time."""
+    made = []
+
+    def compiled(step):
+        made.append(step)
+        return step
+
+    monkeypatch.setattr("serving.step._compiled", compiled)
+    engine = make(max_requests=4, step_tokens=24, compiled=True)
+    assert generate(engine, prompts, [greedy()] * len(prompts)) == alone and len(made) == 2
 
 
 @pytest.mark.gpu
@@ -434,6 +522,14 @@ def test_what_is_no_llama_is_refused(files, reason, tmp_path, capsys):
         (tmp_path / "config.json").write_text(files["config.json"] or json.dumps(config))
     assert serve.main(["--model", str(tmp_path)]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert serve.main(["--port", port, "--eager", "--device", "cpu", "--pages", "64", "--max-requests", "4"]) == 2
+    err = capsys.readouterr().err
+    assert f"127.0.0.1:{port}: " in err and "choose another --port" in err
 
 
 def test_bench_mode(capsys):

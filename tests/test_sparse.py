@@ -6,13 +6,9 @@ import itertools
 
 import pytest
 import torch
-from batch_cases import DEVICES, attend_dense, check, indptr
+from batch_cases import DEVICES, attend_dense, check, empty, indptr
 
 import fi_ops
-
-
-def empty(device):
-    return torch.empty(0, dtype=torch.uint8, device=device)
 
 
 def tensors(device, rows, columns, heads, kv_heads, dtype, head_dim=64):
@@ -194,6 +190,21 @@ def test_variable_blocks_compile(device):
         pattern, qkv, masks = variable_case(device, 4, 2, torch.bfloat16)
         wrapper.plan(*pattern, 4, 2, 64, q_data_type="bfloat16")
         check([compiled(*qkv)], expect_by_head(*qkv, masks))
+
+
+def test_nothing_needs_a_value_of_the_device():
+    """On tensors of a device that have no values: what asked for one (`item`, a size that depends on data) would raise."""
+    workspace = torch.empty(0, device="meta")
+    q, k = (torch.empty(n, h, 64, device="meta", dtype=torch.float16) for n, h in ((93, 4), (80, 2)))
+    table = torch.empty(7, dtype=torch.int32, device="meta"), torch.empty(13, dtype=torch.int32, device="meta")
+    wrapper = fi_ops.BlockSparseAttentionWrapper(workspace)
+    for options in ({}, {"mask": torch.empty(13, 16, 16, dtype=torch.bool, device="meta")}, {"causal": True}):
+        wrapper.plan(*table, 93, 80, 16, 16, 4, 2, 64, **options)
+        assert wrapper.run(q, k, k).shape == q.shape
+    pattern = [torch.empty(2, *s, dtype=torch.int32, device="meta") for s in ((6, 5), (6,), (5,))]
+    variable = fi_ops.VariableBlockSparseAttentionWrapper(workspace)
+    variable.plan(*pattern, 4, 2, 64, max_nnz=999)
+    assert variable.run(*(t.transpose(0, 1) for t in (q, k, k))).shape == (4, 93, 64)
 
 
 @pytest.mark.gpu

@@ -73,6 +73,10 @@ class Request:
     def output(self) -> list[int]:
         return self.tokens[self.prompt_len :]
 
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
 
 @dataclass(frozen=True)
 class Event:
@@ -187,7 +191,7 @@ class Engine:
         p, begin, end = request.params, request.computed, request.computed + count
         return Row(
             request.tokens[begin:end], request.pages[: self.pool.pages_for(end)], end, p.temperature, p.top_k, p.top_p, p.min_p,
-            request.seed, len(request.output),
+            request.seed, request.output_len,
         )  # fmt: skip
 
     def _schedule(self) -> tuple[list[tuple[Request, int]], list[tuple[int, int]]]:
@@ -223,11 +227,15 @@ class Engine:
     def _start(self, request: Request, copies: list[tuple[int, int]]) -> bool:
         """Give a waiting request its pages, those that hold its prompt's beginning where there are any."""
         found = self.pool.match(request.tokens)
-        held = found.pages if found.fork is None else [*found.pages, found.fork]
-        self.pool.retain(held)
         missing = self.pool.pages_for(len(request.tokens)) - len(found.pages)
+        self.pool.retain(found.pages)
+        if found.fork is not None:
+            self.pool.retain([found.fork])
+            if missing > self.pool.available:  # it may be the very page that is missing
+                self.pool.release([found.fork])
+                found.fork, found.fork_len = None, 0
         if missing > self.pool.available:
-            self.pool.release(held)
+            self.pool.release(found.pages)
             return False
         request.pages.extend(found.pages)
         request.pages.extend(self.pool.allocate(missing))
@@ -284,7 +292,7 @@ class Engine:
         elif request.text:
             text = request.text.push(token)
             reason = "stop" if request.text.stopped else None
-        if reason is None and len(request.output) == params.max_tokens:
+        if reason is None and request.output_len == params.max_tokens:
             reason = "length"
         if reason:
             if request.text:

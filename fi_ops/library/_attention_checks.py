@@ -83,21 +83,22 @@ def check_per_head(op: str, name: str, t, query) -> None:
         check_shape(op, name, t, (query.shape[1],), "[num_qo_heads]")
 
 
-def check_numbers(op: str, window_left, scale, logits_soft_cap) -> None:
+def check_numbers(op: str, window_left, scale, logits_soft_cap, suffix: str = "") -> None:
+    """`suffix`: of the arguments' names."""
     check(
         op,
         window_left >= -1,
-        lambda: f"window_left must be -1 (no window) or more, got {window_left}; pass -1 for none",
+        lambda: f"window_left{suffix} must be -1 (no window) or more, got {window_left}; pass -1 for none",
     )
     check(
         op,
         scale is None or scale == scale,
-        lambda: "scale must be a number, got nan; leave it out for 1/sqrt(head_dim)",
+        lambda: f"scale{suffix} must be a number, got nan; leave it out for 1/sqrt(head_dim)",
     )
     check(
         op,
         logits_soft_cap >= 0,
-        lambda: f"logits_soft_cap must be 0 (none) or more, got {number(logits_soft_cap)}; pass 0 for none",
+        lambda: f"logits_soft_cap{suffix} must be 0 (none) or more, got {number(logits_soft_cap)}; pass 0 for none",
     )
 
 

@@ -79,6 +79,11 @@ def attention_samples(device, dtype):
     yield from _long_mask_samples(device, dtype)
     for fp8 in FP8:
         yield Sample((q, k.to(fp8), v.to(fp8)), {"causal": True}, f"{fp8} keys and values")
+        yield Sample((q[:, :, :1], k.to(fp8), v.to(fp8)), {"sinks": sinks}, f"{fp8}, decode")
+        by_token = q.transpose(1, 2).contiguous().transpose(1, 2)
+        yield Sample(
+            (by_token, k.to(fp8), v.to(fp8)), {"causal": True, "alibi_slopes": slopes}, f"{fp8}, [batch, len] query"
+        )
     strided = (
         t.transpose(1, 2).contiguous().transpose(1, 2).to(FP8[0]) for t in _qkv(device, dtype, 2, 4, 2, 90, 90, 80)[1:]
     )

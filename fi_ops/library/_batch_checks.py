@@ -20,16 +20,18 @@ from ._spec import FLOATS, FP8, INDEX_TYPES
 from .plan import check_fixed_split, check_lengths, plan_size
 
 
-def _check_query(op: str, query) -> None:
-    check_dtype(op, "query", query, FLOATS)
-    check_ndim(op, "query", query, 3, "[nnz_qo, num_qo_heads, head_dim]")
-    check_last_dim_contiguous(op, "query", query)
+def _check_query(op: str, query, name: str = "query", tokens: str = "nnz_qo") -> None:
+    check_dtype(op, name, query, FLOATS)
+    check_ndim(op, name, query, 3, f"[{tokens}, num_qo_heads, head_dim]")
+    check_last_dim_contiguous(op, name, query)
 
 
-def _check_keys(op: str, key_name: str, key, value_name: str, value, query, layout: str) -> None:
+def _check_keys(
+    op: str, key_name: str, key, value_name: str, value, query, layout: str, query_name: str = "query"
+) -> None:
     """Keys and values `[..., num_kv_heads, head_dim]`: two tensors alike, of query's dtype or fp8."""
     for name, t in ((key_name, key), (value_name, value)):
-        check_same_device(op, name, t, "query", query)
+        check_same_device(op, name, t, query_name, query)
         check_dtype(op, name, t, (query.dtype, *FP8))
         check_ndim(op, name, t, layout.count(",") + 1, layout)
         check_last_dim_contiguous(op, name, t)
@@ -42,12 +44,19 @@ def _check_keys(op: str, key_name: str, key, value_name: str, value, query, layo
         op,
         heads % kv_heads == 0 if kv_heads else heads == 0,
         lambda: (
-            f"query must have a multiple of {key_name}'s {kv_heads} heads, got {heads}; repeat or drop heads so that they divide"
+            f"{query_name} must have a multiple of {key_name}'s {kv_heads} heads, got {heads}; repeat or drop heads so that "
+            f"they divide"
         ),
     )
 
 
-def check_paged(op, query, k_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len) -> None:
+def check_prefill(op: str, query_p, key_p, value_p) -> None:
+    """One request with keys and values of its own."""
+    _check_query(op, query_p, "query_p", "qo_len")
+    _check_keys(op, "key_p", key_p, "value_p", value_p, query_p, "[kv_len, num_kv_heads, head_dim]", "query_p")
+
+
+def _check_cache(op: str, query, k_cache, v_cache) -> None:
     _check_query(op, query)
     layout = "[num_pages, page_size, num_kv_heads, head_dim]"
     _check_keys(op, "paged_k_cache", k_cache, "paged_v_cache", v_cache, query, layout)
@@ -58,11 +67,31 @@ def check_paged(op, query, k_cache, v_cache, qo_indptr, kv_indices, kv_indptr, k
             f"paged_k_cache must have pages of at least 1 token, got {shape_of(k_cache)}; allocate it with a page_size"
         ),
     )
+
+
+def check_indices(op: str, name: str, t, query) -> None:
+    check_same_device(op, name, t, "query", query)
+    check_dtype(op, name, t, INDEX_TYPES)
+
+
+def check_paged(op, query, k_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len) -> None:
+    _check_cache(op, query, k_cache, v_cache)
     check_same_device(op, "qo_indptr", qo_indptr, "query", query)
     check_lengths(op, qo_indptr, kv_indptr, kv_last_page_len, k_cache.shape[1])
-    check_same_device(op, "kv_indices", kv_indices, "query", query)
-    check_dtype(op, "kv_indices", kv_indices, INDEX_TYPES)
+    check_indices(op, "kv_indices", kv_indices, query)
     check_ndim(op, "kv_indices", kv_indices, 1, "[nnz_pages]")
+
+
+def check_decode(op, query, k_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len) -> None:
+    """`check_paged` of one query a request."""
+    _check_cache(op, query, k_cache, v_cache)
+    batch = query.shape[0]
+    check_indices(op, "kv_indices", kv_indices, query)
+    check_ndim(op, "kv_indices", kv_indices, 1, "[nnz_pages]")
+    check_indices(op, "kv_indptr", kv_indptr, query)
+    check_shape(op, "kv_indptr", kv_indptr, (batch + 1,), "[batch + 1]")
+    check_indices(op, "kv_last_page_len", kv_last_page_len, query)
+    check_shape(op, "kv_last_page_len", kv_last_page_len, (batch,), "[batch]")
 
 
 def check_ragged(op, query, key, value, qo_indptr, kv_indptr) -> None:
@@ -119,6 +148,15 @@ def _check_table(op: str, table, query) -> None:
         )
 
 
+def check_plan(op: str, plan, query, group_size, qo_indptr) -> None:
+    if plan is not None:
+        check_same_device(op, "plan", plan, "query", query)
+        check_dtype(op, "plan", plan, (torch.int32,))
+        size = plan_size(qo_indptr.shape[0] - 1, query.shape[0], group_size)
+        check_shape(op, "plan", plan, (size,), "what batch_attention_plan returns for these sizes")
+        check_last_dim_contiguous(op, "plan", plan)
+
+
 def check_batch(op: str, query, kv_heads, qo_indptr, options) -> None:
     """What paged and ragged attention share, in the order of the arguments."""
     _check_custom_mask(op, options["custom_mask"], options["mask_indptr"], query, qo_indptr)
@@ -127,13 +165,6 @@ def check_batch(op: str, query, kv_heads, qo_indptr, options) -> None:
     for name in ("alibi_slopes", "sinks"):
         check_per_head(op, name, options[name], query)
     _check_table(op, options["cos_sin_cache"], query)
-    plan = options["plan"]
-    if plan is not None:
-        check_same_device(op, "plan", plan, "query", query)
-        check_dtype(op, "plan", plan, (torch.int32,))
-        group_size = query.shape[1] // kv_heads if kv_heads else 1
-        size = plan_size(qo_indptr.shape[0] - 1, query.shape[0], group_size)
-        check_shape(op, "plan", plan, (size,), "what batch_attention_plan returns for these sizes")
-        check_last_dim_contiguous(op, "plan", plan)
+    check_plan(op, options["plan"], query, query.shape[1] // kv_heads if kv_heads else 1, qo_indptr)
     check_numbers(op, options["window_left"], options["scale"], options["logits_soft_cap"])
     check_fixed_split(op, options["fixed_split_size"])

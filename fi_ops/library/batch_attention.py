@@ -138,27 +138,25 @@ def _pairs(requests, causal: bool) -> int:
     return sum(q * kv - (q * (q - 1) // 2 if causal and kv >= q else 0) for _, q, _, kv in requests)
 
 
-def _batch_cost(query, row_bytes: int, requests, head_dim_vo: int, options) -> Cost:
+def batch_cost(query, key, value, requests, causal: bool) -> Cost:
     """Bytes: queries, the requests' keys and values once each, and the output. Flops: as `attention_cost`."""
-    heads, head_dim = query.shape[1:]
+    heads, head_dim, head_dim_vo = query.shape[1], query.shape[2], value.shape[-1]
     output = query.shape[0] * heads * head_dim_vo * query.element_size()
     keys = sum(kv_len for _, qo_len, _, kv_len in requests if qo_len)
     return Cost(
-        bytes=query.nbytes + keys * row_bytes + output,
-        flops=2 * heads * _pairs(requests, options["causal"]) * (head_dim + head_dim_vo),
+        bytes=query.nbytes + keys * key.shape[-2] * (head_dim + head_dim_vo) * key.element_size() + output,
+        flops=2 * heads * _pairs(requests, causal) * (head_dim + head_dim_vo),
     )
 
 
 def _paged_cost(query, k_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, *args, **kwargs):
-    row_bytes = k_cache.shape[2] * (k_cache.shape[3] + v_cache.shape[3]) * k_cache.element_size()
     requests = request_lengths(qo_indptr, kv_indptr, kv_last_page_len, k_cache.shape[1])
-    return _batch_cost(query, row_bytes, requests, v_cache.shape[3], _options(args, kwargs))
+    return batch_cost(query, k_cache, v_cache, requests, _options(args, kwargs)["causal"])
 
 
 def _ragged_cost(query, key, value, qo_indptr, kv_indptr, *args, **kwargs):
-    row_bytes = key.shape[1] * (key.shape[2] + value.shape[2]) * key.element_size()
     requests = request_lengths(qo_indptr, kv_indptr, None, 1)
-    return _batch_cost(query, row_bytes, requests, value.shape[2], _options(args, kwargs))
+    return batch_cost(query, key, value, requests, _options(args, kwargs)["causal"])
 
 
 _PAGED_SPEC: dict[str, Any] = dict(samples=paged_samples, errors=paged_errors, cost=_paged_cost)

@@ -9,7 +9,7 @@ window_left`, then segments `request, row_begin, first_unit, unit_begin, num_uni
 lies behind the last of each is 0. A request with at most 64 rows (query heads of a group x queries) is cut into segments of
 16 rows, whose keys are counted in units of 64, or `fixed_split_size`: the kernels share the units out evenly over the
 device (stream-K). One with more is cut into tiles of 128 queries, ordered by the number of keys that they see, the longest
-first. `csrc/include/fi/batch_attention.h` has the same.
+first (within an eighth of their number: a request's last queries first). `csrc/include/fi/batch_attention.h` has the same.
 
 Sources: Stream-K (Osama et al. 2023); FlashInfer's `plan` (on the host there), its `fixed_split_size`.
 """
@@ -155,7 +155,7 @@ def batch_attention_plan(
     for b, (_, qo_len, _, kv_len) in enumerate(request_lengths(qo_indptr, kv_indptr, kv_last_page_len, page_size)):
         rows = qo_len * group_size
         if rows > _FEW_ROWS:
-            for first in range(0, qo_len, _TILE_QUERIES):
+            for first in reversed(range(0, qo_len, _TILE_QUERIES)):
                 last = min(first + _TILE_QUERIES, qo_len) - 1
                 begin, end = _keys_seen(first, last, qo_len, kv_len, causal, window_left)
                 tiles.append((-_tile_class(end - begin), b, first))

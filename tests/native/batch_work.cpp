@@ -106,8 +106,8 @@ void check_tile(const Call& call, const sm90::BatchShape& shape, const sm90::Bat
   if (first < 0 ? tiles.size() != 0 : tiles.begin != first || tiles.end != last + 1)
     fail("the KV tiles of a tile", t.work.b, tiles.begin, tiles.end);
   for (int j = 0; j < kv_len + 3; ++j) {
-    const int page = sm90::checked_page(shape, sm90::key_page(shape, t, j));
-    if (j >= kv_len) {
+    const int page = sm90::checked_page(shape, sm90::key_page(shape, t, j, 1));
+    if (j >= kv_len || j < t.values.begin) {
       if (page != -1) fail("the page of no key", t.work.b, j, page);
       continue;
     }
@@ -165,7 +165,7 @@ void check_hostile(int page_size) {
         if (t.work.q_start < 0 || t.work.q_start >= t.qo_len) fail("a tile outside", t.work.q_start, t.qo_len);
         if (t.work.tiles.begin < 0 || t.work.tiles.end * 80 >= t.kv_len + 80) fail("KV tiles outside", t.kv_len);
         for (int j = 0; j < t.kv_len; ++j) {
-          const int page = sm90::checked_page(shape, sm90::key_page(shape, t, j));
+          const int page = sm90::checked_page(shape, sm90::key_page(shape, t, j, 1));
           const int entry = sm90::key_entry(shape, t, j);
           const int rows = page_size ? page_size : int(call.p.table.nnz_pages);
           if (page >= (page_size ? 8 : 1) || entry < 0 || entry >= rows) fail("a key outside", page, entry);

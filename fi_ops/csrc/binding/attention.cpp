@@ -1,5 +1,8 @@
 // Bindings of attention and attention with RoPE: check, params, dispatch.
 #include "binding/attention.h"
+
+#include "binding/indices.h"
+#include "fi/batch_attention.h"
 #include "fi/widen_fp8.h"
 
 namespace fi::binding {
@@ -26,6 +29,36 @@ struct Outputs {
   Tensor output;
   MaybeTensor lse;
 };
+
+// Whether keys of 8 bits can be read as they are: by the kernels for batches, as pages of kv_len tokens.
+// Those have rows evenly spaced, the last query at the last key, and LSE by token.
+bool is_a_batch(const Tensor& query, const Tensor& key, const MaybeTensor& mask, int64_t q_offset,
+                bool with_lse, const Options& o) {
+  const int64_t batch = query.size(0), qo_len = query.size(2), kv_len = key.size(2);
+  const bool by_position = o.causal || o.window_left >= 0 || o.alibi_slopes;
+  return fp8_of(key) != Fp8::none && !mask && batch > 0 && qo_len > 0 && kv_len > 0 &&
+         (!by_position || q_offset == kv_len - qo_len) && (!with_lse || qo_len == 1) &&
+         (batch == 1 || qo_len == 1 || query.stride(0) == qo_len * query.stride(2));
+}
+
+BatchAttentionParams as_batch(const Tensor& query, const Tensor& key, const Tensor& value, Outputs& outputs,
+                              const Options& o, ScratchArena& arena) {
+  const int64_t batch = query.size(0), qo_len = query.size(2), kv_len = key.size(2);
+  BatchAttentionParams p{};
+  p.call = attention_params(query, key, value, outputs.output, std::nullopt, o.causal, o.window_left, o.scale,
+                            o.logits_soft_cap, o.alibi_slopes, o.sinks, arena);
+  p.call.qo_len = batch * qo_len;
+  if (qo_len == 1) {
+    p.call.q_stride_n = p.call.q_stride_b;
+    p.call.o_stride_n = p.call.o_stride_b;
+  }
+  if (outputs.lse) p.call.lse = static_cast<float*>(outputs.lse->mutable_data_ptr());
+  p.qo_indptr = equal_counts(qo_len);
+  p.table = {equal_counts(1), equal_counts(1), batch, batch, batch, kv_len};
+  p.k_stride_page = key.stride(0), p.v_stride_page = value.stride(0);
+  p.kv_dtype = fp8_of(key);
+  return p;
+}
 
 // Keys or values in query's dtype, exactly: a new tensor where they have 8 bits.
 Tensor widened(const char* op, const char* name, const Tensor& t, const Tensor& query) {
@@ -56,7 +89,15 @@ Outputs attend(const char* op, bool with_lse, const Tensor& query, const Tensor&
              "; pass longer keys or fewer queries");
   }
   Outputs outputs{empty_attention_output(query, value.size(3)), std::nullopt};
+  if (with_lse) {
+    outputs.lse = empty({query.size(0), query.size(1), qo_len}, ScalarType::Float, query);
+  }
   ScratchArena arena(query);
+  if (!rope && is_a_batch(query, key, mask, q_offset, with_lse, o)) {
+    BatchAttentionParams p = as_batch(query, key, value, outputs, o, arena);
+    run(FI_KERNEL_OF(batch_attention), query, p);
+    return outputs;
+  }
   const Tensor wide_key = widened(op, "key", key, query), wide_value = widened(op, "value", value, query);
   AttentionParams p =
       attention_params(query, wide_key, wide_value, outputs.output, mask, o.causal, o.window_left, o.scale,
@@ -67,10 +108,7 @@ Outputs attend(const char* op, bool with_lse, const Tensor& query, const Tensor&
     p.rope_keys = true;
     p.rope_q_offset = q_offset;
   }
-  if (with_lse) {
-    outputs.lse = empty({query.size(0), query.size(1), qo_len}, ScalarType::Float, query);
-    p.lse = static_cast<float*>(outputs.lse->mutable_data_ptr());
-  }
+  if (with_lse) p.lse = static_cast<float*>(outputs.lse->mutable_data_ptr());
   run(FI_KERNEL_OF(attention), query, p);
   return outputs;
 }

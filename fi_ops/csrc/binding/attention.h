@@ -66,13 +66,14 @@ inline void check_per_head(const char* op, const char* name, const MaybeTensor& 
   check_shape(op, name, *t, {query.size(1)}, "[num_qo_heads]");
 }
 
+// `suffix`: of the arguments' names.
 inline void check_numbers(const char* op, int64_t window_left, const std::optional<double>& scale,
-                          double soft_cap) {
-  FI_CHECK(op, window_left >= -1, "window_left must be -1 (no window) or more, got ", window_left,
+                          double soft_cap, const char* suffix = "") {
+  FI_CHECK(op, window_left >= -1, "window_left", suffix, " must be -1 (no window) or more, got ", window_left,
            "; pass -1 for none");
-  FI_CHECK(op, !scale || !std::isnan(*scale),
-           "scale must be a number, got nan; leave it out for 1/sqrt(head_dim)");
-  FI_CHECK(op, soft_cap >= 0, "logits_soft_cap must be 0 (none) or more, got ", soft_cap,
+  FI_CHECK(op, !scale || !std::isnan(*scale), "scale", suffix,
+           " must be a number, got nan; leave it out for 1/sqrt(head_dim)");
+  FI_CHECK(op, soft_cap >= 0, "logits_soft_cap", suffix, " must be 0 (none) or more, got ", soft_cap,
            "; pass 0 for none");
 }
 

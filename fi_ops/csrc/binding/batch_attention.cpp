@@ -32,11 +32,7 @@ Outputs paged(const char* op, bool with_lse, const Tensor& query, const Tensor& 
               const Tensor& v_cache, const Tensor& qo_indptr, const Tensor& kv_indices,
               const Tensor& kv_indptr, const Tensor& kv_last_page_len, const BatchOptions& o) {
   check_grads(op, query, k_cache, v_cache, o);
-  check_keys(op, {"paged_k_cache", k_cache, "paged_v_cache", v_cache}, query, 4,
-             "[num_pages, page_size, num_kv_heads, head_dim]",
-             "[num_pages, page_size, num_kv_heads, head_dim_vo]");
-  FI_CHECK(op, k_cache.size(1) >= 1, "paged_k_cache must have pages of at least 1 token, got ",
-           shape_of(k_cache), "; allocate it with a page_size");
+  check_cache(op, query, k_cache, v_cache);
   check_same_device(op, "qo_indptr", qo_indptr, "query", query);
   check_lengths(op, qo_indptr, kv_indptr, kv_last_page_len, k_cache.size(1));
   check_same_device(op, "kv_indices", kv_indices, "query", query);
@@ -46,24 +42,10 @@ Outputs paged(const char* op, bool with_lse, const Tensor& query, const Tensor& 
 
   ScratchArena arena(query);
   Tensor output = empty_output(query, v_cache.size(3));
-  BatchAttentionParams p = batch_params(query, k_cache, v_cache, qo_indptr, kv_indptr, output, o, arena);
-  p.call.kv_len = kv_indices.size(0) * k_cache.size(1);
-  p.table = {indices_of(kv_indices), indices_of(kv_indptr), kv_indices.size(0),
-             kv_indptr.size(0) - 1,  k_cache.size(0),       k_cache.size(1)};
-  p.kv_last_page_len = indices_of(kv_last_page_len);
-  p.k_stride_page = k_cache.stride(0), p.v_stride_page = v_cache.stride(0);
-  if (checks_values()) {
-    const Tensor queries = *values_to_check(qo_indptr), pages = *values_to_check(kv_indices);
-    const Tensor indptr = *values_to_check(kv_indptr), last = *values_to_check(kv_last_page_len);
-    check_indptr_values(op, "qo_indptr", queries);
-    check_indptr_end(op, "qo_indptr", queries, "query", query.size(0));
-    check_page_table_values(op, pages, indptr, last, k_cache.size(0), k_cache.size(1));
-    BatchAttentionParams host = p;
-    host.qo_indptr = indices_of(queries);
-    host.table.kv_indices = indices_of(pages), host.table.kv_indptr = indices_of(indptr);
-    host.kv_last_page_len = indices_of(last);
-    check_option_values(op, o, host);
-  }
+  BatchAttentionParams p =
+      batch_params(query, k_cache, v_cache, indices_of(qo_indptr), qo_indptr.size(0) - 1, output, o, arena);
+  set_pages(p, k_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len);
+  check_paged_values(op, o, p, query, qo_indptr, kv_indices, kv_indptr, kv_last_page_len);
   return launch(query, output, p, with_lse);
 }
 
@@ -78,7 +60,8 @@ Outputs ragged(const char* op, bool with_lse, const Tensor& query, const Tensor&
 
   ScratchArena arena(query);
   Tensor output = empty_output(query, value.size(2));
-  BatchAttentionParams p = batch_params(query, key, value, qo_indptr, kv_indptr, output, o, arena);
+  BatchAttentionParams p =
+      batch_params(query, key, value, indices_of(qo_indptr), qo_indptr.size(0) - 1, output, o, arena);
   p.call.kv_len = key.size(0);
   p.table = ragged_table(kv_indptr, key.size(0));
   if (checks_values()) {

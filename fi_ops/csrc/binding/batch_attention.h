@@ -45,6 +45,8 @@ struct KeysAndValues {
   const Tensor& key;
   const char* value_name;
   const Tensor& value;
+  const char* query_name = "query";
+  const char* query_layout = "[nnz_qo, num_qo_heads, head_dim]";
 };
 
 inline void check_shape_but_last(const char* op, const char* name, const Tensor& t, const Tensor& like,
@@ -56,12 +58,12 @@ inline void check_shape_but_last(const char* op, const char* name, const Tensor&
 
 inline void check_keys(const char* op, const KeysAndValues& kv, const Tensor& query, int64_t ndim,
                        const char* layout, const char* value_layout) {
-  check_dtype(op, "query", query, floats);
-  check_ndim(op, "query", query, 3, "[nnz_qo, num_qo_heads, head_dim]");
-  check_last_dim_contiguous(op, "query", query);
+  check_dtype(op, kv.query_name, query, floats);
+  check_ndim(op, kv.query_name, query, 3, kv.query_layout);
+  check_last_dim_contiguous(op, kv.query_name, query);
   const std::array dtypes{query.scalar_type(), ScalarType::Float8_e4m3fn, ScalarType::Float8_e5m2};
   auto check_one = [&](const char* name, const Tensor& t) {
-    check_same_device(op, name, t, "query", query);
+    check_same_device(op, name, t, kv.query_name, query);
     check_dtype(op, name, t, dtypes);
     check_ndim(op, name, t, ndim, layout);
     check_last_dim_contiguous(op, name, t);
@@ -72,8 +74,16 @@ inline void check_keys(const char* op, const KeysAndValues& kv, const Tensor& qu
   check_shape_but_last(op, kv.key_name, kv.key, kv.key, query.size(2), layout);
   check_shape_but_last(op, kv.value_name, kv.value, kv.key, kv.value.size(ndim - 1), value_layout);
   const int64_t heads = query.size(1), kv_heads = kv.key.size(ndim - 2);
-  FI_CHECK(op, kv_heads ? heads % kv_heads == 0 : heads == 0, "query must have a multiple of ", kv.key_name,
-           "'s ", kv_heads, " heads, got ", heads, "; repeat or drop heads so that they divide");
+  FI_CHECK(op, kv_heads ? heads % kv_heads == 0 : heads == 0, kv.query_name, " must have a multiple of ",
+           kv.key_name, "'s ", kv_heads, " heads, got ", heads, "; repeat or drop heads so that they divide");
+}
+
+inline void check_cache(const char* op, const Tensor& query, const Tensor& k_cache, const Tensor& v_cache) {
+  check_keys(op, {"paged_k_cache", k_cache, "paged_v_cache", v_cache}, query, 4,
+             "[num_pages, page_size, num_kv_heads, head_dim]",
+             "[num_pages, page_size, num_kv_heads, head_dim_vo]");
+  FI_CHECK(op, k_cache.size(1) >= 1, "paged_k_cache must have pages of at least 1 token, got ",
+           shape_of(k_cache), "; allocate it with a page_size");
 }
 
 // What follows the index tensors in the schemas.
@@ -96,6 +106,16 @@ inline void check_scale(const char* op, const char* name, const MaybeTensor& t, 
   FI_CHECK(op, t->dim() == 1 && (t->size(0) == 1 || t->size(0) == kv_heads), name,
            " must be [1 or num_kv_heads ", kv_heads, "], got ", shape_of(*t),
            "; pass one scale, or one a KV head");
+}
+
+inline void check_plan(const char* op, const MaybeTensor& plan, const Tensor& query, int64_t group_size,
+                       const Tensor& qo_indptr) {
+  if (!plan) return;
+  check_same_device(op, "plan", *plan, "query", query);
+  check_dtype(op, "plan", *plan, std::array{ScalarType::Int});
+  check_shape(op, "plan", *plan, {plan_size(qo_indptr.size(0) - 1, query.size(0), group_size)},
+              "what batch_attention_plan returns for these sizes");
+  check_last_dim_contiguous(op, "plan", *plan);
 }
 
 inline void check_options(const char* op, const BatchOptions& o, const Tensor& query, int64_t kv_heads,
@@ -126,14 +146,7 @@ inline void check_options(const char* op, const BatchOptions& o, const Tensor& q
              "head_dim ",
              head_dim, ", got ", shape_of(table), "; check its width");
   }
-  if (o.plan) {
-    check_same_device(op, "plan", *o.plan, "query", query);
-    check_dtype(op, "plan", *o.plan, std::array{ScalarType::Int});
-    const int64_t group_size = kv_heads ? query.size(1) / kv_heads : 1;
-    check_shape(op, "plan", *o.plan, {plan_size(qo_indptr.size(0) - 1, query.size(0), group_size)},
-                "what batch_attention_plan returns for these sizes");
-    check_last_dim_contiguous(op, "plan", *o.plan);
-  }
+  check_plan(op, o.plan, query, kv_heads ? query.size(1) / kv_heads : 1, qo_indptr);
   check_numbers(op, o.window_left, o.scale, o.logits_soft_cap);
   check_fixed_split(op, o.fixed_split_size);
 }
@@ -145,13 +158,13 @@ inline PerHead scale_of_heads(const MaybeTensor& t) {
 
 // Everything but where keys and values lie. kv_heads: a dimension of both.
 inline BatchAttentionParams batch_params(const Tensor& query, const Tensor& key, const Tensor& value,
-                                         const Tensor& qo_indptr, const Tensor& kv_indptr, const Tensor& out,
+                                         const Indices& qo_indptr, int64_t batch, const Tensor& out,
                                          const BatchOptions& o, ScratchArena& arena) {
   const int64_t heads_dim = key.dim() - 2;
   BatchAttentionParams p{};
   AttentionParams& c = p.call;
   c.dtype = dtype_of(query);
-  c.batch = qo_indptr.size(0) - 1;
+  c.batch = batch;
   c.num_qo_heads = query.size(1);
   c.num_kv_heads = key.size(heads_dim);
   c.qo_len = query.size(0);
@@ -188,7 +201,7 @@ inline BatchAttentionParams batch_params(const Tensor& query, const Tensor& key,
     p.rope_len = table.size(0);
   }
   c.scratch = arena.handle();
-  p.qo_indptr = indices_of(qo_indptr);
+  p.qo_indptr = qo_indptr;
   p.kv_dtype = fp8_of(key);
   p.k_scale = scale_of_heads(o.k_scale);
   p.v_scale = scale_of_heads(o.v_scale);
@@ -252,6 +265,31 @@ inline void check_option_values(const char* op, const BatchOptions& o, BatchAtte
              "plan must be made for these arguments, got one for another batch, group, page_size, causal, "
              "window_left or fixed_split_size; call batch_attention_plan with the same");
   }
+}
+
+inline void set_pages(BatchAttentionParams& p, const Tensor& k_cache, const Tensor& v_cache,
+                      const Tensor& kv_indices, const Tensor& kv_indptr, const Tensor& kv_last_page_len) {
+  p.call.kv_len = kv_indices.size(0) * k_cache.size(1);
+  p.table = {indices_of(kv_indices), indices_of(kv_indptr), kv_indices.size(0),
+             kv_indptr.size(0) - 1,  k_cache.size(0),       k_cache.size(1)};
+  p.kv_last_page_len = indices_of(kv_last_page_len);
+  p.k_stride_page = k_cache.stride(0), p.v_stride_page = v_cache.stride(0);
+}
+
+inline void check_paged_values(const char* op, const BatchOptions& o, const BatchAttentionParams& p,
+                               const Tensor& query, const Tensor& qo_indptr, const Tensor& kv_indices,
+                               const Tensor& kv_indptr, const Tensor& kv_last_page_len) {
+  if (!checks_values()) return;
+  const Tensor queries = *values_to_check(qo_indptr), pages = *values_to_check(kv_indices);
+  const Tensor indptr = *values_to_check(kv_indptr), last = *values_to_check(kv_last_page_len);
+  check_indptr_values(op, "qo_indptr", queries);
+  check_indptr_end(op, "qo_indptr", queries, "query", query.size(0));
+  check_page_table_values(op, pages, indptr, last, p.table.num_pages, p.table.page_size);
+  BatchAttentionParams host = p;
+  host.qo_indptr = indices_of(queries);
+  host.table.kv_indices = indices_of(pages), host.table.kv_indptr = indices_of(indptr);
+  host.kv_last_page_len = indices_of(last);
+  check_option_values(op, o, host);
 }
 
 }  // namespace fi::binding

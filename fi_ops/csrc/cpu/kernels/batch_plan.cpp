@@ -18,7 +18,8 @@ void batch_attention_plan(const BatchPlanParams& p, const Parallel&) {
     for (int64_t b = 0; b < p.batch; ++b) {
       const PlanRequest r = plan_request(p, b);
       if (r.qo_len * p.group_size <= kFewRows) continue;
-      for (int64_t q = 0; q < r.qo_len; q += kTileQueries) f(b, q, kTileClasses - 1 - tile_class_of(p, r, q));
+      for (int64_t q = (r.qo_len - 1) / kTileQueries * kTileQueries; q >= 0; q -= kTileQueries)
+        f(b, q, kTileClasses - 1 - tile_class_of(p, r, q));
     }
   };
   for (int64_t b = 0; b < p.batch; ++b) {

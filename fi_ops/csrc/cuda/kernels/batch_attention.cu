@@ -42,37 +42,44 @@ const int32_t* plan_of_call(const BatchAttentionParams& p, int32_t* zeroed, int6
   return plan.plan;
 }
 
-// The segments of the plan, requests with few rows; and the tokens of no request.
-PlanView few_rows(const BatchAttentionParams& p, const Gpu& gpu) {
-  const AttentionParams& c = p.call;
-  const bool fast = batch::few_rows_supports(p), has_plan = p.plan != nullptr;
-  int32_t* arrivals = nullptr;
-  int64_t num_arrivals = 0;
-  if (fast) {
-    num_arrivals = PlanView::of(p, nullptr).max_segments * c.num_kv_heads;
-    arrivals = static_cast<int32_t*>(c.scratch.allocate(c.scratch.context, 4 * num_arrivals));
+// Counters of the two paths' kernels, which find them zeroed.
+struct Arrivals {
+  int32_t* segments = nullptr;
+  int32_t* tiles = nullptr;
+};
+
+// The plan, and the counters zeroed by the kernel that makes it or by one in its place.
+PlanView begin(const BatchAttentionParams& p, int64_t num_segments, int64_t num_tiles, Arrivals& arrivals,
+               const Gpu& gpu) {
+  const Scratch& scratch = p.call.scratch;
+  const int64_t count = num_segments + num_tiles;
+  if (count > 0) {
+    arrivals.segments = static_cast<int32_t*>(scratch.allocate(scratch.context, 4 * count));
+    arrivals.tiles = arrivals.segments + num_segments;
   }
-  const PlanView plan = PlanView::of(p, has_plan ? p.plan : plan_of_call(p, arrivals, num_arrivals, gpu));
-  if (!fast) {
-    batch::on_cuda_cores(p, plan, /*segments=*/true, /*tiles=*/false, gpu);
-    return plan;
-  }
-  if (has_plan) {
-    const int64_t blocks = (num_arrivals + 1023) / 1024;
-    launch(gpu, zero_kernel, dim3(static_cast<unsigned>(blocks < gpu.num_sms ? blocks : gpu.num_sms)),
-           dim3(256), 0, /*overlap=*/true, arrivals, num_arrivals);
-  }
-  batch::few_rows(p, plan, arrivals, gpu);
-  return plan;
+  if (!p.plan) return PlanView::of(p, plan_of_call(p, arrivals.segments, count, gpu));
+  const int64_t blocks = (count + 1023) / 1024;
+  launch(gpu, zero_kernel, dim3(static_cast<unsigned>(blocks < gpu.num_sms ? blocks : gpu.num_sms)),
+         dim3(256), 0, /*overlap=*/true, arrivals.segments, count);
+  return PlanView::of(p, p.plan);
 }
 
-// The tiles of the plan, requests with many rows.
-void many_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& gpu) {
+enum class TilesPath { none, sm90, sm80, cuda_cores };
+
+// Who computes the plan's tiles, requests with many rows.
+TilesPath path_of_tiles(const BatchAttentionParams& p, const Gpu& gpu) {
+  const AttentionParams& c = p.call;
+  // With so few rows in all no request has many.
+  if (c.qo_len * (c.num_qo_heads / c.num_kv_heads) <= kFewRows) return TilesPath::none;
 #ifdef FI_CUDA_SM90A
-  if (gpu.compute_capability == 90 && sm90_batch_supports(p)) return batch_tiles_sm90(p, plan, gpu);
+  // Few tiles over long keys leave most of the GPU to who doesn't split keys, as in dense attention; how many
+  // tiles there are at least is the device's to know.
+  const int64_t most_blocks = ((c.qo_len - 1) / kTileQueries + c.batch) * c.num_qo_heads;
+  const bool splits = sm80_batch_supports(p) && sm80_batch_splits(p);
+  const bool few = splits && 9 * most_blocks < 4 * gpu.num_sms;
+  if (gpu.compute_capability == 90 && sm90_batch_supports(p) && !few) return TilesPath::sm90;
 #endif
-  if (sm80_batch_supports(p)) return batch_tiles_sm80(p, plan, gpu);
-  batch::on_cuda_cores(p, plan, /*segments=*/false, /*tiles=*/true, gpu);
+  return sm80_batch_supports(p) ? TilesPath::sm80 : TilesPath::cuda_cores;
 }
 
 }  // namespace
@@ -80,9 +87,31 @@ void many_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& g
 void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
   const AttentionParams& c = p.call;
   if (c.qo_len == 0 || c.num_qo_heads == 0) return;
-  const PlanView plan = few_rows(p, gpu);
-  // With so few rows in all no request has many.
-  if (c.qo_len * (c.num_qo_heads / c.num_kv_heads) > kFewRows) many_rows(p, plan, gpu);
+  const TilesPath path = path_of_tiles(p, gpu);
+  const bool few_is_fast = batch::few_rows_supports(p);
+  const int64_t num_segments = few_is_fast ? PlanView::of(p, nullptr).max_segments * c.num_kv_heads : 0;
+  const int64_t num_tiles = path == TilesPath::sm80 ? sm80_batch_counters(p, gpu) : 0;
+  Arrivals arrivals;
+  const PlanView plan = begin(p, num_segments, num_tiles, arrivals, gpu);
+
+  // The plan's segments, requests with few rows; and the tokens of no request.
+  if (few_is_fast) {
+    batch::few_rows(p, plan, arrivals.segments, gpu);
+  } else {
+    batch::on_cuda_cores(p, plan, /*segments=*/true, /*tiles=*/false, gpu);
+  }
+  switch (path) {
+    case TilesPath::none:
+      return;
+    case TilesPath::sm90:
+#ifdef FI_CUDA_SM90A
+      return batch_tiles_sm90(p, plan, gpu);
+#endif
+    case TilesPath::sm80:
+      return batch_tiles_sm80(p, plan, arrivals.tiles, gpu);
+    case TilesPath::cuda_cores:
+      return batch::on_cuda_cores(p, plan, /*segments=*/false, /*tiles=*/true, gpu);
+  }
 }
 
 }  // namespace fi::cuda

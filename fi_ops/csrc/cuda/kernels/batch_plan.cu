@@ -165,14 +165,15 @@ class Planner {
   };
 
   // Tile t of the round: that of the last request whose first tile is t or before (those without tiles begin
-  // where the next one does).
+  // where the next one does). A request's tiles count from its last one.
   FI_DEVICE_INLINE Tile tile_at(int32_t t) const {
     int low = 0;
 #pragma unroll
     for (int step = kThreads / 2; step > 0; step /= 2) {
       if (shared.first_tile[low + step] <= t) low += step;
     }
-    return {low, int64_t{t - shared.first_tile[low]} * kTileQueries};
+    const int64_t last = (shared.requests[low].qo_len - 1) / kTileQueries;
+    return {low, (last - (t - shared.first_tile[low])) * kTileQueries};
   }
 
   FI_DEVICE_INLINE int place_of(const Tile& tile) const {

@@ -33,7 +33,7 @@ struct BatchAttentionParams {
   int64_t fixed_split_size = 0;  // keys; 0: cut as the device likes
   const int32_t* plan = nullptr;
 
-  FI_HD bool is_paged() const { return static_cast<bool>(table.kv_indices); }
+  FI_HD bool is_paged() const { return table.kv_indices || table.num_pages > 0; }
 };
 
 struct Request {
@@ -118,8 +118,9 @@ FI_INLINE PlanSizes plan_sizes(int64_t batch, int64_t nnz_qo, int64_t group_size
 
 inline constexpr int32_t kTileClasses = 256;
 
-// Tiles are ordered by this class of the number of keys that they see, largest first, and in the order of
-// requests within one class: three binary digits of the count of kUnitKeys.
+// Tiles are ordered by this class of the number of keys that they see, largest first: three binary digits of
+// the count of kUnitKeys. Within one class they are in the order of requests, and of a request the last
+// queries, which see the most if causal, come first.
 FI_INLINE int32_t tile_class(int64_t num_keys) {
   int64_t units = (num_keys + kUnitKeys - 1) / kUnitKeys;
   int32_t octave = 0;

@@ -7,14 +7,16 @@
 
 namespace fi {
 
-// One dimension.
+// One dimension. Without data, where that is a meaning at all, entry i is i * stride: the indptr of equal
+// counts.
 struct Indices {
-  const void* data = nullptr;  // null: none given
-  bool wide = false;           // int64, else int32
+  const void* data = nullptr;
+  bool wide = false;  // int64, else int32
   int64_t stride = 1;
 
   FI_HD explicit operator bool() const { return data != nullptr; }
   FI_HD int64_t at(int64_t i) const {
+    if (data == nullptr) return i * stride;
     return wide ? static_cast<const int64_t*>(data)[i * stride]
                 : static_cast<const int32_t*>(data)[i * stride];
   }

@@ -18,7 +18,8 @@ bool sm90_batch_supports(const BatchAttentionParams& p) {
                      p.table.num_pages < kMaxLength && (!p.is_paged() || p.table.num_pages > 0);
   return (c.dtype == DType::bf16 || c.dtype == DType::f16) && plain && sizes &&
          sm90::tensor_map_takes(sm90::query_rows(p)) && sm90::tensor_map_takes(sm90::key_rows(p)) &&
-         sm90::tensor_map_takes(sm90::value_rows(p)) && sm90::tensor_map_takes(sm90::out_rows(p));
+         sm90::tensor_map_takes(sm90::value_rows(p)) && sm90::tensor_map_takes(sm90::out_rows(p)) &&
+         sm90::cache_rows_fit(sm90::key_rows(p)) && sm90::cache_rows_fit(sm90::value_rows(p));
 }
 
 namespace {

@@ -6,9 +6,7 @@
 // What is cut where follows from lengths and mask alone, so results don't depend on the number of threads.
 #pragma once
 
-#include "fi/cpu/attention_engine.h"
-#include "fi/cpu/attention_state.h"
-#include "fi/cpu/dense_source.h"
+#include "fi/cpu/attention_buffers.h"
 #include "fi/cpu/fp8_rows.h"
 #include "fi/cpu/rope_table.h"
 
@@ -22,33 +20,10 @@ inline constexpr int64_t kTargetTasks = 48;
 inline constexpr int64_t kMaxPartialBytes = int64_t{1} << 28, kMaxPackedBytes = int64_t{1} << 32;
 
 template <class T, class Engine, class Source>
-class AttentionCall {
+class AttentionCall : AttentionSizes<T, Engine, Source> {
  public:
-  using Query = typename Engine::Query;
-  using Weight = typename Engine::Weight;
-  using Rows = typename Source::Rows;
-  using TileRows = typename Source::TileRows;
-
   AttentionCall(const AttentionParams& params, Source& source, const Parallel& parallel)
-      : p(params), source(source), parallel(parallel) {
-    group = p.num_qo_heads / p.num_kv_heads;
-    const int64_t max_rows = group * source.max_qo_len();
-    block_rows = Engine::block_rows(max_rows ? max_rows : 1);
-    pass_rows = block_rows < Engine::kPassRows ? block_rows : Engine::kPassRows;
-    const int64_t widest = p.head_dim_qk > p.head_dim_vo ? p.head_dim_qk : p.head_dim_vo;
-    split_keys = source.split_keys();
-    tile = Engine::tile(widest, split_keys ? split_keys : source.max_kv_len() ? source.max_kv_len() : 1);
-    while (split_keys % tile) tile -= Engine::kTileStep;
-    depth = round_up(p.head_dim_qk, Engine::kStepDepth);
-    q_stride = depth + (Engine::kPacked ? 64 / int64_t(sizeof(Query))
-                                        : 0);  // off powers of two: no cache set conflicts
-    s_stride = round_up(tile, Engine::kStepCols) + 16;
-    o_stride = round_up(p.head_dim_vo, 2 * kLanes) + (Engine::kPacked ? 16 : 0);
-    k_tile_size = round_up(tile, kLanes) * depth;
-    v_tile_size = tile * round_up(p.head_dim_vo, kLanes);
-    k_staged = p.rope_keys || source.kv_dtype() != Fp8::none;
-    v_staged = source.kv_dtype() != Fp8::none;
-  }
+      : Sizes(params, source), p(params), source(source), parallel(parallel) {}
 
   // What there is to do: phases for run_phases(), first packing(), then attending(), then merge().
   void prepare() {
@@ -77,21 +52,34 @@ class AttentionCall {
   void merge() {
     if (!partials) return;
     const Parallel alone{nullptr, 1};
-    const bool small = num_partials * block_rows * stride() <= kMergeAlone;
+    const bool small = num_partials * state_floats <= kMergeAlone;
     for_each_task(small ? alone : parallel, num_tasks, [this](int64_t t) {
       const Task& task = tasks[t];
       if (task.partial < 0 || task.first_chunk != 0) return;
-      const Block k = block_of(task);
-      for (int64_t row = 0; row < k.num_rows(); ++row) {
-        float* state = partials + (task.partial * block_rows + row) * stride();
-        for (int64_t chunk = 1; chunk < task.num_chunks; ++chunk)
-          join_row(state, state + chunk * block_rows * stride(), p.head_dim_vo);
-        write_row(k, row, state, state[stride() - kLanes], state[stride() - kLanes + 1]);
-      }
+      float* states = partials + task.partial * state_floats;
+      for_each_head(block_of(task), [&](const Block& k) {
+        for (int64_t r = 0; r < k.num_rows(); ++r) {
+          float* state = states + (k.at + r) * state_stride;
+          for (int64_t chunk = 1; chunk < task.num_chunks; ++chunk)
+            join_row(state, state + chunk * state_floats, p.head_dim_vo);
+          write_row(k, r, state, state[state_stride - kLanes], state[state_stride - kLanes + 1]);
+        }
+      });
     });
   }
 
  private:
+  using Sizes = AttentionSizes<T, Engine, Source>;
+  using Worker = AttentionWorker<T, Engine, Source>;
+  using Query = typename Engine::Query;
+  using Weight = typename Engine::Weight;
+  using Rows = typename Source::Rows;
+  using TileRows = typename Source::TileRows;
+  using Sizes::heads, Sizes::group, Sizes::block_rows, Sizes::pass_rows, Sizes::tile, Sizes::depth;
+  using Sizes::q_stride, Sizes::s_stride, Sizes::o_stride, Sizes::state_stride, Sizes::state_floats;
+  using Sizes::split_keys, Sizes::k_tile_size, Sizes::v_tile_size, Sizes::element, Sizes::k_staged,
+      Sizes::v_staged;
+
   // A request of the source.
   struct Member {
     int64_t rows, num_blocks, num_tiles;
@@ -109,53 +97,6 @@ class AttentionCall {
     int64_t b, kv_head, tile;
   };
 
-  // Buffers of one thread.
-  struct Worker {
-    Query* q;         // [block_rows][q_stride]
-    float* s;         // [pass_rows][s_stride]: logits, then weights
-    float* acc;       // [block_rows][o_stride]
-    float* row_max;   // [block_rows]
-    float* row_sum;   // [block_rows]
-    Range* allowed;   // [block_rows]
-    Range* seen;      // [pass_rows]: the columns of s that hold visible keys
-    float* additive;  // [tile]: one row of the mask
-    T* k_buffer;      // [tile][head_dim_qk]: keys, rotated or converted
-    T* v_buffer;      // [tile][head_dim_vo]: values, converted
-    T* row;           // [head_dim_qk]
-    Query* k_pack;    // one packed tile, where K and V are not packed once for all blocks
-    Query* v_pack;
-    float* angles;                               // of one position
-    float* states;                               // [2][block_rows][stride]: of all chunks so far, and of one
-    TileRows rows[2];                            // of this tile, and of the next one
-    typename Source::BufferRows k_rows, v_rows;  // of the buffers
-
-    int64_t carve(char* base, const AttentionCall& c) {
-      Carver carver{base};
-      q = carver.take<Query>(c.block_rows * c.q_stride);
-      s = carver.take<float>(c.pass_rows * c.s_stride);
-      acc = carver.take<float>(c.block_rows * c.o_stride);
-      row_max = carver.take<float>(c.block_rows);
-      row_sum = carver.take<float>(c.block_rows);
-      allowed = carver.take<Range>(c.block_rows);
-      seen = carver.take<Range>(c.pass_rows);
-      additive = carver.take<float>(c.s_stride);
-      k_buffer = carver.take<T>(c.k_staged ? c.tile * c.p.head_dim_qk : 0);
-      v_buffer = carver.take<T>(c.v_staged ? c.tile * c.p.head_dim_vo : 0);
-      row = carver.take<T>(c.p.head_dim_qk);
-      k_pack = carver.take<Query>(Engine::kPacked ? c.k_tile_size : 0);
-      v_pack = carver.take<Query>(Engine::kPacked ? c.v_tile_size : 0);
-      angles = carver.take<float>(rope_angle_floats(c.p.rope.rotary_dim));
-      states = carver.take<float>(c.split_keys ? 2 * c.block_rows * c.stride() : 0);
-      for (TileRows& r : rows) r.carve(carver, c.tile);
-      if (c.k_staged) k_rows.carve(carver, c.tile, k_buffer, c.p.head_dim_qk);
-      if (c.v_staged) v_rows.carve(carver, c.tile, v_buffer, c.p.head_dim_vo);
-      return carver.used;
-    }
-  };
-
-  // Floats of a row's state.
-  int64_t stride() const { return state_stride(p.head_dim_vo); }
-
   Block block_of(int64_t b, int64_t kv_head, int64_t index) const {
     Block k{b, kv_head, index, index * block_rows, (index + 1) * block_rows, 0, 0};
     if (k.row_end > members[b].rows) k.row_end = members[b].rows;
@@ -163,6 +104,12 @@ class AttentionCall {
     k.i_end = (k.row_end - 1) / group + 1;
     return k;
   }
+  // Calls f with the block of each of its heads.
+  template <class F>
+  void for_each_head(Block k, const F& f) const {
+    for (int64_t h = 0; h < heads; ++h, ++k.kv_head, k.at += block_rows) f(k);
+  }
+
   Block block_of(const Task& task) const { return block_of(task.b, task.kv_head, task.index); }
 
   template <class F>
@@ -185,12 +132,12 @@ class AttentionCall {
   // Cuts blocks into tasks. Late blocks of a causal call are the long ones: they go first.
   void split() {
     int64_t num_blocks = 0;
-    for (int64_t b = 0; b < source.count(); ++b) num_blocks += p.num_kv_heads * members[b].num_blocks;
+    for (int64_t b = 0; b < source.count(); ++b) num_blocks += p.num_kv_heads / heads * members[b].num_blocks;
     int64_t* sizes = allocate<int64_t>(p.scratch, num_blocks);
     int64_t total = 0, n = 0;
     auto for_each_block_of_rows = [&](const auto& f) {
       for (int64_t b = 0; b < source.count(); ++b) {
-        for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+        for (int64_t head = 0; head < p.num_kv_heads; head += heads) {
           for (int64_t i = members[b].num_blocks - 1; i >= 0; --i) {
             const Block k = block_of(b, head, i);
             f(k, source.allowed(b, k.i_begin, k.i_end));
@@ -222,7 +169,7 @@ class AttentionCall {
       });
     };
     count();
-    if (num_partials * block_rows * stride() * int64_t(sizeof(float)) > kMaxPartialBytes && split_keys) {
+    if (num_partials * state_floats * int64_t(sizeof(float)) > kMaxPartialBytes && split_keys) {
       task_chunks = INT32_MAX;  // many small chunks of many rows: every block is one task's
       count();
     }
@@ -238,7 +185,7 @@ class AttentionCall {
       }
       if (shared) partial += chunks;
     });
-    if (num_partials) partials = allocate<float>(p.scratch, num_partials * block_rows * stride());
+    if (num_partials) partials = allocate<float>(p.scratch, num_partials * state_floats);
   }
 
   // Requests of several blocks get their K and V packed once for all of them.
@@ -339,7 +286,7 @@ class AttentionCall {
         rotate_row(src, w.row, angles, p.rope.rotary_dim, size, p.rope.interleaved);
         src = w.row;
       }
-      Query* dst = w.q + (r - k.row_begin) * q_stride;
+      Query* dst = w.q + (k.at + r - k.row_begin) * q_stride;
       if constexpr (__is_same(Query, T)) {
         __builtin_memcpy(dst, src, size * sizeof(T));
       } else {
@@ -350,27 +297,32 @@ class AttentionCall {
       for (int64_t d = size; d < depth; ++d) dst[d] = Query{};
     }
     for (int64_t r = k.row_end - k.row_begin; r < padded_rows(k); ++r) {
-      for (int64_t d = 0; d < depth; ++d) w.q[r * q_stride + d] = Query{};
+      for (int64_t d = 0; d < depth; ++d) w.q[(k.at + r) * q_stride + d] = Query{};
     }
   }
 
   int64_t padded_rows(const Block& k) const { return round_up(k.row_end - k.row_begin, Engine::kStepRows); }
 
   void attend(const Task& task, Worker& w) {
-    const Block k = block_of(task);
-    load_queries(k, w);
-    for (int64_t r = 0; r < k.num_rows(); ++r) w.allowed[r] = source.allowed(k.b, (k.row_begin + r) / group);
-    const Range range = source.allowed(k.b, k.i_begin, k.i_end);
+    const Block block = block_of(task);
+    for_each_head(block, [&](const Block& k) {
+      load_queries(k, w);
+      for (int64_t r = 0; r < k.num_rows(); ++r)
+        w.allowed[k.at + r] = source.allowed(k.b, (k.row_begin + r) / group);
+    });
+    const Range range = source.allowed(block.b, block.i_begin, block.i_end);
     for (int64_t chunk = task.first_chunk; chunk < task.last_chunk; ++chunk) {
-      attend_chunk(k, range, chunk, w);
-      if (task.partial >= 0) {
-        save_rows(k, w, partials + (task.partial + chunk) * block_rows * stride());
-      } else if (task.num_chunks == 1) {
-        for (int64_t r = 0; r < k.num_rows(); ++r)
-          write_row(k, r, w.acc + r * o_stride, w.row_max[r], w.row_sum[r]);
-      } else {
-        fold_rows(k, chunk, chunk == task.num_chunks - 1, w);
-      }
+      attend_chunk(block, range, chunk, w);
+      for_each_head(block, [&](const Block& k) {
+        if (task.partial >= 0) {
+          save_rows(k, w, partials + (task.partial + chunk) * state_floats);
+        } else if (task.num_chunks == 1) {
+          for (int64_t r = 0; r < k.num_rows(); ++r)
+            write_row(k, r, w.acc + (k.at + r) * o_stride, w.row_max[k.at + r], w.row_sum[k.at + r]);
+        } else {
+          fold_rows(k, chunk, chunk == task.num_chunks - 1, w);
+        }
+      });
     }
   }
 
@@ -398,11 +350,13 @@ class AttentionCall {
   }
 
   void attend_chunk(const Block& k, const Range& range, int64_t chunk, Worker& w) {
-    for (int64_t r = 0; r < k.num_rows(); ++r) {
-      w.row_max[r] = -kInf;
-      w.row_sum[r] = 0.0f;
-    }
-    __builtin_memset(w.acc, 0, padded_rows(k) * o_stride * sizeof(float));
+    for_each_head(k, [&](const Block& one) {
+      for (int64_t r = one.at; r < one.at + k.num_rows(); ++r) {
+        w.row_max[r] = -kInf;
+        w.row_sum[r] = 0.0f;
+      }
+      __builtin_memset(w.acc + one.at * o_stride, 0, padded_rows(k) * o_stride * sizeof(float));
+    });
     const int64_t live = source.live_tiles(k, range), before = tiles_before(range);
     int64_t n = chunk == 0 ? 0 : chunk * chunk_tiles - before, last = live;
     if (chunk_tiles - before < live - chunk * chunk_tiles) last = (chunk + 1) * chunk_tiles - before;
@@ -442,13 +396,22 @@ class AttentionCall {
       }
     } else {
       const int64_t n = r.end - r.begin;
-      const int64_t element = source.kv_dtype() == Fp8::none ? sizeof(T) : 1;
-      stream_scores<T>(w.s, s_stride, w.q, q_stride, m, load_keys(k.b, r.begin, rows.keys, n, w), n,
-                       p.head_dim_qk, NextRows<Rows>{rows.values, p.head_dim_vo * element});
-      softmax_rows(k, {0, m}, r, step.masked, w);
-      stream_values(w.acc, o_stride, reinterpret_cast<const Weight*>(w.s),
-                    s_stride * int64_t(sizeof(float) / sizeof(Weight)), m, load_values(rows.values, n, w), n,
-                    p.head_dim_vo, next ? NextRows<Rows>{*next, p.head_dim_qk * element} : NextRows<Rows>{});
+      const int64_t k_bytes = p.head_dim_qk * element, v_bytes = p.head_dim_vo * element;
+      for_each_head(k, [&](const Block& one) {
+        const int64_t h = one.kv_head - k.kv_head;
+        stream_scores<T>(w.s + one.at * s_stride, s_stride, w.q + one.at * q_stride, q_stride, m,
+                         load_keys(k.b, r.begin, rows.keys.shifted(h * k_bytes), n, w), n, p.head_dim_qk,
+                         NextRows<Rows>{rows.values.shifted(h * v_bytes), v_bytes});
+      });
+      for_each_head(k, [&](const Block& one) { softmax_rows(one, {0, m}, r, step.masked, w); });
+      for_each_head(k, [&](const Block& one) {
+        const int64_t h = one.kv_head - k.kv_head;
+        const Rows values = load_values(rows.values.shifted(h * v_bytes), n, w);
+        stream_values(w.acc + one.at * o_stride, o_stride,
+                      reinterpret_cast<const Weight*>(w.s + one.at * s_stride),
+                      s_stride * int64_t(sizeof(float) / sizeof(Weight)), m, values, n, p.head_dim_vo,
+                      next ? NextRows<Rows>{next->shifted(h * k_bytes), k_bytes} : NextRows<Rows>{});
+      });
     }
   }
 
@@ -488,27 +451,28 @@ class AttentionCall {
     const int64_t n = r.end - r.begin, cols = round_up(n, Engine::kStepCols);
     if (!plain) apply_variants(k, rows, r, scale, masked, w);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      float* s = w.s + (row - rows.begin) * s_stride;
-      const Range allowed = w.allowed[row];
+      float* s = w.s + (k.at + row - rows.begin) * s_stride;
+      const Range allowed = w.allowed[k.at + row];
       const Range seen = visible_columns(s, cols, allowed.begin > r.begin ? allowed.begin - r.begin : 0,
                                          allowed.end < r.end ? allowed.end - r.begin : n);
-      w.seen[row - rows.begin] = seen;
-      const float rescale = raise_max(s + seen.begin, seen.end - seen.begin, scale2, w.row_max[row]);
-      if (rescale == 1.0f || w.row_sum[row] == 0.0f) continue;
-      w.row_sum[row] *= rescale;
-      float* acc = w.acc + row * o_stride;
+      w.seen[k.at + row - rows.begin] = seen;
+      const float rescale = raise_max(s + seen.begin, seen.end - seen.begin, scale2, w.row_max[k.at + row]);
+      if (rescale == 1.0f || w.row_sum[k.at + row] == 0.0f) continue;
+      w.row_sum[k.at + row] *= rescale;
+      float* acc = w.acc + (k.at + row) * o_stride;
       for (int64_t d = 0; d < p.head_dim_vo; d += kLanes) store(acc + d, load(acc + d) * rescale);
     }
     constexpr bool kMayRound = __is_same(Weight, bf16);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      float* s = w.s + (row - rows.begin) * s_stride;
+      float* s = w.s + (k.at + row - rows.begin) * s_stride;
       Weight* weights = reinterpret_cast<Weight*>(s);
-      const Range seen = w.seen[row - rows.begin];
+      const Range seen = w.seen[k.at + row - rows.begin];
       const int64_t width = seen.end - seen.begin;
-      w.row_sum[row] +=
+      w.row_sum[k.at + row] +=
           kMayRound && !p.lse
-              ? weigh_row<kMayRound>(s + seen.begin, weights + seen.begin, width, scale2, w.row_max[row])
-              : weigh_row<false>(s + seen.begin, weights + seen.begin, width, scale2, w.row_max[row]);
+              ? weigh_row<kMayRound>(s + seen.begin, weights + seen.begin, width, scale2,
+                                     w.row_max[k.at + row])
+              : weigh_row<false>(s + seen.begin, weights + seen.begin, width, scale2, w.row_max[k.at + row]);
       for (int64_t j = 0; j < seen.begin; ++j) weights[j] = Weight{};
       for (int64_t j = seen.end; j < cols; ++j) weights[j] = Weight{};
     }
@@ -530,7 +494,7 @@ class AttentionCall {
       const RowVariant variant{scale, p.logits_soft_cap,
                                p.alibi_slopes ? p.alibi_slopes.at(h) * kLog2e : 0.0f,
                                r.begin - source.position(k.b, i), masked ? w.additive : nullptr};
-      apply_variant(w.s + (row - rows.begin) * s_stride, round_up(n, kLanes), variant);
+      apply_variant(w.s + (k.at + row - rows.begin) * s_stride, round_up(n, kLanes), variant);
     }
   }
 
@@ -545,27 +509,24 @@ class AttentionCall {
   }
 
   void save_rows(const Block& k, const Worker& w, float* states) const {
-    for (int64_t r = 0; r < k.num_rows(); ++r)
-      save_row(states + r * stride(), w.acc + r * o_stride, w.row_max[r], w.row_sum[r], p.head_dim_vo);
+    for (int64_t r = k.at; r < k.at + k.num_rows(); ++r)
+      save_row(states + r * state_stride, w.acc + r * o_stride, w.row_max[r], w.row_sum[r], p.head_dim_vo);
   }
 
   // One more chunk of a block that this worker does alone.
   void fold_rows(const Block& k, int64_t chunk, bool last, Worker& w) const {
-    float* fresh = w.states + (chunk ? block_rows * stride() : 0);
+    float* fresh = w.states + (chunk ? state_floats : 0);
     save_rows(k, w, fresh);
     for (int64_t r = 0; r < k.num_rows(); ++r) {
-      float* state = w.states + r * stride();
-      if (chunk) join_row(state, fresh + r * stride(), p.head_dim_vo);
-      if (last) write_row(k, r, state, state[stride() - kLanes], state[stride() - kLanes + 1]);
+      float* state = w.states + (k.at + r) * state_stride;
+      if (chunk) join_row(state, fresh + (k.at + r) * state_stride, p.head_dim_vo);
+      if (last) write_row(k, r, state, state[state_stride - kLanes], state[state_stride - kLanes + 1]);
     }
   }
 
   const AttentionParams& p;
   Source& source;
   const Parallel& parallel;
-  int64_t group, block_rows, pass_rows, tile, depth, split_keys;
-  int64_t q_stride, s_stride, o_stride, k_tile_size, v_tile_size;
-  bool k_staged, v_staged;    // not read in place
   Member* members = nullptr;  // [source.count()]
   Task* tasks = nullptr;      // [num_tasks]
   PackTask* packs = nullptr;  // [num_packs]

@@ -10,9 +10,6 @@ namespace fi::FI_ISA {
 // States up to this many floats are merged by the calling thread: a second wake-up of all threads costs more.
 inline constexpr int64_t kMergeAlone = 131072;
 
-// Floats of a state.
-FI_INLINE int64_t state_stride(int64_t head_dim_vo) { return round_up(head_dim_vo, kLanes) + kLanes; }
-
 FI_INLINE void save_row(float* state, const float* acc, float row_max, float row_sum, int64_t head_dim_vo) {
   const int64_t width = round_up(head_dim_vo, kLanes);
   __builtin_memcpy(state, acc, width * sizeof(float));

@@ -69,6 +69,8 @@ class BatchSource {
 
   // ---- rows of K and V ----
 
+  bool heads_together() const { return c.k_stride_h == c.head_dim_qk && c.v_stride_h == c.head_dim_vo; }
+
   struct TileRows {
     const char **key, **value;
     int64_t tile;
@@ -82,7 +84,9 @@ class BatchSource {
     }
   };
 
-  // The index tensors' values have been checked: on the CPU there is a row for every key.
+  // The index tensors' values have been checked: on the CPU there is a row for every key. Rows lie anywhere:
+  // their first bytes are fetched now, a tile ahead, and with those the way to the page of memory; the rest
+  // when the tile is next.
   void locate(TileRows& rows, int64_t b, int64_t kv_head, int64_t begin, int64_t n) const {
     const int64_t element = p.kv_dtype == Fp8::none ? sizeof(T) : 1;
     const int64_t k_step = c.k_stride_n * element, v_step = c.v_stride_n * element;
@@ -98,6 +102,8 @@ class BatchSource {
       for (; j < end; ++j, k += k_step, v += v_step) {
         rows.key[j] = k;
         rows.value[j] = v;
+        __builtin_prefetch(k);
+        __builtin_prefetch(v);
       }
     }
     for (int64_t j = n; j < rows.tile; ++j) rows.key[j] = rows.key[n - 1], rows.value[j] = rows.value[n - 1];

@@ -16,6 +16,7 @@ namespace fi::FI_ISA {
 // A block of rows (row = query position * group + head of the group) of one request and KV head.
 struct Block {
   int64_t b, kv_head, index, row_begin, row_end, i_begin, i_end;
+  int64_t at = 0;  // its first row in a worker's buffers
 
   FI_HD int64_t num_rows() const { return row_end - row_begin; }
 };
@@ -58,6 +59,12 @@ class DenseSource {
   Range allowed(int64_t b, int64_t i0, int64_t i1) const { return allowed_keys(p, b, i0, i1); }
 
   // ---- rows of K and V ----
+
+  // Whether the heads of a key are neighbours in memory and read the same tiles.
+  bool heads_together() const {
+    return p.k_stride_h == p.head_dim_qk && p.v_stride_h == p.head_dim_vo &&
+           (!p.mask || p.mask_stride_h == 0);
+  }
 
   struct TileRows {
     Rows keys, values;

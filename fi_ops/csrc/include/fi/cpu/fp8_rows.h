@@ -40,12 +40,77 @@ FI_INLINE Vec widen_e5m2(VecU x) {
   return (Vec)((magnitude >= 0x7cu ? special : widen_magnitude<2, 15>(magnitude)) | (x & 0x80u) << 24);
 }
 
+#if FI_ISA_LEVEL >= 2
+// The same 32 at a time, in 16-bit lanes: `T` has 8 (bf16) or 5 (f16) bits of exponent. Denormals, 7 of them
+// at most, come out of a table.
+template <class T, int mantissa_bits, int bias>
+FI_INLINE __m512i widen_to_half(__m256i bytes) {
+  constexpr int to_mantissa = __is_same(T, bf16) ? 7 : 10, to_bias = __is_same(T, bf16) ? 127 : 15;
+  constexpr uint16_t infinity = __is_same(T, bf16) ? 0x7f80 : 0x7c00;
+  constexpr uint16_t nan = infinity | 1 << (to_mantissa - 1);
+  const __m512i x = _mm512_cvtepu8_epi16(bytes);
+  const __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi16(0x7f));
+  const __m512i sign = _mm512_slli_epi16(_mm512_andnot_si512(_mm512_set1_epi16(0x7f), x), 8);
+  __m512i y = _mm512_slli_epi16(magnitude, to_mantissa - mantissa_bits);
+  if constexpr (to_bias != bias) {
+    // Denormal m is m * 2^(1 - bias - mantissa_bits): of the exponent of its highest bit.
+    constexpr auto denormal = [](int m) -> short {
+      const int top = m >= 4 ? 2 : m >= 2 ? 1 : 0;
+      const int exponent = to_bias + 1 - bias - mantissa_bits + top;
+      return m == 0 ? 0
+                    : short(exponent << to_mantissa | (m << (to_mantissa - top) & ((1 << to_mantissa) - 1)));
+    };
+    const __m512i table =
+        _mm512_broadcast_i32x4(_mm_setr_epi16(denormal(0), denormal(1), denormal(2), denormal(3), denormal(4),
+                                              denormal(5), denormal(6), denormal(7)));
+    const __mmask32 small =
+        _mm512_testn_epi16_mask(magnitude, _mm512_set1_epi16(0x7f >> mantissa_bits << mantissa_bits));
+    y = _mm512_add_epi16(y, _mm512_set1_epi16((to_bias - bias) << to_mantissa));
+    y = _mm512_mask_permutexvar_epi16(y, small, magnitude, table);
+  }
+  if constexpr (mantissa_bits == 3) {
+    y = _mm512_mask_mov_epi16(y, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)),
+                              _mm512_set1_epi16(nan));
+  } else if constexpr (to_bias != bias) {
+    const __mmask32 special = _mm512_cmpge_epu16_mask(magnitude, _mm512_set1_epi16(0x7c));
+    y = _mm512_mask_mov_epi16(y, special, _mm512_set1_epi16(infinity));
+    y = _mm512_mask_mov_epi16(y, _mm512_cmpgt_epu16_mask(magnitude, _mm512_set1_epi16(0x7c)),
+                              _mm512_set1_epi16(nan));
+  }
+  return _mm512_or_si512(y, sign);
+}
+
+template <class T, int mantissa_bits, int bias>
+FI_INLINE void convert_halves(T* dst, const uint8_t* src, int64_t n) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i));
+    _mm512_storeu_si512(dst + i, widen_to_half<T, mantissa_bits, bias>(bytes));
+  }
+  if (i < n) {
+    const __mmask32 mask = (__mmask32(1) << (n - i)) - 1;
+    const __m256i bytes = _mm256_maskz_loadu_epi8(mask, src + i);
+    _mm512_mask_storeu_epi16(dst + i, mask, widen_to_half<T, mantissa_bits, bias>(bytes));
+  }
+}
+#endif
+
 template <class T>
 FI_INLINE void convert_row(T* dst, const uint8_t* src, int64_t n, Fp8 format) {
-  for_each_vec(n, [&](int64_t i, int64_t count) {
-    const VecU x = load_bytes(src + i, count);
-    store_n(dst + i, format == Fp8::e4m3 ? widen_e4m3(x) : widen_e5m2(x), count);
-  });
+#if FI_ISA_LEVEL >= 2
+  if constexpr (!__is_same(T, float)) {
+    return format == Fp8::e4m3 ? convert_halves<T, 3, 7>(dst, src, n) : convert_halves<T, 2, 15>(dst, src, n);
+  }
+#endif
+  auto convert = [&](const auto& widen) {
+    for_each_vec(
+        n, [&](int64_t i, int64_t count) { store_n(dst + i, widen(load_bytes(src + i, count)), count); });
+  };
+  if (format == Fp8::e4m3) {
+    convert([](VecU x) { return widen_e4m3(x); });
+  } else {
+    convert([](VecU x) { return widen_e5m2(x); });
+  }
 }
 
 }  // namespace fi::FI_ISA

@@ -12,8 +12,8 @@ struct StridedRows {
   int64_t stride = 0;  // bytes
 
   FI_HD const T* operator[](int64_t j) const { return reinterpret_cast<const T*>(base + j * stride); }
-  FI_HD StridedRows from(int64_t j) const { return {base + j * stride, stride}; }
-  FI_HD StridedRows columns(int64_t d) const { return {base + d * int64_t(sizeof(T)), stride}; }
+  FI_HD StridedRows shifted(int64_t bytes) const { return {base + bytes, stride}; }
+  FI_HD StridedRows columns(int64_t d) const { return shifted(d * int64_t(sizeof(T))); }
 };
 
 template <class T>
@@ -22,8 +22,8 @@ struct PointerRows {
   int64_t offset = 0;  // bytes
 
   FI_HD const T* operator[](int64_t j) const { return reinterpret_cast<const T*>(rows[j] + offset); }
-  FI_HD PointerRows from(int64_t j) const { return {rows + j, offset}; }
-  FI_HD PointerRows columns(int64_t d) const { return {rows, offset + d * int64_t(sizeof(T))}; }
+  FI_HD PointerRows shifted(int64_t bytes) const { return {rows, offset + bytes}; }
+  FI_HD PointerRows columns(int64_t d) const { return shifted(d * int64_t(sizeof(T))); }
 };
 
 // Rows that the next pass will read.

@@ -16,17 +16,14 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     batch_kernel(const __grid_constant__ BatchArgs args, const __grid_constant__ CUtensorMap q_map,
                  const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
-  using ByBoxes = BatchProducer<Config, BoxLoader<Config>>;
-  using ByRows = BatchProducer<Config, RowLoader<Config>>;
   auto& smem = *reinterpret_cast<BatchSmem<Config>*>(dynamic_smem());
-  const bool boxes = args.box_rows > 0;
   if (threadIdx.x == 0) {
     prefetch_tensor_map(q_map);
-    if (boxes) {
+    if constexpr (!Config::kByRows) {
       prefetch_tensor_map(k_map);
       prefetch_tensor_map(v_map);
     }
-    init_barriers<Config>(smem, boxes ? BoxLoader<Config>::kWarps : RowLoader<Config>::kWarps);
+    init_barriers<Config>(smem, BatchProducer<Config, false>::Loader::kArrivals);
   }
   __syncthreads();
   wait_for_previous_kernel();
@@ -35,10 +32,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroupThreads, 0);
   if (warpgroup == 0) {
     lower_registers<Config::kProducerRegisters>();
-    if (!boxes) {
-      ByRows::run(smem, args, q_map, k_map, v_map);
-    } else if (threadIdx.x < 32 * BoxLoader<Config>::kWarps) {
-      ByBoxes::run(smem, args, q_map, k_map, v_map);
+    if (threadIdx.x < kWarpgroupThreads / 2) {
+      BatchProducer<Config, false>::run(smem, args, q_map, k_map);
+    } else {
+      BatchProducer<Config, true>::run(smem, args, q_map, v_map);
     }
   } else {
     raise_registers<Config::kConsumerRegisters>();
@@ -84,9 +81,15 @@ void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, co
   BatchArgs args{};
   args.shape = batch_shape(p, plan);
   args.p = c;
-  args.k_stride_page = p.k_stride_page;
-  args.v_stride_page = p.v_stride_page;
-  args.box_rows = box_rows(p, Config::kBlockN);
+  if constexpr (Config::kByRows) {
+    args.keys = cache_rows_of(key_rows(p));
+    args.values = cache_rows_of(value_rows(p));
+  } else {
+    args.box_rows = box_rows(p, Config::kBlockN);
+    const int boxes = Config::kBlockN / args.box_rows * Config::kPanels;
+    for (int half = 0; half < 2; ++half)
+      args.box_bytes[half] = static_cast<uint32_t>((boxes + 1 - half) / 2 * args.box_rows * 2 * kBoxColumns);
+  }
   const float scale_log2 = kLog2e * c.scale;
   if constexpr (Config::kVariant == PrefillVariant::kSoftCap) {
     args.scale_log2 = kLog2e * c.logits_soft_cap;
@@ -96,12 +99,19 @@ void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, co
   }
   const int64_t tiles = args.shape.max_tiles * c.num_qo_heads;
   const CUtensorMap q_map = make_tensor_map(c.dtype, query_rows(p), Config::kBlockM);
+  // Rows need no map of keys.
   const auto keys_map = [&](const HeadRows& rows) {
-    return args.box_rows > 0 ? make_tensor_map(c.dtype, rows, args.box_rows) : q_map;  // not used
+    return Config::kByRows ? q_map : make_tensor_map(c.dtype, rows, args.box_rows);
   };
   launch(gpu, batch_kernel<Config>, static_cast<unsigned>(std::min<int64_t>(tiles, gpu.num_sms)),
          Config::kThreads, sizeof(BatchSmem<Config>), /*overlap=*/true, args, q_map, keys_map(key_rows(p)),
          keys_map(value_rows(p)));
+}
+
+template <class Config>
+void launch_boxes_or_rows(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
+  box_rows(p, Config::kBlockN) > 0 ? launch_batch<OverBatch<Config, false>>(p, plan, gpu)
+                                   : launch_batch<OverBatch<Config, true>>(p, plan, gpu);
 }
 
 // The tiles of each head dim: those of one call whose keys only the device knows, and when which (see
@@ -112,9 +122,9 @@ void batch_tiles_with(const BatchAttentionParams& p, const batch::PlanView& plan
   if constexpr (requires { typename Tiles::Wide; }) {
     // A negative scale of keys joins queries in registers.
     if (!p.k_scale && wide_is_faster<typename Tiles::Wide, typename Tiles::Narrow>(p, Tiles::kWideSpeed, gpu))
-      return launch_batch<OverBatch<typename Tiles::Wide>>(p, plan, gpu);
+      return launch_boxes_or_rows<typename Tiles::Wide>(p, plan, gpu);
   }
-  launch_batch<OverBatch<typename Tiles::Narrow>>(p, plan, gpu);
+  launch_boxes_or_rows<typename Tiles::Narrow>(p, plan, gpu);
 }
 
 template <class T, int kHeadDim>

@@ -1,230 +1,190 @@
 // The producers of a batch: they find out which query tile is next, tell the consumers, and bring its keys,
 // by the copy engine where a page holds enough of them, else row by row.
 //
-// What is looked up in memory is asked for before it is needed: a query tile while the one before is worked
-// on, the pages of keys two KV tiles ahead. Registers are short: what describes a query tile stays in shared
-// memory.
+// Two warps bring keys and two bring values, half of each tile a warp, and none waits for another. What is
+// looked up in memory is asked for before it is needed: a query tile while the one before is worked on, the
+// pages of keys a KV tile ahead. Registers are short: what describes a query tile stays in shared memory.
 #pragma once
 
 #include "fi/cuda/sm90/prefill_config.h"
 #include "fi/cuda/sm90/prefill_producer.h"
-#include "fi/cuda/sm90/wgmma.h"
 
 namespace fi::cuda::sm90 {
 
 // threadIdx.x, read anew, for what would otherwise be computed once and kept.
-FI_DEVICE_INLINE int thread_now() {
-  int thread;
+FI_DEVICE_INLINE unsigned thread_now() {
+  unsigned thread;
   asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
   return thread;
 }
+FI_DEVICE_INLINE int lane_now() { return static_cast<int>(thread_now() % 32); }
+// Which half of a tile this warp brings.
+FI_DEVICE_INLINE int half_now() { return static_cast<int>(thread_now() / 32 % 2); }
 
-// One warp starts copies of box_rows keys each. Boxes of pages that are not there lie outside of the tensor
-// and arrive as zeros.
-template <class Config>
+// Boxes of box_rows keys and kBoxColumns columns, one a lane. Those of pages that are not there lie outside
+// of the tensor and arrive as zeros.
+template <class Config, bool kValues>
 class BoxLoader {
  public:
-  static constexpr int kWarps = 1;
+  static constexpr int kArrivals = 2;  // at a tile's barrier: warps
 
-  FI_DEVICE_INLINE BoxLoader(const BatchArgs& args, const CUtensorMap& k_map, const CUtensorMap& v_map)
-      : args_(args), k_map_(k_map), v_map_(v_map) {}
+  // A lane's box of a KV tile: its page.
+  using Pages = int;
 
-  // The page of this lane's part of a KV tile: of its box.
-  FI_DEVICE_INLINE int look_up(const BatchTile& at, int kv_tile) const {
-    return lane() * args_.box_rows < Config::kBlockN ? key_page(args_.shape, at, position(kv_tile)) : -1;
+  FI_DEVICE_INLINE BoxLoader(const BatchArgs& args, const CUtensorMap& map) : args_(args), map_(map) {}
+
+  FI_DEVICE_INLINE Pages look_up(const BatchTile& tile, int kv_tile) const {
+    return row() < Config::kBlockN
+               ? key_page(args_.shape, tile, kv_tile * Config::kBlockN + row(), args_.box_rows)
+               : -1;
   }
 
-  FI_DEVICE_INLINE void wait_empty(Barrier& empty, uint32_t parity) { barrier_wait(empty, parity); }
-  FI_DEVICE_INLINE void finish() {}
-
-  FI_DEVICE_INLINE void load_keys(unsigned char* to, Barrier& full, const BatchTile& at, int kv_tile,
-                                  int page) {
-    load(to, full, k_map_, at, kv_tile, page);
-  }
-  FI_DEVICE_INLINE void load_values(unsigned char* to, Barrier& full, const BatchTile& at, int kv_tile,
-                                    int page) {
-    load(to, full, v_map_, at, kv_tile, page);
+  FI_DEVICE_INLINE void load(unsigned char* to, Barrier& full, const BatchTile& tile, int kv_tile,
+                             Pages page) {
+    constexpr int kPanelBytes = PrefillSmem<Config>::kKvPanelBytes;
+    if (lane_now() == 0) barrier_arrive_expect(full, args_.box_bytes[half_now()]);
+    __syncwarp();
+    const int row = this->row(), panel = box() % Config::kPanels;
+    if (row < Config::kBlockN)
+      load_box(to + panel * kPanelBytes + row * 128, map_, panel * kBoxColumns,
+               key_entry(args_.shape, tile, kv_tile * Config::kBlockN + row), tile.kv_head,
+               checked_page(args_.shape, page), full);
   }
 
  private:
-  FI_DEVICE_INLINE static int lane() { return thread_now() % 32; }
-  FI_DEVICE_INLINE int position(int kv_tile) const {
-    return kv_tile * Config::kBlockN + lane() * args_.box_rows;
-  }
-
-  FI_DEVICE_INLINE void load(unsigned char* to, Barrier& full, const CUtensorMap& map, const BatchTile& at,
-                             int kv_tile, int page) {
-    constexpr int kPanelBytes = PrefillSmem<Config>::kKvPanelBytes;
-    const int entry = key_entry(args_.shape, at, position(kv_tile)), kv_head = at.kv_head;
-    page = checked_page(args_.shape, page);
-    if (lane() == 0) barrier_arrive_expect(full, Config::kPanels * kPanelBytes);
-#pragma unroll 1
-    for (int box = 0, row = 0; row < Config::kBlockN; ++box, row += args_.box_rows) {
-      const int box_page = __shfl_sync(kAllLanes, page, box);
-      const int box_entry = __shfl_sync(kAllLanes, entry, box);
-      if (lane() == 0) {
-#pragma unroll
-        for (int panel = 0; panel < Config::kPanels; ++panel)
-          load_box(to + panel * kPanelBytes + row * 128, map, panel * kBoxColumns, box_entry, kv_head,
-                   box_page, full);
-      }
-    }
-  }
+  // Boxes are counted panel by panel, then by rows; the warps take them in turns.
+  FI_DEVICE_INLINE static int box() { return 2 * lane_now() + half_now(); }
+  FI_DEVICE_INLINE int row() const { return box() / Config::kPanels * args_.box_rows; }
 
   const BatchArgs& args_;
-  const CUtensorMap &k_map_, &v_map_;
+  const CUtensorMap& map_;
 };
 
-// Four warps copy a quarter of a tile's rows each, into the places that the copy engine would have put them.
-// These are copies of ordinary threads: when they have arrived, each thread says so to the tensor cores' side
-// of memory, then a lane of each warp to the consumers. That of a tile is put off until the next one's copies
-// are under way, or until there is nothing else to do.
-template <class Config>
+// Rows, copied by all threads to where the copy engine would have put them; zeros for rows that are nowhere.
+// These are accesses of ordinary threads, so the consumers say to the tensor cores' side of memory that they
+// have seen them (prefill.h).
+template <class Config, bool kValues>
 class RowLoader {
  public:
-  static constexpr int kWarps = 4;
+  static constexpr int kArrivals = 64;  // at a tile's barrier: threads
 
-  FI_DEVICE_INLINE RowLoader(const BatchArgs& args, const CUtensorMap&, const CUtensorMap&) : args_(args) {}
+  // A lane's rows of a KV tile, lane and lane + 32 of the warp's: their pages.
+  static constexpr int kWarpRows = Config::kBlockN / 2, kLaneRows = (kWarpRows + 31) / 32;
+  struct Pages {
+    int of[kLaneRows];
+  };
+  static_assert(kWarpRows % 8 == 0);
 
-  // The page of this lane's part of a KV tile: of its row.
-  FI_DEVICE_INLINE int look_up(const BatchTile& at, int kv_tile) const {
-    return lane() < kWarpRows ? key_page(args_.shape, at, position(kv_tile)) : -1;
+  FI_DEVICE_INLINE RowLoader(const BatchArgs& args, const CUtensorMap&) : args_(args) {}
+
+  FI_DEVICE_INLINE Pages look_up(const BatchTile& tile, int kv_tile) const {
+    Pages pages;
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i)
+      pages.of[i] = row(i) < kWarpRows ? key_page(args_.shape, tile, position(kv_tile, i), 1) : -1;
+    return pages;
   }
 
-  FI_DEVICE_INLINE void wait_empty(Barrier& empty, uint32_t parity) {
-    if (pending_ != 0 && !__all_sync(kAllLanes, barrier_test(empty, parity))) finish();
-    barrier_wait(empty, parity);
-  }
-  FI_DEVICE_INLINE void finish() {
-    if (pending_ == 0) return;
-    cp_async_wait<0>();
-    hand_over();
-    pending_ = 0;
-  }
-
-  FI_DEVICE_INLINE void load_keys(unsigned char* to, Barrier& full, const BatchTile& at, int kv_tile,
-                                  int page) {
-    const AttentionParams& p = args_.p;
-    load(to, full, at, kv_tile, page, p.key, args_.k_stride_page, p.k_stride_n, p.k_stride_h);
-  }
-  FI_DEVICE_INLINE void load_values(unsigned char* to, Barrier& full, const BatchTile& at, int kv_tile,
-                                    int page) {
-    const AttentionParams& p = args_.p;
-    load(to, full, at, kv_tile, page, p.value, args_.v_stride_page, p.v_stride_n, p.v_stride_h);
+  FI_DEVICE_INLINE void load(unsigned char* to, Barrier& full, const BatchTile& tile, int kv_tile,
+                             Pages pages) {
+    constexpr int kPanelBytes = PrefillSmem<Config>::kKvPanelBytes;
+    constexpr uint32_t kNowhere = ~0u;
+    const CacheRows& cache = kValues ? args_.values : args_.keys;
+    uint32_t offsets[kLaneRows];  // in 16 bytes
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      const int page = checked_page(args_.shape, pages.of[i]);
+      offsets[i] = page < 0 ? kNowhere
+                            : page * cache.page_step +
+                                  key_entry(args_.shape, tile, position(kv_tile, i)) * cache.row_step;
+    }
+    const unsigned lane = thread_now() % 32, chunk = lane % 8, eighth = lane / 8;
+    const char* const head =
+        reinterpret_cast<const char*>(cache.base) +
+        (static_cast<uint32_t>(tile.kv_head) * uint64_t{cache.head_step} + chunk) * sizeof(uint4);
+    // Row r of a panel starts at 128 r, its chunk c of 16 bytes lies at c ^ r % 8: the 128-byte swizzle.
+    to += (half_now() * kWarpRows + eighth) * 128;
+    unsigned char* const places[2] = {to + (chunk ^ eighth) * 16, to + 512 + (chunk ^ (eighth + 4)) * 16};
+#pragma unroll
+    for (int i = 0; i < kWarpRows / 4; ++i) {
+      const uint32_t offset = __shfl_sync(kAllLanes, offsets[i / 8], 4 * (i % 8) + eighth);
+      const bool valid = offset != kNowhere;
+      const char* const from = head + uint64_t{valid ? offset : 0} * sizeof(uint4);
+#pragma unroll
+      for (int panel = 0; panel < Config::kPanels; ++panel)
+        cp_async_16(places[i % 2] + i / 2 * 1024 + panel * kPanelBytes, from + panel * 2 * kBoxColumns,
+                    valid);
+    }
+    barrier_arrive_after_copies(full);
   }
 
  private:
-  static constexpr int kWarpRows = Config::kBlockN / kWarps;
-  static_assert(kWarpRows % 4 == 0 && kWarpRows <= 32);
-
-  FI_DEVICE_INLINE static int lane() { return thread_now() % 32; }
-  FI_DEVICE_INLINE static int first_row() { return thread_now() / 32 * kWarpRows; }
-  FI_DEVICE_INLINE static int position(int kv_tile) {
-    return kv_tile * Config::kBlockN + first_row() + lane();
-  }
-
-  FI_DEVICE_INLINE void load(unsigned char* to, Barrier& full, const BatchTile& at, int kv_tile, int page,
-                             const void* base, int64_t stride_page, int64_t stride_n, int64_t stride_h) {
-    using T = typename Config::T;
-    page = checked_page(args_.shape, page);
-    const int64_t offset =
-        page < 0 ? -1 : page * stride_page + key_entry(args_.shape, at, position(kv_tile)) * stride_n;
-    const int chunk = lane() % 8;
-    const T* const head = static_cast<const T*>(base) + at.kv_head * stride_h + chunk * 8;
-#pragma unroll 2
-    for (int first = 0; first < kWarpRows; first += 4) {
-      const int row = first_row() + first + lane() / 8;
-      const int64_t row_offset = __shfl_sync(kAllLanes, offset, first + lane() / 8);
-      const bool valid = row_offset >= 0;
-      const T* const from = head + (valid ? row_offset : 0);
-      unsigned char* const row_to = to + row * 128 + (chunk ^ row % 8) * 16;
-#pragma unroll
-      for (int panel = 0; panel < Config::kPanels; ++panel)
-        cp_async_16(row_to + panel * PrefillSmem<Config>::kKvPanelBytes, from + panel * kBoxColumns, valid);
-    }
-    cp_async_commit();
-    if (pending_ != 0) {
-      cp_async_wait<1>();
-      hand_over();
-    }
-    pending_ = smem_address(&full);
-  }
-
-  FI_DEVICE_INLINE void hand_over() {
-    fence_for_products();
-    __syncwarp();
-    if (lane() == 0) barrier_arrive(pending_);
+  FI_DEVICE_INLINE static int row(int i) { return lane_now() + 32 * i; }
+  FI_DEVICE_INLINE static int position(int kv_tile, int i) {
+    return kv_tile * Config::kBlockN + half_now() * kWarpRows + row(i);
   }
 
   const BatchArgs& args_;
-  uint32_t pending_ = 0;  // the barrier of the last tile copied, which nobody was told of yet; 0: none
 };
 
-template <class Config, class Loader>
+// A warp of it.
+template <class Config, bool kValues>
 class BatchProducer {
  public:
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   using Smem = BatchSmem<Config>;
+  using Loader = std::conditional_t<Config::kByRows, RowLoader<Config, kValues>, BoxLoader<Config, kValues>>;
 
-  // By Loader::kWarps warps, of which the first brings the queries.
   FI_DEVICE_INLINE static void run(Smem& smem, const BatchArgs& args, const CUtensorMap& q_map,
-                                   const CUtensorMap& k_map, const CUtensorMap& v_map) {
-    BatchTile(&prepared)[2] = smem.prepared[Loader::kWarps == 1 ? 0 : threadIdx.x / 32];
-    Loader loader(args, k_map, v_map);
-    RingPosition<Config::kStages> v_at;
-    int next_page = -1;
+                                   const CUtensorMap& map) {
+    auto& ring = kValues ? smem.v : smem.k;
+    auto& full = kValues ? smem.v_full : smem.k_full;
+    auto& empty = kValues ? smem.v_empty : smem.k_empty;
+    BatchTile(&prepared)[2] = smem.prepared[threadIdx.x / 32];
+    Loader loader(args, map);
+    RingPosition<Config::kStages> at;
     // Before the first query tile comes one that is nobody's and has no keys.
-    BatchTile* at = &prepared[1];
-    if (threadIdx.x % 32 == 0) at->work = {}, at->queue = {};
+    BatchTile* current = &prepared[1];
+    if (threadIdx.x % 32 == 0) current->work = {}, current->queue = {};
     __syncwarp();
 #pragma unroll 1
     for (;;) {
-      const BatchTile& tile = *at;
-      const bool odd = at == &prepared[1];
-      if (tile.queue.round > 0 && threadIdx.x < 32) publish(smem, loader, odd, q_map, tile);
+      const BatchTile& tile = *current;
+      const bool odd = current == &prepared[1];
+      if (!kValues && tile.queue.round > 0 && threadIdx.x < 32) publish(smem, odd, q_map, tile);
       if (!tile.any()) break;
-      // Keys of tile i - 1, then values of tile i: in the order in which they are needed.
       const Range& kv_tiles = tile.work.tiles;
-      int page = -1, ahead = next_page;
+      typename Loader::Pages ahead;
+      if (kv_tiles.size() > 0) ahead = loader.look_up(tile, kv_tiles.end - 1);
 #pragma unroll 1
-      for (int i = kv_tiles.end;; --i) {
-        const int values_page = page;
-        page = ahead;
-        if (i - 1 > kv_tiles.begin) ahead = loader.look_up(tile, i - 2);
-        if (i > kv_tiles.begin) {
-          RingPosition<Config::kStages> k_at = v_at;
-          if (i < kv_tiles.end) k_at.advance();
-          loader.wait_empty(smem.k_empty[k_at.stage], k_at.parity ^ 1);
-          loader.load_keys(smem.k[k_at.stage], smem.k_full[k_at.stage], tile, i - 1, page);
+      for (int i = kv_tiles.end - 1;; --i) {
+        if (i >= kv_tiles.begin) {
+          const auto pages = ahead;
+          if (i > kv_tiles.begin) ahead = loader.look_up(tile, i - 1);
+          barrier_wait(empty[at.stage], at.parity ^ 1);
+          loader.load(ring[at.stage], full[at.stage], tile, i, pages);
+          at.advance();
         }
-        if (i < kv_tiles.end) {
-          loader.wait_empty(smem.v_empty[v_at.stage], v_at.parity ^ 1);
-          loader.load_values(smem.v[v_at.stage], smem.v_full[v_at.stage], tile, i, values_page);
-          v_at.advance();
-        }
-        if (i == kv_tiles.end - 1 || kv_tiles.size() == 0) {
-          loader.finish();  // what follows takes a while
+        if (i == kv_tiles.end - 1) {
           BatchTile& next = prepared[odd ? 0 : 1];
           __syncwarp();  // no lane is still at the tile that was there
           if (threadIdx.x % 32 == 0)
             next_batch_tile<kBlockM, kBlockN>(args.shape, static_cast<int>(gridDim.x),
                                               static_cast<int>(blockIdx.x), tile.queue, next);
           __syncwarp();
-          if (next.work.tiles.size() > 0) next_page = loader.look_up(next, next.work.tiles.end - 1);
         }
         if (i <= kv_tiles.begin) break;
       }
-      at = &prepared[odd ? 0 : 1];
+      current = &prepared[odd ? 0 : 1];
     }
-    loader.finish();
   }
 
  private:
   // Tells the consumers of a tile, and brings its queries.
-  FI_DEVICE_INLINE static void publish(Smem& smem, Loader& loader, uint32_t parity, const CUtensorMap& q_map,
+  FI_DEVICE_INLINE static void publish(Smem& smem, uint32_t parity, const CUtensorMap& q_map,
                                        const BatchTile& tile) {
     // Empty: every consumer has taken the last query tile, and so is done with what was in this place.
-    loader.wait_empty(smem.q_empty, parity ^ 1);
+    barrier_wait(smem.q_empty, parity ^ 1);
     constexpr int kWords = sizeof(BatchTile) / sizeof(uint32_t);
     static_assert(kWords <= 32);
     if (threadIdx.x < kWords)

@@ -1,4 +1,4 @@
-// The tensors of a batch as the copy engine sees them.
+// The tensors of a batch as those who copy them see them.
 #pragma once
 
 #include "fi/batch_attention.h"
@@ -29,6 +29,24 @@ inline HeadRows key_rows(const BatchAttentionParams& p) {
 inline HeadRows value_rows(const BatchAttentionParams& p) {
   const AttentionParams& c = p.call;
   return cache_rows(p, c.value, c.head_dim_vo, p.v_stride_page, c.v_stride_h, c.v_stride_n);
+}
+
+// Keys or values, as the copies of rows find them: steps in 16 bytes.
+struct CacheRows {
+  const uint4* base;
+  uint32_t page_step, row_step, head_step;
+};
+
+// Steps of 16 bytes, which the copy engine needs too; counted in 32 bits where cache_rows_fit.
+inline CacheRows cache_rows_of(const HeadRows& x) {
+  const auto steps = [](int64_t extent, int64_t stride) {
+    return extent == 1 ? 0u : static_cast<uint32_t>(stride / 8);
+  };
+  return {static_cast<const uint4*>(x.base), steps(x.batch, x.stride_b), steps(x.rows, x.stride_n),
+          steps(x.heads, x.stride_h)};
+}
+inline bool cache_rows_fit(const HeadRows& x) {
+  return ((x.batch - 1) * x.stride_b + (x.rows - 1) * x.stride_n) / 8 < 0xffffffff;
 }
 
 }  // namespace fi::cuda::sm90

@@ -134,16 +134,16 @@ FI_INLINE bool make_batch_tile(const BatchShape& shape, const PlanTile& planned,
 template <int kBlockM>
 inline constexpr int kSpanRows = static_cast<int>(std::lcm(kTileQueries, kBlockM));
 
-// Finds the nth span, that is its first planned tile; false where there is none. They are asked for in order.
+// Finds the nth span, that is its first planned tile; false where there is no room for one. They are asked
+// for in order.
 FI_INLINE bool find_span(const BatchShape& shape, int span_rows, int nth, BatchQueue& queue) {
-  const int count = clamp_int(*shape.num_tiles, 0, shape.max_tiles);
   if (span_rows == kTileQueries) {
     queue.at = nth;
   } else {
-    while (queue.span < nth && queue.at < count)
-      if (++queue.at < count && shape.tiles[queue.at].q_begin % span_rows == 0) ++queue.span;
+    while (queue.span < nth && queue.at < shape.max_tiles)
+      if (++queue.at < shape.max_tiles && shape.tiles[queue.at].q_begin % span_rows == 0) ++queue.span;
   }
-  return queue.at < count;
+  return queue.at < shape.max_tiles;
 }
 
 // Tiles are handed out to the blocks round by round, of each tile all heads, so that those of a KV group are
@@ -158,9 +158,11 @@ FI_INLINE void next_batch_tile(const BatchShape& shape, int blocks, int block, B
     ++queue.round;
     const int part = index / shape.num_qo_heads, nth = part / kParts;
     if (!find_span(shape, kSpanRows<kBlockM>, nth, queue)) break;
+    const PlanTile planned = shape.tiles[queue.at];  // on its way with their number
+    if (queue.at >= *shape.num_tiles) break;
     const int row = (kParts - 1 - part % kParts) * kBlockM;  // the last one, the longest if causal, first
     const int head = index - part * shape.num_qo_heads;
-    if (make_batch_tile(shape, shape.tiles[queue.at], row, head, kBlockM, kBlockN, tile)) {
+    if (make_batch_tile(shape, planned, row, head, kBlockM, kBlockN, tile)) {
       tile.queue = queue;
       return;
     }
@@ -169,10 +171,10 @@ FI_INLINE void next_batch_tile(const BatchShape& shape, int blocks, int block, B
   tile.queue = queue;
 }
 
-// The page that a key of a tile's request lies in, as the table says, and which of its keys it is. -1:
-// nowhere. Looked up ahead: what the table says is compared with what there is only by checked_page().
-FI_INLINE int key_page(const BatchShape& shape, const BatchTile& tile, int position) {
-  if (position >= tile.kv_len) return -1;
+// The page that `count` keys of a tile's request lie in, as the table says. -1: nowhere, or no row sees any
+// of them. Looked up ahead: what the table says is compared with what there is only by checked_page().
+FI_INLINE int key_page(const BatchShape& shape, const BatchTile& tile, int position, int count) {
+  if (position + count <= tile.values.begin || position >= tile.values.end) return -1;
   if (!shape.is_paged) return 0;
   return static_cast<int>(
       shape.kv_indices.at(tile.kv_begin + shape.by_page_size.divide(static_cast<unsigned>(position))));
@@ -180,6 +182,7 @@ FI_INLINE int key_page(const BatchShape& shape, const BatchTile& tile, int posit
 FI_INLINE int checked_page(const BatchShape& shape, int page) {
   return page >= 0 && page < shape.num_pages ? page : -1;
 }
+// Which of the page's keys it is.
 FI_INLINE int key_entry(const BatchShape& shape, const BatchTile& tile, int position) {
   if (!shape.is_paged) return tile.kv_begin + position;
   return position -

@@ -19,10 +19,14 @@ FI_DEVICE_INLINE void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
 
-FI_DEVICE_INLINE void barrier_arrive(uint32_t barrier_address) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier_address) : "memory");
+FI_DEVICE_INLINE void barrier_arrive(Barrier& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(smem_address(&barrier)) : "memory");
 }
-FI_DEVICE_INLINE void barrier_arrive(Barrier& barrier) { barrier_arrive(smem_address(&barrier)); }
+// Arrives once all cp.async copies that this thread has started are there.
+FI_DEVICE_INLINE void barrier_arrive_after_copies(Barrier& barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(smem_address(&barrier))
+               : "memory");
+}
 // Arrives, and has the phase wait for `bytes` more of copies too.
 FI_DEVICE_INLINE void barrier_arrive_expect(Barrier& barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(smem_address(&barrier)),
@@ -37,21 +41,6 @@ FI_DEVICE_INLINE bool barrier_try_wait(Barrier& barrier, uint32_t parity) {
       "{\n"
       ".reg .pred p;\n"
       "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}\n"
-      : "=r"(done)
-      : "r"(smem_address(&barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
-// The same, answered at once.
-FI_DEVICE_INLINE bool barrier_test(Barrier& barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n"
       "}\n"
       : "=r"(done)

@@ -69,6 +69,7 @@ class PrefillConsumer {
         release(smem_.q_empty);
       }
       barrier_wait(smem_.k_full[k_at_.stage], k_at_.parity);
+      take_rows();
       start_scores(s);
       Tile next = tile_after(tile);
       wgmma_wait<0>();
@@ -84,6 +85,7 @@ class PrefillConsumer {
       while (is_tile(next, work)) {
         tile = next;
         barrier_wait(smem_.k_full[k_at_.stage], k_at_.parity);
+        take_rows();
         start_scores(s);
         start_output(o, p);
         next = tile_after(tile);
@@ -113,6 +115,7 @@ class PrefillConsumer {
       if constexpr (!Config::kQInRegisters) release(smem_.q_empty);
       if constexpr (!kBatch) q_at_.advance();
 
+      take_rows();
       start_output(o, p);
       wgmma_wait<0>();
       hold(o);
@@ -217,6 +220,11 @@ class PrefillConsumer {
     for (uint32_t& pair : q_) pair ^= 0x80008000u;
   }
 
+  // Keys and values that have arrived, and were copied by ordinary threads, are there for products too.
+  FI_DEVICE_INLINE static void take_rows() {
+    if constexpr (Config::kByRows) fence_for_products();
+  }
+
   // s = q k^T
   FI_DEVICE_INLINE void start_scores(float (&s)[kBlockN / 2]) {
     const uint64_t q = k_major(smem_address(smem_.q) + group_row_ * 128);
@@ -300,7 +308,7 @@ class PrefillConsumer {
         const int first[2] = {row + shape.first_key, row + 8 + shape.first_key};
         mask_before(s, key, first);
       }
-      if constexpr (kBatch) {
+      if constexpr (kBatch && !Config::kByRows) {  // rows that are not seen come as zeros
         if (tile >= work.whole.end || tile < work.whole.begin) {
           const Range values = batch_tile().values;
           if (tile * kBlockN < values.begin || (tile + 1) * kBlockN > values.end)

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "fi/cuda/sm90/batch_rows.h"
 #include "fi/cuda/sm90/batch_work.h"
 #include "fi/cuda/sm90/mbarrier.h"
 #include "fi/cuda/sm90/prefill_device_keys.h"
@@ -27,7 +28,8 @@ template <class T_, int kHeadDim_, int kConsumers_, int kBlockN_, int kStages_, 
 struct PrefillConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kConsumers = kConsumers_, kBlockN = kBlockN_, kStages = kStages_;
-  static constexpr bool kQInRegisters = kQInRegisters_, kDeviceKeys = kDeviceKeys_, kBatch = false;
+  static constexpr bool kQInRegisters = kQInRegisters_, kDeviceKeys = kDeviceKeys_;
+  static constexpr bool kBatch = false, kByRows = false;
   static constexpr PrefillVariant kVariant = kVariant_;
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
@@ -43,11 +45,12 @@ struct PrefillConfig {
   static_assert(kStages >= 2, "a consumer holds on to one tile of values while it waits for the next");
 };
 
-// The same for a batch, from a Config with kDeviceKeys: a producer needs the same registers.
-template <class Config>
+// The same for a batch, from a Config with kDeviceKeys: a producer needs the same registers. With kByRows_
+// keys come as copies of ordinary threads, else as boxes.
+template <class Config, bool kByRows_>
 struct OverBatch : Config {
   static_assert(Config::kDeviceKeys);
-  static constexpr bool kDeviceKeys = false, kBatch = true;
+  static constexpr bool kDeviceKeys = false, kBatch = true, kByRows = kByRows_;
 };
 
 template <class Config>
@@ -90,8 +93,10 @@ struct BatchArgs {
   float scale_log2, to_variant;  // as in PrefillArgs
   BatchShape shape;
   AttentionParams p;
-  int64_t k_stride_page, v_stride_page;
-  int box_rows;  // keys that one copy brings: a divisor of the page size; 0: keys are gathered one by one
+  CacheRows keys, values;  // with kByRows
+  // Else: rows of a box, a divisor of the page size, and what the boxes of half a KV tile bring.
+  int box_rows;
+  uint32_t box_bytes[2];
 };
 
 }  // namespace fi::cuda::sm90
