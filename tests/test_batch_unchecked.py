@@ -11,8 +11,9 @@ import mmap
 
 import pytest
 import torch
+from batch_cases import indptr
 from test_cuda_unchecked import DEVICE, EMULATED, ON_GPU, _wait
-from test_few_rows_of_a_batch import indptr, paged_call
+from test_few_rows_of_a_batch import paged_call
 
 pytestmark = [] if EMULATED else ON_GPU
 _PAGE = mmap.PAGESIZE
@@ -73,7 +74,7 @@ def test_hostile_batches(case, at_end):
     if rest.pop("mask", False):
         counts = [-(-q * kv // 8) for q, kv in zip(qo_lens, kv_lens, strict=True)]
         rest["custom_mask"] = between_guards(torch.randint(0, 256, (sum(counts),), dtype=torch.uint8), at_end)
-        rest["mask_indptr"] = indptr(counts, DEVICE)
+        rest["mask_indptr"] = indptr(counts, device=DEVICE)
     if rest.pop("rope", False):
         rest["cos_sin_cache"] = between_guards(torch.rand(60, 64), at_end)
     window, split = rest.get("window_left", -1), rest.get("fixed_split_size", 0)
