@@ -414,26 +414,29 @@ void run_few(FewArgs args, const Gpu& gpu) {
 }
 
 // Logits that are scaled products have a kernel of their own, with less code; so has a fixed split.
-template <class T, int kDim, bool kFp8, FewCall kCall>
-void run_few_of(const FewArgs& args, const Gpu& gpu) {
-  using Engine = FewWarp<T, kDim, kFp8, kCall>;
+template <class T, int kDim, Fp8 kFormat, FewCall kCall>
+void run_few_call(const FewArgs& args, const Gpu& gpu) {
+  using Engine = FewWarp<T, kDim, kFormat, kCall>;
   args.p.fixed_split_size ? run_few<T, Engine, true>(args, gpu) : run_few<T, Engine, false>(args, gpu);
+}
+
+template <class T, int kDim, Fp8 kFormat>
+void run_few_format(const FewArgs& args, const Gpu& gpu) {
+  const BatchAttentionParams& p = args.p;
+  const bool is_plain = !p.custom_mask && p.call.logits_soft_cap == 0.0f && !p.call.alibi_slopes;
+  if (is_plain && !p.fixed_split_size)
+    return run_few<T, FewWarp<T, kDim, kFormat, FewCall::kPlain>, false>(args, gpu);
+  run_few_call<T, kDim, kFormat, FewCall::kGeneral>(args, gpu);
 }
 
 template <class T, int kDim>
 void run_few(const FewArgs& args, const Gpu& gpu) {
-  const BatchAttentionParams& p = args.p;
-  const bool is_fp8 = p.kv_dtype != Fp8::none;
-  const bool is_plain = !p.custom_mask && p.call.logits_soft_cap == 0.0f && !p.call.alibi_slopes;
   if constexpr (kDim <= kMostRopeDim) {
-    if (p.call.rope.cos) return run_few_of<T, kDim, false, FewCall::kRope>(args, gpu);
+    if (args.p.call.rope.cos) return run_few_call<T, kDim, Fp8::none, FewCall::kRope>(args, gpu);
   }
-  if (!is_plain || p.fixed_split_size) {
-    return is_fp8 ? run_few_of<T, kDim, true, FewCall::kGeneral>(args, gpu)
-                  : run_few_of<T, kDim, false, FewCall::kGeneral>(args, gpu);
-  }
-  is_fp8 ? run_few<T, FewWarp<T, kDim, true, FewCall::kPlain>, false>(args, gpu)
-         : run_few<T, FewWarp<T, kDim, false, FewCall::kPlain>, false>(args, gpu);
+  args.p.kv_dtype == Fp8::none   ? run_few_format<T, kDim, Fp8::none>(args, gpu)
+  : args.p.kv_dtype == Fp8::e4m3 ? run_few_format<T, kDim, Fp8::e4m3>(args, gpu)
+                                 : run_few_format<T, kDim, Fp8::e5m2>(args, gpu);
 }
 
 }  // namespace fi::cuda::batch

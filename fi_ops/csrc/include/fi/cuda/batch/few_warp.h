@@ -16,24 +16,25 @@ namespace fi::cuda::batch {
 using decode::RowTable;
 
 // What a warp multiplies: tiles of T, or of fp8.
-template <class T, int kDim, bool kFp8>
+template <class T, int kDim, Fp8 kFormat>
 struct TileOf {
-  using type = decode::WarpTile<T, kDim>;
+  using type = Fp8Tile<kDim, kFormat>;
 };
 template <class T, int kDim>
-struct TileOf<T, kDim, true> {
-  using type = Fp8Tile<kDim>;
+struct TileOf<T, kDim, Fp8::none> {
+  using type = decode::WarpTile<T, kDim>;
 };
 
 // kPlain: logits are scaled products, and there is no mask; kGeneral: everything but RoPE; kRope: all of it.
 enum class FewCall { kPlain, kGeneral, kRope };
 
-template <class T, int kDim, bool kFp8, FewCall kCall>
-class FewWarp : public TileOf<T, kDim, kFp8>::type {
-  using Tile = typename TileOf<T, kDim, kFp8>::type;
+template <class T, int kDim, Fp8 kFormat, FewCall kCall>
+class FewWarp : public TileOf<T, kDim, kFormat>::type {
+  using Tile = typename TileOf<T, kDim, kFormat>::type;
   using Shape = decode::Shape<kDim>;
   using Tile::lane_;
   using Tile::row_of, Tile::column_of;
+  static constexpr bool kFp8 = kFormat != Fp8::none;
   static constexpr int kStages = kFp8 ? 4 : Shape::kStages;
   static constexpr int kElementBytes = kFp8 ? 1 : 2;
   static constexpr int kRowBytes = kDim * kElementBytes, kChunks = kRowBytes / 16;
@@ -57,9 +58,7 @@ class FewWarp : public TileOf<T, kDim, kFp8>::type {
 
   FI_DEVICE_INLINE FewWarp(const FewArgs& args, const RunTable& table, unsigned char* query,
                            unsigned char* warp_memory)
-      : Tile(query), p_(args.p), table_(table), ring_(warp_memory) {
-    if constexpr (kFp8) this->format_ = p_.kv_dtype;
-  }
+      : Tile(query), p_(args.p), table_(table), ring_(warp_memory) {}
 
   // With a newly filled table, when the slices of the one before are done with.
   FI_DEVICE_INLINE void start() {
