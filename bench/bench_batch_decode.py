@@ -18,11 +18,13 @@ from fi_ops.library import SPECS, Cost
 
 from . import batches
 from .batches import HEAD_DIM, KV_HEADS, PAGE_SIZE, QUERY_HEADS
-from .harness import Candidate, Case, Options, copies_beyond_caches
+from .harness import NAN, Candidate, Case, Options, copies_beyond_caches
 
 SPEC = SPECS["paged_attention"]
 FP8 = torch.float8_e4m3fn
+# On an H100; those of decode are dense decode's.
 PLAN_TARGET_US = 5.0
+TARGET_US = {(1, 2048): 8.0, (1, 32768): 49.7, (16, 4096): 94.2, (128, 1024): 185.1, (64, 8192): 715.8}
 
 # (batch, length, page size, dtype of the cache or None)
 EQUAL_CPU = [(1, 4096, 16, None), (8, 2048, 16, None), (8, 2048, 1, None), (8, 2048, 16, FP8)]
@@ -85,6 +87,7 @@ def _attention(kind, kv_lens, page_size, kv_dtype, dtype, device) -> Case:
     size = f"n={kv_lens[0]}" if kind == "decode" else f"{min(kv_lens)} to {max(kv_lens)} tokens"
     label = str(kv_dtype or dtype).removeprefix("torch.")
     op = batches.ours("paged_attention", causal=False)
+    usual = kind == "decode" and page_size == PAGE_SIZE and not kv_dtype
     return Case(
         f"{kind}, B={batch} {size}, pages of {page_size}, {label}",
         [
@@ -97,7 +100,8 @@ def _attention(kind, kv_lens, page_size, kv_dtype, dtype, device) -> Case:
         cost,
         batches.check_requests(arguments, ones, kv_lens, causal=False),
         dtype,
-        series=f"{kind}, B={batch}" if kind == "decode" and page_size == PAGE_SIZE and not kv_dtype else "",
+        target_us=TARGET_US.get((batch, kv_lens[0]), NAN) if usual and device == "cuda" else NAN,
+        series=f"{kind}, B={batch}" if usual else "",
         length=max(kv_lens),
     )
 
@@ -177,7 +181,7 @@ def _plan(kv_lens: list[int], dtype: torch.dtype, device: str) -> Case:
         spec.cost(*inputs[:5]),
         check,
         dtype,
-        target_us=PLAN_TARGET_US if device == "cuda" else float("nan"),
+        target_us=PLAN_TARGET_US if device == "cuda" else NAN,
     )
 
 

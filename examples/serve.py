@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import signal
 import sys
 import time
@@ -200,8 +199,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.bench:
         bench(engine, args)
         return 0
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         asyncio.run(serve(args, engine, say))
+    except OSError as error:  # the address
+        say(f"{args.host}:{args.port}: {error.strerror}; choose another --port (0: any that is free)")
+        return 2
     return 0
 
 

@@ -101,6 +101,16 @@ def dtypes_of(function: str, q_data_type, kv_data_type, o_data_type=None):
     return query, query if keys is None else keys, query if output is None else output
 
 
+def with_data_type(q_data_type, kv_data_type, data_type):
+    """(q_data_type, kv_data_type), of which FlashInfer's older data_type says those that are left out; fp8 of keys alone."""
+    if data_type is None:
+        return q_data_type, kv_data_type
+    is_fp8 = data_type in FP8 or data_type in [str(t).removeprefix("torch.") for t in FP8]
+    if q_data_type in (None, "float16") and not is_fp8:
+        q_data_type = data_type
+    return q_data_type, data_type if kv_data_type is None else kv_data_type
+
+
 def split_keys(function: str, fixed_split_size: int | None, disable_split_kv: bool, page_size: int) -> int:
     """The ops' fixed_split_size, in keys, of FlashInfer's, in pages (None and -1 are none), and of disable_split_kv."""
     if disable_split_kv:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 
 from ._arguments import refuse, require
-from ._batch_options import refuse_extra, refuse_given, split_keys
+from ._batch_options import refuse_extra, refuse_given, split_keys, with_data_type
 from ._batch_wrapper import BatchWrapper
-from .library._spec import FP8
 from .page import PagedKVCache, _as_nhd
 from .prefill import attend_one_request
 
@@ -164,11 +163,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
         require(
             function, q_len_per_req >= 1, f"q_len_per_req must be 1 or more, got {q_len_per_req}; pass 1 for decode"
         )
-        if data_type is not None:
-            kv_data_type = data_type if kv_data_type is None else kv_data_type
-            is_fp8 = data_type in FP8 or data_type in [str(t).removeprefix("torch.") for t in FP8]
-            if q_data_type in (None, "float16") and not is_fp8:
-                q_data_type = data_type
+        q_data_type, kv_data_type = with_data_type(q_data_type, kv_data_type, data_type)
         batch = last_page_len.shape[0]
         if self._use_cuda_graph:
             require(

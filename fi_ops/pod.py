@@ -1,7 +1,7 @@
 """Prefill and decode in one call with FlashInfer's names, arguments and defaults (`flashinfer.pod`).
 
-Prefill and decode here are an op each. Where all keys are in one paged cache, `BatchAttention` does a step's prefills and
-decodes in one op:
+`PODWithPagedKVCacheWrapper` is an op each for prefill, whose keys are tensors of their own, and decode; over one paged cache
+`BatchPODWithPagedKVCacheWrapper` is one op for both where it can be, and `BatchAttention` always:
 
     wrapper = fi_ops.BatchAttention("NHD", device)
     wrapper.plan(qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_qo_heads, num_kv_heads, head_dim, head_dim, page_size,
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from ._arguments import require
+from ._batch_options import with_data_type
 from ._batch_prefill import BatchPrefillWithPagedKVCacheWrapper
+from ._batch_wrapper import values_known
 from .decode import BatchDecodeWithPagedKVCacheWrapper
 from .page import PagedKVCache, _as_nhd
 from .prefill import single_prefill_with_kv_cache
@@ -164,7 +166,10 @@ class PODWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
 
 
 class BatchPODWithPagedKVCacheWrapper:
-    """Prefill of a batch and decode of a batch, each over a paged cache of its own or one for both (then see `BatchAttention`).
+    """Prefill of a batch and decode of a batch, each over a paged cache of its own or one for both.
+
+    One op does both where that is possible: the caches are the same tensors, `plan` got its index tensors on the host, decoding
+    requests have one query each, `run` gets no mask and no scales. Else there are two.
 
     Args:
         float_workspace_buffer: a tensor of any size on the device to work on; only its device is used.
@@ -176,6 +181,8 @@ class BatchPODWithPagedKVCacheWrapper:
     def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD") -> None:
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
         self._decode = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
+        self._both = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
+        self._rows: tuple[int, int] | None = None  # of prefill and decode, where _both is planned
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -208,17 +215,24 @@ class BatchPODWithPagedKVCacheWrapper:
         """Plan the runs that follow: two batches; arguments as in `BatchPrefillWithPagedKVCacheWrapper.plan`.
 
         Args:
-            data_type: of keys and values where kv_data_type is left out.
+            data_type: as in `BatchDecodeWithPagedKVCacheWrapper.plan`.
         """
+        q_data_type, kv_data_type = with_data_type(q_data_type, kv_data_type, data_type)
         options: dict[str, Any] = {
             "pos_encoding_mode": pos_encoding_mode, "window_left": window_left, "q_data_type": q_data_type,
-            "kv_data_type": data_type if kv_data_type is None else kv_data_type, "sm_scale": sm_scale,
-            "rope_scale": rope_scale, "rope_theta": rope_theta, "non_blocking": non_blocking,
+            "kv_data_type": kv_data_type, "sm_scale": sm_scale, "rope_scale": rope_scale, "rope_theta": rope_theta,
+            "non_blocking": non_blocking,
         }  # fmt: skip
         sizes = num_qo_heads, num_kv_heads, head_dim, page_size
         # Each run says whether prefill is causal: this plan fits if it is, else the op makes its own.
-        self._prefill.plan(qo_indptr_p, kv_indptr_p, kv_indices_p, last_page_len_p, *sizes, causal=True, **options)
-        self._decode.plan(qo_indptr_d, kv_indptr_d, kv_indices_d, last_page_len_d, *sizes, **options)
+        prefill = (qo_indptr_p, kv_indptr_p, kv_indices_p, last_page_len_p)
+        decode = (qo_indptr_d, kv_indptr_d, kv_indices_d, last_page_len_d)
+        self._prefill.plan(*prefill, *sizes, causal=True, **options)
+        self._decode.plan(*decode, *sizes, **options)
+        self._rows, both = None, _joined(*prefill, *decode)
+        if both is not None:
+            self._both.plan(*both, *sizes, causal=True, **options)
+            self._rows = int(qo_indptr_p[-1]), int(qo_indptr_d[-1])
 
     begin_forward = plan
 
@@ -250,6 +264,15 @@ class BatchPODWithPagedKVCacheWrapper:
             `(prefill's output, decode's output)`; with return_lse `((output, output), (LSE, LSE))`.
         """
         k_p, v_p = _as_nhd("BatchPODWithPagedKVCacheWrapper.run", paged_kv_cache_p, self._prefill._kv_layout)
+        differing = (custom_mask_p, packed_custom_mask_p, q_scale, k_scale, v_scale)
+        if (
+            self._rows == (q_p.shape[0], q_d.shape[0])
+            and _is_same(paged_kv_cache_p, paged_kv_cache_d)
+            and all(option is None for option in differing)
+        ):
+            results = self._both._attend(torch.cat((q_p, q_d)), k_p, v_p, causal=causal_p, return_lse=return_lse)
+            split = [t.split(self._rows) for t in (results if return_lse else (results,))]
+            return tuple(split) if return_lse else split[0]
         prefill = self._prefill._attend(
             q_p, k_p, v_p, custom_mask=custom_mask_p, packed_custom_mask=packed_custom_mask_p, causal=causal_p,
             return_lse=return_lse,
@@ -261,3 +284,28 @@ class BatchPODWithPagedKVCacheWrapper:
 
     def end_forward(self) -> None:
         """Accepted and without effect, as FlashInfer's."""
+
+
+def _joined(
+    qo_p, kv_p, indices_p, last_p, qo_d, kv_d, indices_d, last_d
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Prefill's and decode's tables as one batch's, where the host knows them; None where it doesn't.
+
+    None too where a decoding request has several queries, which would become causal with prefill's.
+    """
+    tables = (qo_p, kv_p, indices_p, last_p, qo_d, kv_d, indices_d, last_d)
+    if not values_known(*tables) or int(qo_d[0]) or int(kv_d[0]) or bool((qo_d.diff() > 1).any()):
+        return None
+    return (
+        torch.cat((qo_p, qo_d[1:] + qo_p[-1])),
+        torch.cat((kv_p, kv_d[1:] + kv_p[-1])),
+        torch.cat((indices_p[: int(kv_p[-1])], indices_d)),
+        torch.cat((last_p, last_d)),
+    )
+
+
+def _is_same(a: PagedKVCache, b: PagedKVCache) -> bool:
+    """Whether two caches are the same tensors."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return a is b
+    return a[0] is b[0] and a[1] is b[1]

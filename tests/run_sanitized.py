@@ -1,4 +1,4 @@
-"""The op sweep on an AddressSanitizer + UBSan build of the CPU library: `make asan` (not collected by pytest).
+"""The op sweep, random batches and hostile page tables on an AddressSanitizer + UBSan build of the CPU library: `make asan` (not collected by pytest).
 
 The sanitizer's runtime must be loaded before Python, so this starts pytest in a child with LD_PRELOAD.
 """
@@ -28,10 +28,10 @@ def main() -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }
     folder = Path(__file__).resolve().parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(folder / "test_every_op.py")]
-    return subprocess.run(
-        [*command, "-k", "numerics or bad_input or thread_invariant or lower_isa", *sys.argv[1:]], env=env
-    ).returncode
+    files = [str(folder / name) for name in ("test_every_op.py", "test_batch_attention.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    chosen = "numerics or bad_input or thread_invariant or lower_isa or random_batches or hostile"
+    return subprocess.run([*command, "-k", chosen, *sys.argv[1:]], env=env).returncode
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared prefixes: cascades of any number of levels and dense prefixes, against attention over each request's whole keys. POD."""
+"""Shared prefixes: cascades of any number of levels and dense prefixes, against attention over each request's whole keys."""
 
 from __future__ import annotations
 
@@ -161,51 +161,6 @@ def test_a_dense_prefix(device, layout):
         wrapper.begin_forward(qo_indptr, *table, *SIZES, tree.page_size)
         check([wrapper.forward(*args, causal=True, sm_scale=0.2)], tree.expect(causal=True, sm_scale=0.2))
         wrapper.end_forward()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_prefill_and_decode(device):
-    """POD: a prompt with keys of its own and a decoding batch; a batch of prompts and a decoding batch."""
-    decoding = Tree(device, [[1] * 4], [[1, 30, 9, 5]], [1] * 4, dtype=torch.bfloat16)
-    prompts = Tree(device, [[1] * 2], [[40, 33]], [40, 9], dtype=torch.bfloat16)
-    _, *table = (t[0] for t in decoding.tables)
-    pod = fi_ops.PODWithPagedKVCacheWrapper(empty(device))
-    pod.plan(*table, *SIZES, decoding.page_size, q_data_type="bfloat16", sm_scale=0.2)
-    q_p, k_p, v_p = prompts.queries[1], prompts.keys[1], prompts.values[1]
-    one_prompt = lambda convert: attend_dense(*(convert(t) for t in (q_p, k_p, v_p)), causal=True)  # noqa: E731
-    args = (q_p, k_p, v_p, decoding.q, decoding.cache)
-    prefill, decode = pod.run(*args, causal_p=True, return_lse_p=True, return_lse_d=True, k_scale=0.5)
-    check(prefill, one_prompt)
-    check(decode, decoding.expect(sm_scale=0.2, logits_scale=0.5))
-    prefill, decode = pod.run(*args, causal_p=True, sm_scale_d=0.2)
-    check([prefill], one_prompt)
-    check([decode], decoding.expect(sm_scale=0.2))
-    with pytest.raises(RuntimeError, match=r"window_left_d must be -1, as planned, got 5; pass it to plan"):
-        pod.run(*args, window_left_d=5)
-    with pytest.raises(RuntimeError, match=r"custom_mask_d and packed_custom_mask_d are not supported"):
-        pod.run(*args, custom_mask_d=torch.ones(3))
-
-    pod = fi_ops.BatchPODWithPagedKVCacheWrapper(empty(device))
-    tables = (*(t[0] for t in prompts.tables), *(t[0] for t in decoding.tables))
-    pod.plan(*tables, *SIZES, 4, q_data_type="bfloat16")
-    args = (prompts.q, prompts.cache, decoding.q, decoding.cache)
-    for causal in (True, False):
-        outputs, lses = pod.run(*args, causal_p=causal, v_scale=2.0, return_lse=True)
-        check((outputs[0], lses[0]), prompts.expect(causal=causal))
-        check((outputs[1], lses[1]), decoding.expect(v_scale=2.0))
-    masks = [
-        torch.rand(len(q), len(k), device=device) < 0.6 for q, k in zip(prompts.queries, prompts.keys, strict=True)
-    ]
-    prefill, _ = pod.run(*args, custom_mask_p=torch.cat([m.flatten() for m in masks]), causal_p=True)
-
-    def masked(convert):
-        parts = [
-            attend_dense(*(convert(t) for t in part), mask=mask)
-            for *part, mask in zip(prompts.queries, prompts.keys, prompts.values, masks, strict=True)
-        ]
-        return torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts])
-
-    check([prefill], masked)
 
 
 def test_refusals():

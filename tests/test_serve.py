@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import socket
 import sys
 import zlib
 from pathlib import Path
@@ -411,6 +412,19 @@ def test_compiled_step(make, prompts, alone):
     assert compiled == generate(make(), prompts[:3], [sampled] * 3)
 
 
+def test_a_size_is_made_when_it_is_needed(make, prompts, alone, monkeypatch):
+    """An engine that was not prepared makes its steps with a batch already in their inputs, and runs them before their time."""
+    made = []
+
+    def compiled(step):
+        made.append(step)
+        return step
+
+    monkeypatch.setattr("serving.step._compiled", compiled)
+    engine = make(max_requests=4, step_tokens=24, compiled=True)
+    assert generate(engine, prompts, [greedy()] * len(prompts)) == alone and len(made) == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "options", [[], ["--eager", "--no-prefix-sharing", "--page-size", "5"]], ids=["compiled", "eager"]
@@ -508,6 +522,14 @@ def test_what_is_no_llama_is_refused(files, reason, tmp_path, capsys):
         (tmp_path / "config.json").write_text(files["config.json"] or json.dumps(config))
     assert serve.main(["--model", str(tmp_path)]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert serve.main(["--port", port, "--eager", "--device", "cpu", "--pages", "64", "--max-requests", "4"]) == 2
+    err = capsys.readouterr().err
+    assert f"127.0.0.1:{port}: " in err and "choose another --port" in err
 
 
 def test_bench_mode(capsys):

@@ -93,7 +93,7 @@ def test_64_clients(make):
         writer.transport.abort()
 
     async def client(server, i):
-        await asyncio.sleep(rng.random() * 0.3)
+        await asyncio.sleep(rng.random() * 0.05)
         call, _ = calls[i]
         if i % 3 == 0:
             await hang_up(server, call)

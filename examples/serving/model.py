@@ -235,9 +235,9 @@ def _fused(weights: dict[str, torch.Tensor], config: LlamaConfig) -> dict[str, t
         for kind in ("weight", "bias"):
             for fused, parts in (("self_attn.qkv_proj", "qkv"), ("mlp.gate_up_proj", ("gate", "up"))):
                 block = f"layers.{i}.{fused.partition('.')[0]}."
-                found = [weights.pop(f"{block}{part}_proj.{kind}", None) for part in parts]
-                if all(part is not None for part in found):
-                    weights[f"layers.{i}.{fused}.{kind}"] = torch.cat(found)
+                names = [f"{block}{part}_proj.{kind}" for part in parts]
+                if all(name in weights for name in names):
+                    weights[f"layers.{i}.{fused}.{kind}"] = torch.cat([weights.pop(name) for name in names])
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
     return weights

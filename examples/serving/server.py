@@ -75,6 +75,7 @@ class Server:
 
     async def _serve(self, connection: Connection) -> None:
         task = asyncio.current_task()
+        assert task is not None
         self._tasks.add(task)
         try:
             while await self._serve_one(connection):
@@ -94,9 +95,9 @@ class Server:
             if request is None:
                 return False
             keep = request.keep_alive
-            method, answer = self._routes.get(request.path, (None, None))
-            if method is None:
+            if request.path not in self._routes:
                 raise HTTPError(404, f"there is nothing at {request.path}; try {', '.join(self._routes)}")
+            method, answer = self._routes[request.path]
             if request.method != method:
                 raise HTTPError(405, f"{request.path} takes {method}, not {request.method}", {"Allow": method})
             await answer(connection, request)
@@ -205,8 +206,8 @@ class Server:
     def _deliver(self, events: list[Event] | None) -> None:
         """Events of a step to those who wait for them."""
         if events is None:
-            for queue in set(self._queues.values()):
-                queue.put_nowait(Stopped("the engine has stopped"))
+            for waiting in set(self._queues.values()):
+                waiting.put_nowait(Stopped("the engine has stopped"))
             return
         for event in events:
             if queue := self._queues.get(event.request):

@@ -12,7 +12,7 @@ import time
 import types
 import warnings
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,8 @@ class Inputs:
 
     def fill(self, rows: Sequence[Row], page_size: int) -> None:
         """Requests behind the last row get no tokens and no pages."""
-        tokens, qo_indptr, kv_indptr, table = [], [0], [0], bytearray()
+        tokens: list[int] = []
+        qo_indptr, kv_indptr, table = [0], [0], bytearray()
         for row in rows:
             tokens += row.tokens
             qo_indptr.append(len(tokens))
@@ -101,7 +102,7 @@ class Step:
     """
 
     def __init__(
-        self, model: Llama, *, num_pages: int, page_size: int, kv_dtype: torch.dtype, sizes: Sequence[int],
+        self, model: Llama, *, num_pages: int, page_size: int, kv_dtype: torch.dtype, sizes: Iterable[int],
         max_requests: int, max_pages: int, compiled: bool = True,
     ) -> None:  # fmt: skip
         self.model, self.page_size = model, page_size
@@ -171,8 +172,7 @@ class Step:
                 if self.device == "cuda":
                     return _captured(call, self._pool)
                 if self._compiled:
-                    self.inputs.fill([], page_size)
-                    call()  # compiles
+                    call()  # compiles; a step that is run twice does the same twice
         return call
 
 

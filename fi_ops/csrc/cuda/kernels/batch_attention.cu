@@ -17,6 +17,7 @@ using batch::PlanView;
 
 __global__ void zero_kernel(int32_t* data, int64_t count) {
   allow_next_kernel();
+  wait_for_previous_kernel();
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * blockDim.x)
     data[i] = 0;
@@ -57,10 +58,9 @@ PlanView begin(const BatchAttentionParams& p, int64_t num_segments, int64_t num_
     arrivals.tiles = arrivals.segments + num_segments;
   }
   if (!p.plan) return PlanView::of(p, plan_of_call(p, arrivals.segments, count, gpu));
-  // Not launched early: what comes next may begin at once, and read what the kernels before have written.
   const int64_t blocks = (count + 1023) / 1024;
   launch(gpu, zero_kernel, dim3(static_cast<unsigned>(blocks < gpu.num_sms ? blocks : gpu.num_sms)),
-         dim3(256), 0, /*overlap=*/false, arrivals.segments, count);
+         dim3(256), 0, /*overlap=*/true, arrivals.segments, count);
   return PlanView::of(p, p.plan);
 }
 
@@ -75,7 +75,7 @@ TilesPath path_of_tiles(const BatchAttentionParams& p, const Gpu& gpu) {
   // Few tiles over long keys leave most of the GPU to who doesn't split keys, as in dense attention; how many
   // tiles there are at least is the device's to know.
   const int64_t most_blocks = ((c.qo_len - 1) / kTileQueries + c.batch) * c.num_qo_heads;
-  const bool splits = sm80_batch_supports(p) && sm80_batch_arrivals(p, gpu) > 0;
+  const bool splits = sm80_batch_supports(p) && sm80_batch_splits(p);
   const bool few = splits && 9 * most_blocks < 4 * gpu.num_sms;
   if (gpu.compute_capability == 90 && sm90_batch_supports(p) && !few) return TilesPath::sm90;
 #endif
@@ -90,13 +90,13 @@ void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
   const TilesPath path = path_of_tiles(p, gpu);
   const bool few_is_fast = batch::few_rows_supports(p);
   const int64_t num_segments = few_is_fast ? PlanView::of(p, nullptr).max_segments * c.num_kv_heads : 0;
-  const int64_t num_tiles = path == TilesPath::sm80 ? sm80_batch_arrivals(p, gpu) : 0;
+  const int64_t num_tiles = path == TilesPath::sm80 ? sm80_batch_counters(p, gpu) : 0;
   Arrivals arrivals;
   const PlanView plan = begin(p, num_segments, num_tiles, arrivals, gpu);
 
   // The plan's segments, requests with few rows; and the tokens of no request.
   if (few_is_fast) {
-    batch::few_rows(p, plan, arrivals.segments, /*waits=*/!p.plan, gpu);
+    batch::few_rows(p, plan, arrivals.segments, gpu);
   } else {
     batch::on_cuda_cores(p, plan, /*segments=*/true, /*tiles=*/false, gpu);
   }

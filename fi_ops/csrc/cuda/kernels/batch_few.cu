@@ -21,14 +21,12 @@ bool few_rows_supports(const BatchAttentionParams& p) {
          whole(c.value, kv_bytes, c.v_stride_n, c.v_stride_h, p.v_stride_page);
 }
 
-void few_rows(const BatchAttentionParams& p, const PlanView& plan, int32_t* arrivals, bool waits,
-              const Gpu& gpu) {
+void few_rows(const BatchAttentionParams& p, const PlanView& plan, int32_t* arrivals, const Gpu& gpu) {
   const AttentionParams& c = p.call;
   FewArgs args{};
   args.p = p;
   args.plan = plan;
   args.group = static_cast<int>(c.num_qo_heads / c.num_kv_heads);
-  args.waits = waits;
   args.arrivals = arrivals;
   const int64_t dim = c.head_dim_qk > c.head_dim_vo ? c.head_dim_qk : c.head_dim_vo;
   const bool is_bf16 = c.dtype == DType::bf16;

@@ -26,7 +26,10 @@ struct PlanShared {
   PlanRequest requests[kThreads];
   int32_t of_class[kTileClasses];  // tiles of each class; then where its next one belongs
   int32_t warp_sums[kTileClasses / 32];
-  uint16_t of_warp[kWarps][kTileClasses];  // of a round of tiles
+  union {
+    uint16_t of_warp[kWarps][kTileClasses];  // of a round of tiles
+    PlanSegment segments[kThreads];          // to be written
+  };
 };
 
 FI_DEVICE_INLINE int32_t scan_warp(int32_t x) {
@@ -38,11 +41,18 @@ FI_DEVICE_INLINE int32_t scan_warp(int32_t x) {
   return x;
 }
 
+template <bool kFixed>
 class Planner {
+  static constexpr int kMost = kFewRows / kSegmentRows;  // segments of a request
+
  public:
   FI_DEVICE_INLINE Planner(const BatchPlanParams& p, PlanShared& shared)
       : p(p), shared(shared), sizes(plan_sizes(p.batch, p.nnz_qo, p.group_size)) {
-    unit_keys = p.fixed_split_size ? p.fixed_split_size : kUnitKeys;
+#pragma unroll
+    for (int s = 0; s < kMost; ++s) {
+      first_query[s] = s * static_cast<int>(kSegmentRows) / static_cast<int>(p.group_size);
+      last_query[s] = ((s + 1) * static_cast<int>(kSegmentRows) - 1) / static_cast<int>(p.group_size);
+    }
     header = reinterpret_cast<PlanHeader*>(p.plan);
     segments = reinterpret_cast<PlanSegment*>(header + 1);
     tiles = reinterpret_cast<PlanTile*>(segments + sizes.max_segments);
@@ -82,7 +92,6 @@ class Planner {
   // and writes their segments (once). Their counts.
   template <bool kWrites>
   FI_DEVICE_INLINE Counts plan_requests(int64_t first, const Counts& before) {
-    constexpr int kMost = kFewRows / kSegmentRows;
     const int64_t b = first + threadIdx.x;
     PlanRequest r{0, 0};
     if (b < p.batch) r = plan_request(p, b);
@@ -95,7 +104,7 @@ class Planner {
 #pragma unroll
       for (int s = 0; s < kMost; ++s) {
         if (s * kSegmentRows >= rows) continue;
-        units[s] = segment_units(p, r, s * kSegmentRows, unit_keys);
+        units[s] = units_of(r, s);
         own.units += units[s].count;
         ++own.segments;
       }
@@ -114,18 +123,40 @@ class Planner {
     int32_t unit = before.units + start(up_to.units, own.units, warps.units, of_warp.units);
     shared.first_tile[threadIdx.x] = start(up_to.tiles, own.tiles, warps.tiles, of_warp.tiles);
     shared.requests[threadIdx.x] = r;
+    const Counts all{__shfl_sync(kAll, warps.segments, 31), __shfl_sync(kAll, warps.units, 31),
+                     __shfl_sync(kAll, warps.tiles, 31)};
+    for (int32_t from = 0; kWrites && from < all.segments; from += kThreads) {
+      __syncthreads();
 #pragma unroll
-    for (int s = 0; s < kMost; ++s) {
-      if (s >= own.segments) continue;
-      if (kWrites && segment >= 0 && segment < sizes.max_segments)
-        segments[segment] = {static_cast<int32_t>(b), static_cast<int32_t>(s * kSegmentRows), unit,
-                             units[s].begin, units[s].count};
-      ++segment;
-      unit += units[s].count;
+      for (int s = 0; s < kMost; ++s) {
+        const int32_t at = segment + s - before.segments - from;
+        if (s < own.segments && at >= 0 && at < kThreads)
+          shared.segments[at] = {static_cast<int32_t>(b), static_cast<int32_t>(s * kSegmentRows), unit,
+                                 units[s].begin, units[s].count};
+        unit += units[s].count;
+      }
+      unit -= own.units;
+      __syncthreads();
+      constexpr int kWords = sizeof(PlanSegment) / 4;
+      const int64_t first_segment = before.segments + from;
+      const int64_t room = clamp_index(sizes.max_segments - first_segment, 0, kThreads);
+      const int64_t words = kWords * clamp_index(all.segments - from, 0, room);
+      for (int n = threadIdx.x; n < words; n += kThreads)
+        reinterpret_cast<int32_t*>(segments + first_segment)[n] =
+            reinterpret_cast<const int32_t*>(shared.segments)[n];
     }
     __syncthreads();
-    return {__shfl_sync(kAll, warps.segments, 31), __shfl_sync(kAll, warps.units, 31),
-            __shfl_sync(kAll, warps.tiles, 31)};
+    return all;
+  }
+
+  // Of segment s of a request with few rows: what segment_units() finds, without its divisions. Rows end
+  // where the queries do.
+  FI_DEVICE_INLINE UnitRange units_of(const PlanRequest& r, int s) const {
+    const int64_t last = last_query[s] < r.qo_len ? last_query[s] : r.qo_len - 1;
+    const PlanKeys keys = keys_seen(p, r, first_query[s], last);
+    const int64_t unit_keys = kFixed ? p.fixed_split_size : kUnitKeys, begin = keys.begin / unit_keys;
+    return {static_cast<int32_t>(begin),
+            static_cast<int32_t>((keys.end + unit_keys - 1) / unit_keys - begin)};
   }
 
   struct Tile {
@@ -208,26 +239,27 @@ class Planner {
   const BatchPlanParams& p;
   PlanShared& shared;
   const PlanSizes sizes;
-  int64_t unit_keys;
+  int first_query[kMost], last_query[kMost];  // of a request's segments
   PlanHeader* header;
   PlanSegment* segments;
   PlanTile* tiles;
   int32_t of_round = 0;  // tiles of class threadIdx.x
 };
 
+template <bool kFixed>
 __global__ void __launch_bounds__(kThreads)
     plan_kernel(const __grid_constant__ BatchPlanParams p, int32_t* zeroed, int64_t num_zeroed) {
   allow_next_kernel();
   wait_for_previous_kernel();
-  Planner(p, *reinterpret_cast<PlanShared*>(dynamic_smem())).run();
+  Planner<kFixed>(p, *reinterpret_cast<PlanShared*>(dynamic_smem())).run();
   for (int64_t i = threadIdx.x; i < num_zeroed; i += kThreads) zeroed[i] = 0;
 }
 
 }  // namespace
 
 void make_plan(const BatchPlanParams& p, int32_t* zeroed, int64_t num_zeroed, const Gpu& gpu) {
-  launch(gpu, plan_kernel, dim3(1), dim3(kThreads), sizeof(PlanShared), /*overlap=*/true, p, zeroed,
-         num_zeroed);
+  launch(gpu, p.fixed_split_size ? plan_kernel<true> : plan_kernel<false>, dim3(1), dim3(kThreads),
+         sizeof(PlanShared), /*overlap=*/true, p, zeroed, num_zeroed);
 }
 
 void batch_attention_plan(const BatchPlanParams& p, const Gpu& gpu) { make_plan(p, nullptr, 0, gpu); }

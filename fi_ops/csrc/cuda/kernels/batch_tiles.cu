@@ -5,12 +5,13 @@
 
 #include "fi/cuda/sm80/padded_dims.h"
 #include "fi/cuda/sm80/prefill.h"
+#include "fi/cuda/sm80/rotate_tile.h"
 
 namespace fi::cuda {
 namespace {
 
 // A request's keys are counted in int, and where they lie in 32 bits of 8 elements.
-constexpr int64_t kMostKeys = INT_MAX - 128, kMostElements = int64_t{UINT32_MAX} * 8;
+constexpr int64_t kMostKeys = INT_MAX - 128, kMostElements = (int64_t{1} << 35) - 16;
 
 bool fits(int64_t size, int64_t stride) { return size <= 1 || stride % 8 == 0; }
 
@@ -39,22 +40,36 @@ void run(const BatchTilesArgs& args, const Gpu& gpu) {
 bool sm80_batch_supports(const BatchAttentionParams& p) {
   const AttentionParams& c = p.call;
   return (c.dtype == DType::bf16 || c.dtype == DType::f16) && can_pad(c.head_dim_qk) &&
-         can_pad(c.head_dim_vo) && c.kv_len <= kMostKeys && c.qo_len * c.num_qo_heads <= INT_MAX &&
-         reinterpret_cast<uintptr_t>(c.query) % 16 == 0 && fits(c.qo_len, c.q_stride_n) &&
-         fits(c.num_qo_heads, c.q_stride_h) && fits(p, c.key, p.k_stride_page, c.k_stride_n, c.k_stride_h) &&
+         can_pad(c.head_dim_vo) && c.kv_len <= kMostKeys && p.table.page_size <= kMostKeys &&
+         c.qo_len * c.num_qo_heads <= INT_MAX && reinterpret_cast<uintptr_t>(c.query) % 16 == 0 &&
+         fits(c.qo_len, c.q_stride_n) && fits(c.num_qo_heads, c.q_stride_h) &&
+         fits(p, c.key, p.k_stride_page, c.k_stride_n, c.k_stride_h) &&
          fits(p, c.value, p.v_stride_page, c.v_stride_n, c.v_stride_h);
 }
 
-int64_t sm80_batch_arrivals(const BatchAttentionParams& p, const Gpu& gpu) {
+bool sm80_batch_splits(const BatchAttentionParams& p) {
   // With a fixed split a request's result must not depend on how many tiles there are.
-  return p.fixed_split_size == 0 && p.call.kv_len >= kLongKeys ? int64_t{2} * gpu.num_sms : 0;
+  return p.fixed_split_size == 0 && p.call.kv_len >= kLongKeys;
 }
 
-void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan, int32_t* arrivals,
+int64_t sm80_batch_counters(const BatchAttentionParams& p, const Gpu& gpu) {
+  return 1 + (sm80_batch_splits(p) ? int64_t{2} * gpu.num_sms : 0);
+}
+
+void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan, int32_t* counters,
                       const Gpu& gpu) {
   const AttentionParams& c = p.call;
-  BatchTilesArgs args{p, plan, static_cast<unsigned>(c.num_qo_heads / c.num_kv_heads)};
-  if (sm80_batch_arrivals(p, gpu) > 0) args.arrivals = arrivals;
+  auto units = [](int64_t stride_page, int64_t stride_n) {
+    return KeyUnits{static_cast<uint32_t>(stride_page / 8), static_cast<uint32_t>(stride_n / 8)};
+  };
+  BatchTilesArgs args{p, plan};
+  args.group = static_cast<unsigned>(c.num_qo_heads / c.num_kv_heads);
+  args.by_page_size = Divisor(static_cast<uint32_t>(p.table.page_size));
+  args.k_units = units(p.k_stride_page, c.k_stride_n);
+  args.v_units = units(p.v_stride_page, c.v_stride_n);
+  args.rope_has_packs = c.rope.cos && rope_has_packs(c.rope);
+  args.next_item = reinterpret_cast<unsigned*>(counters);
+  if (sm80_batch_splits(p)) args.arrivals = counters + 1;
   c.dtype == DType::bf16 ? run<bf16>(args, gpu) : run<f16>(args, gpu);
 }
 

@@ -53,17 +53,13 @@ FI_DEVICE_INLINE RopeAngles<N, per_member> load_rope_angles(const void* cos, int
   return angles;
 }
 
-// Pairs first .. first + N of the row x, rotated: two calls put(i, values) with N neighbours of the rotated
-// row, from its element i on, once everything is read.
-template <bool interleaved, int N, bool per_member, class T, class Put>
-FI_DEVICE_INLINE void rotate_pairs_to(const T* x, const RopeAngles<N, per_member>& angles, int64_t rotary_dim,
-                                      int64_t first, const Put& put) {
+// N pairs in two packs of N neighbours: their first members and their second ones, or interleaved one after
+// the other.
+template <bool interleaved, int N, bool per_member>
+FI_DEVICE_INLINE void rotate_packs(const float (&low)[N], const float (&high)[N],
+                                   const RopeAngles<N, per_member>& angles, float (&new_low)[N],
+                                   float (&new_high)[N]) {
   constexpr int second = per_member ? 1 : 0;
-  const int64_t at_low = interleaved ? 2 * first : first;
-  const int64_t at_high = interleaved ? 2 * first + N : rotary_dim / 2 + first;
-  float low[N], high[N], new_low[N], new_high[N];
-  load_pack(low, x + at_low);
-  load_pack(high, x + at_high);
   if constexpr (interleaved) {
     auto set = [&](int j, float value) {
       (j < N ? new_low[j < N ? j : 0] : new_high[j < N ? 0 : j - N]) = value;
@@ -82,6 +78,19 @@ FI_DEVICE_INLINE void rotate_pairs_to(const T* x, const RopeAngles<N, per_member
       new_high[i] = fmaf(b, angles.cos[second][i], a * angles.sin[second][i]);
     }
   }
+}
+
+// Pairs first .. first + N of the row x, rotated: two calls put(i, values) with N neighbours of the rotated
+// row, from its element i on, once everything is read.
+template <bool interleaved, int N, bool per_member, class T, class Put>
+FI_DEVICE_INLINE void rotate_pairs_to(const T* x, const RopeAngles<N, per_member>& angles, int64_t rotary_dim,
+                                      int64_t first, const Put& put) {
+  const int64_t at_low = interleaved ? 2 * first : first;
+  const int64_t at_high = interleaved ? 2 * first + N : rotary_dim / 2 + first;
+  float low[N], high[N], new_low[N], new_high[N];
+  load_pack(low, x + at_low);
+  load_pack(high, x + at_high);
+  rotate_packs<interleaved>(low, high, angles, new_low, new_high);
   put(at_low, new_low);
   put(at_high, new_high);
 }

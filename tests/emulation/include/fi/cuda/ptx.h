@@ -73,6 +73,7 @@ inline void store_16(void* p, uint4 v) {
   *static_cast<uint4*>(p) = v;
 }
 
+inline void prefetch_line_l2(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }
 inline void prefetch_l2(const void* p, uint32_t bytes) {
   require_aligned(p, 16, "prefetch_l2");
   if (bytes % 16 != 0) emulation::fail("prefetch_l2: not a multiple of 16 bytes");

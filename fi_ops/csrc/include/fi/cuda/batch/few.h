@@ -10,10 +10,8 @@ struct FewArgs;
 // Whether few_rows() takes the call. Everything that attention over a batch can do, but RoPE.
 bool few_rows_supports(const BatchAttentionParams& p);
 
-// The plan's segments, and the tokens of no request. `arrivals`: one for each segment and KV head, zeroed by
-// the kernel before, which makes the plan too where `waits`.
-void few_rows(const BatchAttentionParams& p, const PlanView& plan, int32_t* arrivals, bool waits,
-              const Gpu& gpu);
+// The plan's segments, and the tokens of no request. `arrivals`: one for each segment and KV head, zeroed.
+void few_rows(const BatchAttentionParams& p, const PlanView& plan, int32_t* arrivals, const Gpu& gpu);
 
 // The instantiations (cuda/kernels/batch_few_*.cu): head_dim up to the number.
 void few_bf16_64(const FewArgs& args, const Gpu& gpu);

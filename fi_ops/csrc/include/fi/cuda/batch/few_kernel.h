@@ -6,10 +6,13 @@
 // does not depend on which one that was. With a fixed split every unit is such a part.
 #pragma once
 
+#include <climits>
+
 #include "fi/cuda/batch/few.h"
 #include "fi/cuda/batch/few_warp.h"
 #include "fi/cuda/decode/finish.h"
 #include "fi/cuda/decode/kernel.h"
+#include "fi/cuda/pack.h"
 
 namespace fi::cuda::batch {
 
@@ -19,27 +22,34 @@ struct FewShared {
   RowTable rows;
   decode::WarpResults results;
   RunTable table;
+  float query_scale[decode::kMaxRows];
   int is_last;
 };
 
-// The query rows of a run, on their way into shared memory through registers.
-template <class T, int kDim, int kThreads>
+// The query rows of a run, on their way into shared memory through registers. Rows of bf16 that go against
+// fp8 are scaled to f16 by powers of two: the largest element has the exponent 14, and what is lost of one
+// that is 2^28 times smaller is nothing beside the rounding of the sum.
+template <class T, class Engine>
 class FewQuery {
-  static constexpr int kRows = decode::kMaxRows, kChunks = kDim / 8;
-  static constexpr int kHeld = (kRows * kChunks + kThreads - 1) / kThreads;
+  static constexpr int kDim = Engine::kHeadDim, kRows = decode::kMaxRows, kChunks = kDim / 8;
+  static constexpr int kThreads = Engine::kSmWarps / Engine::kBlocksAnSm * 32;
+  // Chunks a thread fetches ahead; with the accumulators of wide heads there are no registers for it.
+  static constexpr int kHeld = kDim <= 128 ? kRows * kChunks / kThreads : 0;
 
  public:
   FI_DEVICE_INLINE void fetch(const FewArgs& args, const Run& run) {
 #pragma unroll
     for (int n = 0; n < kHeld; ++n) items_[n] = load(args, run, threadIdx.x + n * blockDim.x);
   }
-  FI_DEVICE_INLINE void store(const FewArgs& args, const Run& run, unsigned char* query) const {
+  // `scales`: what products are to be multiplied by, a row.
+  FI_DEVICE_INLINE void store(const FewArgs& args, const Run& run, unsigned char* query,
+                              float* scales) const {
 #pragma unroll
-    for (int n = 0; n < kHeld; ++n) put(threadIdx.x + n * blockDim.x, items_[n], query);
-    // Where shared memory has room for fewer warps.
+    for (int n = 0; n < kHeld; ++n) put(threadIdx.x + n * blockDim.x, items_[n], query, scales);
+    // And where shared memory has room for fewer warps.
 #pragma unroll 1
     for (int item = threadIdx.x + kHeld * blockDim.x; item < kRows * kChunks; item += blockDim.x)
-      put(item, load(args, run, item), query);
+      put(item, load(args, run, item), query, scales);
   }
 
  private:
@@ -51,13 +61,27 @@ class FewQuery {
     return load_16(static_cast<const T*>(c.query) + (int64_t{run.q_begin} + i) * c.q_stride_n +
                    (int64_t{run.kv_head} * args.group + head) * c.q_stride_h + column);
   }
-  FI_DEVICE_INLINE static void put(int item, const uint4& chunk, unsigned char* query) {
-    if (item < kRows * kChunks)
-      *reinterpret_cast<uint4*>(query + decode::row_chunk_offset<kDim>(item / kChunks, item % kChunks)) =
-          chunk;
+  // kChunks neighbouring lanes have a row.
+  FI_DEVICE_INLINE static void put(int item, uint4 chunk, unsigned char* query, float* scales) {
+    if constexpr (Engine::kScalesQuery) {
+      float x[8];
+      unpack_16<T>(x, chunk);
+      uint32_t largest = 0;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) largest = max(largest, __float_as_uint(x[e]) & 0x7f800000u);
+#pragma unroll
+      for (int other = 1; other < kChunks; other *= 2)
+        largest = max(largest, __shfl_xor_sync(~0u, largest, other));
+      const uint32_t exponent = min(max(largest >> 23, 15u), 253u);
+      const float factor = __uint_as_float((268 - exponent) << 23);
+      chunk = {pack2<f16>(x[0] * factor, x[1] * factor), pack2<f16>(x[2] * factor, x[3] * factor),
+               pack2<f16>(x[4] * factor, x[5] * factor), pack2<f16>(x[6] * factor, x[7] * factor)};
+      if (item % kChunks == 0) scales[item / kChunks] = __uint_as_float((exponent - 14) << 23);
+    }
+    *reinterpret_cast<uint4*>(query + decode::row_chunk_offset<kDim>(item / kChunks, item % kChunks)) = chunk;
   }
 
-  uint4 items_[kHeld];
+  uint4 items_[kHeld > 0 ? kHeld : 1];
 };
 
 // For the threads of one warp. Rows of the tile past the run's see all keys: their results are not used.
@@ -118,9 +142,10 @@ FI_DEVICE_INLINE void write_columns(const FewArgs& args, int q_begin, int kv_hea
   if (c.lse && chunk == 0) c.lse[n * c.num_qo_heads + head] = result.lse;
 }
 
-// Segments with no unit, which belong to no block, and the tokens of no request.
+// Segments with no unit, which belong to no block, and the tokens of no request. By thread `me` of `threads`
+// of each block.
 template <class T, int kRowChunks>
-FI_DEVICE_NOINLINE void write_empty(const FewArgs& args) {
+FI_DEVICE_NOINLINE void write_empty(const FewArgs& args, int me, int threads) {
   const AttentionParams& c = args.p.call;
   const int num_segments = args.plan.num_segments();
 #pragma unroll 1
@@ -131,15 +156,77 @@ FI_DEVICE_NOINLINE void write_empty(const FewArgs& args) {
     const int q_begin = static_cast<int>(request_of(args.p, rows.request).q_begin);
     const int num_rows = static_cast<int>(rows.end - rows.begin);
 #pragma unroll 1
-    for (int item = threadIdx.x; item < num_rows * static_cast<int>(c.num_kv_heads) * kRowChunks;
-         item += blockDim.x) {
+    for (int item = me; item < num_rows * static_cast<int>(c.num_kv_heads) * kRowChunks; item += threads) {
       const int row = item / kRowChunks, chunk = item % kRowChunks, head = row / num_rows;
       if (chunk * 4 < c.head_dim_vo)
         write_columns<T>(args, q_begin, head, static_cast<int>(rows.begin) + row - head * num_rows, chunk,
                          Part{});
     }
   }
-  write_padding<T>(args.p);
+  write_padding<T>(args.p, int64_t{blockIdx.x} * threads + me, int64_t{gridDim.x} * threads);
+}
+
+// f(row, chunk, item) for each four columns of a run's rows that this thread has.
+template <int kRowChunks, class F>
+FI_DEVICE_INLINE void for_each_item(const FewArgs& args, int num_rows, const F& f) {
+  for (int item = threadIdx.x; item < num_rows * kRowChunks; item += blockDim.x) {
+    const int row = item / kRowChunks, chunk = item % kRowChunks;
+    if (chunk * 4 < args.p.call.head_dim_vo) f(row, chunk, item);
+  }
+}
+
+// Of part n of a pair: a block's, or with a fixed split a unit's.
+template <bool kFixed>
+FI_DEVICE_INLINE float* slot_of(const FewArgs& args, const Run& run, int n) {
+  const int64_t slot = kFixed ? int64_t{run.first_unit} + n : int64_t{n} * 2 + (n == run.part);
+  return args.partials + clamp_index(slot, 0, args.num_slots - 1) * args.partial_floats();
+}
+
+// The partial results of a pair in their order: all blocks', or with a fixed split all units', one after the
+// other, whoever worked on them.
+template <class T, int kRowChunks, bool kFixed>
+FI_DEVICE_NOINLINE void join_parts(const FewArgs& args, const Run& run) {
+  constexpr int kAtOnce = 8;  // loads in flight: two or three round trips to L2 do
+  const int state = args.part_rows * args.acc_width;
+  for_each_item<kRowChunks>(args, run.num_rows, [&](int row, int chunk, int) {
+    Part all;
+#pragma unroll 1
+    for (int first = kFixed ? 0 : run.part; first <= run.last_part; first += kAtOnce) {
+      float tops[kAtOnce], sums[kAtOnce];
+      float4 accs[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        tops[n] = -kInf, sums[n] = 0.0f, accs[n] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+        if (first + n > run.last_part) continue;
+        const float* part = slot_of<kFixed>(args, run, first + n);
+        tops[n] = __ldcg(part + state + row);
+        sums[n] = __ldcg(part + state + args.part_rows + row);
+        accs[n] = __ldcg(reinterpret_cast<const float4*>(part + row * args.acc_width + chunk * 4));
+      }
+      if constexpr (kFixed) {
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          if (first + n <= run.last_part) fold(all, tops[n], sums[n], accs[n]);
+        }
+      } else {
+        float top = all.max;
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) top = fmaxf(top, tops[n]);
+        const float shift = usable_max(top), keep = exp2_approx(all.max - shift);
+        all.max = top;
+        all.sum *= keep;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) all.acc[e] *= keep;
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          const float factor = exp2_approx(tops[n] - shift);
+          all.sum = fmaf(sums[n], factor, all.sum);
+          all.add_scaled(accs[n], factor);
+        }
+      }
+    }
+    write_columns<T>(args, run.q_begin, run.kv_head, run.row_begin + row, chunk, all);
+  });
 }
 
 template <class T, class Engine, bool kFixed>
@@ -149,12 +236,15 @@ class FewBlock {
       : args(args), p(args.p), c(args.p.call), query(query), shared(shared) {}
 
   FI_DEVICE_INLINE void run(unsigned char* warp_memory) {
-    constexpr int kThreads = Engine::kSmWarps / Engine::kBlocksAnSm * 32;
-    if (args.waits) wait_for_previous_kernel();
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    wait_for_previous_kernel();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     RunTable& table = shared.table;
+    if (warp == 1) prefetch_indices(lane);
+    // While the first warp finds the block's runs.
+    if (warps == 1) write_empty<T, Engine::kRowChunks>(args, threadIdx.x, 32);
+    if (warp > 0) write_empty<T, Engine::kRowChunks>(args, threadIdx.x - 32, blockDim.x - 32);
     Engine engine(args, table, query, warp_memory);
-    FewQuery<T, Engine::kHeadDim, kThreads> rows;
+    FewQuery<T, Engine> rows;
     for (bool is_first = true, more = true; more; is_first = false) {
       if (warp == 0) RunFinder<kFixed>(args, table).fill(is_first);
       __syncthreads();
@@ -165,15 +255,20 @@ class FewBlock {
 #pragma unroll 1
       for (int n = 0; n < count; ++n) {
         const Run& run = table.runs[n];
-        rows.store(args, run, query);
+        rows.store(args, run, query, shared.query_scale);
         if (warp == warps - 1) fill_row_table(args, run, shared.rows);
         __syncthreads();
         engine.begin_segment();
         if (n + 1 < count) rows.fetch(args, table.runs[n + 1]);
+        float scale[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          scale[half] = p.k_scale ? p.k_scale.at(run.kv_head) : 1.0f;
+          if constexpr (Engine::kScalesQuery) scale[half] *= shared.query_scale[lane / 4 + 8 * half];
+        }
         const int slices = Engine::slices_of(run);
-        const float k_scale = p.k_scale ? p.k_scale.at(run.kv_head) : 1.0f;
 #pragma unroll 1
-        for (int slice = 0; slice < slices; ++slice) engine.attend(shared.rows, run, k_scale);
+        for (int slice = 0; slice < slices; ++slice) engine.attend(shared.rows, run, scale);
         engine.publish(shared.results.max[warp], shared.results.sum[warp], &shared.results.acc[warp],
                        run.num_rows, slices > 0);
         __syncthreads();
@@ -181,31 +276,29 @@ class FewBlock {
         __syncthreads();
       }
     }
-    write_empty<T, Engine::kRowChunks>(args);
-    // The next kernel in the stream waits for this one only, so this one waits for the one before.
-    wait_for_previous_kernel();
   }
 
  private:
-  // f(row, chunk, item) for each four columns of the run's rows that this thread has.
-  template <class F>
-  FI_DEVICE_INLINE void for_each_item(int num_rows, const F& f) const {
-    for (int item = threadIdx.x; item < num_rows * Engine::kRowChunks; item += blockDim.x) {
-      const int row = item / Engine::kRowChunks, chunk = item % Engine::kRowChunks;
-      if (chunk * 4 < c.head_dim_vo) f(row, chunk, item);
+  // What the finding of runs will read, one load after the other, into L2 at once.
+  FI_DEVICE_INLINE void prefetch_indices(int lane) const {
+    const int64_t at = int64_t{lane} * 32;
+    prefetch_line_l2(reinterpret_cast<const int32_t*>(args.plan.header) +
+                     (at < args.plan.max_segments * 5 ? at : 0));
+    if (at > c.batch) return;
+    for (const Indices* indices : {&p.qo_indptr, &p.table.kv_indptr, &p.kv_last_page_len}) {
+      if (*indices && at < c.batch)
+        prefetch_line_l2(static_cast<const char*>(indices->data) +
+                         at * indices->stride * (indices->wide ? 8 : 4));
     }
   }
 
+ private:
+  template <class F>
+  FI_DEVICE_INLINE void for_each_item(int num_rows, const F& f) const {
+    batch::for_each_item<Engine::kRowChunks>(args, num_rows, f);
+  }
   FI_DEVICE_INLINE void write(const Run& run, int row, int chunk, const Part& part) const {
     write_columns<T>(args, run.q_begin, run.kv_head, run.row_begin + row, chunk, part);
-  }
-
-  FI_DEVICE_INLINE float* slot(int64_t n) const {
-    return args.partials + clamp_index(n, 0, args.num_slots - 1) * args.partial_floats();
-  }
-  // Of part n of a pair: a block's, or with a fixed split a unit's.
-  FI_DEVICE_INLINE float* slot_of(const Run& run, int n) const {
-    return kFixed ? slot(int64_t{run.first_unit} + n) : slot(int64_t{n} * 2 + (n == run.part));
   }
 
   // Joins the warps' results of a run; the pair's, where this was the last part of it.
@@ -217,24 +310,16 @@ class FewBlock {
                            [&](int row, int chunk, int) { write(run, row, chunk, joined(row, chunk)); });
     }
     leave(run, kFixed ? run.part : static_cast<int>(blockIdx.x), joined);
-    if (threadIdx.x == 0) {
-      wait_for_previous_kernel();  // which has zeroed the counters
-      const int others = run.last_part - (kFixed ? 0 : run.part);
-      shared.is_last = atomic_add_acq_rel(&args.arrivals[run.pair], 1) == others;
-    }
+    const int others = run.last_part - (kFixed ? 0 : run.part);
+    if (threadIdx.x == 0) shared.is_last = atomic_add_acq_rel(&args.arrivals[run.pair], 1) == others;
     __syncthreads();
-    if (!shared.is_last) return;
-    if constexpr (kFixed) {
-      fold_parts(run);
-    } else {
-      join_parts(run);
-    }
+    if (shared.is_last) join_parts<T, Engine::kRowChunks, kFixed>(args, run);
   }
 
   // A part of a pair that other blocks work on as well.
   template <class Joined>
   FI_DEVICE_INLINE void leave(const Run& run, int part, const Joined& joined) {
-    float* left = slot_of(run, part);
+    float* left = slot_of<kFixed>(args, run, part);
     for_each_item(run.num_rows, [&](int row, int chunk, int) {
       const Part own = joined(row, chunk);
       *reinterpret_cast<float4*>(left + row * args.acc_width + chunk * 4) =
@@ -264,67 +349,6 @@ class FewBlock {
       if (run.part == run.last_part) return write(run, row, chunk, all);
       state[0] = all.max, state[1] = all.sum;
       for (int e = 0; e < 4; ++e) state[2 + e] = all.acc[e];
-    });
-  }
-
-  // The parts of a pair that a thread needs, so many loads in flight that two or three round trips to L2 do.
-  static constexpr int kAtOnce = 8;
-  struct Parts {
-    float max[kAtOnce], sum[kAtOnce];
-    float4 acc[kAtOnce];
-  };
-  FI_DEVICE_INLINE void load_parts(const Run& run, int first, int row, int chunk, Parts& parts) const {
-    const int state = args.part_rows * args.acc_width;
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      parts.max[n] = -kInf, parts.sum[n] = 0.0f, parts.acc[n] = float4{0.0f, 0.0f, 0.0f, 0.0f};
-      if (first + n > run.last_part) continue;
-      const float* part = slot_of(run, first + n);
-      parts.max[n] = __ldcg(part + state + row);
-      parts.sum[n] = __ldcg(part + state + args.part_rows + row);
-      parts.acc[n] = __ldcg(reinterpret_cast<const float4*>(part + row * args.acc_width + chunk * 4));
-    }
-  }
-
-  // The partial results of all blocks of a pair, in that order.
-  FI_DEVICE_INLINE void join_parts(const Run& run) const {
-    for_each_item(run.num_rows, [&](int row, int chunk, int) {
-      Part all;
-      for (int first = run.part; first <= run.last_part; first += kAtOnce) {
-        Parts parts;
-        load_parts(run, first, row, chunk, parts);
-        float top = all.max;
-#pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) top = fmaxf(top, parts.max[n]);
-        const float shift = usable_max(top), keep = exp2_approx(all.max - shift);
-        all.max = top;
-        all.sum *= keep;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) all.acc[e] *= keep;
-#pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) {
-          const float factor = exp2_approx(parts.max[n] - shift);
-          all.sum = fmaf(parts.sum[n], factor, all.sum);
-          all.add_scaled(parts.acc[n], factor);
-        }
-      }
-      write(run, row, chunk, all);
-    });
-  }
-
-  // All units of a pair, one after the other, whoever worked on them.
-  FI_DEVICE_INLINE void fold_parts(const Run& run) const {
-    for_each_item(run.num_rows, [&](int row, int chunk, int) {
-      Part all;
-      for (int first = 0; first <= run.last_part; first += kAtOnce) {
-        Parts parts;
-        load_parts(run, first, row, chunk, parts);
-#pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) {
-          if (first + n <= run.last_part) fold(all, parts.max[n], parts.sum[n], parts.acc[n]);
-        }
-      }
-      write(run, row, chunk, all);
     });
   }
 
@@ -364,6 +388,7 @@ void run_few(FewArgs args, const Gpu& gpu) {
   const int64_t wanted = (most_units + args.min_units - 1) / args.min_units;
   const int64_t most = most_units >= int64_t{kLongShare} * args.room ? 2 * args.room : args.room;
   const int64_t grid = clamp_index(wanted, 1, most);
+  args.most_units = static_cast<int>(clamp_index(most_units, 0, INT_MAX));
   auto allocate = [&](int64_t floats) {
     return static_cast<float*>(c.scratch.allocate(c.scratch.context, floats * int64_t(sizeof(float))));
   };
@@ -380,15 +405,19 @@ void run_few(FewArgs args, const Gpu& gpu) {
          static_cast<int>(shape.query_bytes));
 }
 
+// Logits that are scaled products have a kernel of their own, with less code; and so has a fixed split.
+template <class T, int kDim, bool kFp8>
+void run_few_of(const FewArgs& args, const Gpu& gpu) {
+  const BatchAttentionParams& p = args.p;
+  if (p.fixed_split_size) return run_few<T, FewWarp<T, kDim, kFp8, false>, true>(args, gpu);
+  const bool is_plain = !p.custom_mask && p.call.logits_soft_cap == 0.0f && !p.call.alibi_slopes;
+  is_plain ? run_few<T, FewWarp<T, kDim, kFp8, true>, false>(args, gpu)
+           : run_few<T, FewWarp<T, kDim, kFp8, false>, false>(args, gpu);
+}
+
 template <class T, int kDim>
 void run_few(const FewArgs& args, const Gpu& gpu) {
-  const auto run = [&]<bool kFp8, bool kFixed>() { run_few<T, FewWarp<T, kDim, kFp8>, kFixed>(args, gpu); };
-  const bool is_fixed = args.p.fixed_split_size != 0;
-  if (args.p.kv_dtype == Fp8::none) {
-    is_fixed ? run.template operator()<false, true>() : run.template operator()<false, false>();
-  } else {
-    is_fixed ? run.template operator()<true, true>() : run.template operator()<true, false>();
-  }
+  args.p.kv_dtype == Fp8::none ? run_few_of<T, kDim, false>(args, gpu) : run_few_of<T, kDim, true>(args, gpu);
 }
 
 }  // namespace fi::cuda::batch

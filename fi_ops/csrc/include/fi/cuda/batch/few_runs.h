@@ -15,7 +15,7 @@ struct FewArgs {
   int group;          // query heads of a KV head
   int room;           // blocks that run at once
   int min_units;      // for less no block is started
-  bool waits;         // the kernel before this one makes the plan
+  int most_units;     // of all segments and KV heads
   bool whole_pairs;   // with a fixed split: no block begins or ends within a pair
   int32_t* arrivals;  // [max_segments * num_kv_heads], zeroed by the kernel before: partial results left
   // Slots of partial_floats() each: acc [part_rows][acc_width], then max and sum [part_rows] each. Two for
@@ -89,9 +89,9 @@ class RunFinder {
         heads(static_cast<int>(p.call.num_kv_heads)),
         num_segments(args.plan.num_segments()),
         unit_keys(kFixed ? static_cast<int>(p.fixed_split_size) : static_cast<int>(kUnitKeys)),
-        // A plan with more than 2^31 units for all heads was not made for any memory.
-        shares(args,
-               num_segments > 0 ? min(max(args.plan.header->num_units, 0), 0x7fffffff / heads) * heads : 0) {}
+        shares(args, num_segments > 0
+                         ? max(0, min(args.plan.header->num_units, args.most_units / heads)) * heads
+                         : 0) {}
 
   FI_DEVICE_INLINE void fill(bool is_first) {
     if (is_first) {

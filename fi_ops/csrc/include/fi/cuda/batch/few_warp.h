@@ -3,46 +3,58 @@
 //
 // K and V come through a ring in shared memory that is the warp's own: cp.async several slices ahead, no
 // barrier but the warp's. A lane looks up the page of one key, one slice ahead of the copies, and the lanes
-// that copy its row get the row's place from it: pages of any size cost the same. The ring runs on over the
-// runs of the block. fp8 slices are widened on their way from the ring to the tile that ldmatrix reads.
+// that copy its row get the row's address from it: pages of any size cost the same. The ring runs on over the
+// runs of the block.
 #pragma once
 
 #include "fi/cuda/batch/few_runs.h"
-#include "fi/cuda/decode/warp_tile.h"
-#include "fi/cuda/fp8_pack.h"
+#include "fi/cuda/batch/fp8_tile.h"
 
 namespace fi::cuda::batch {
 
 using decode::RowTable;
 
+// What a warp multiplies: tiles of T, or of fp8.
 template <class T, int kDim, bool kFp8>
-class FewWarp : public decode::WarpTile<T, kDim> {
-  using Tile = decode::WarpTile<T, kDim>;
+struct TileOf {
+  using type = decode::WarpTile<T, kDim>;
+};
+template <class T, int kDim>
+struct TileOf<T, kDim, true> {
+  using type = Fp8Tile<kDim>;
+};
+
+// kIsPlain: for calls whose logits are scaled products, without a mask.
+template <class T, int kDim, bool kFp8, bool kIsPlain>
+class FewWarp : public TileOf<T, kDim, kFp8>::type {
+  using Tile = typename TileOf<T, kDim, kFp8>::type;
   using Shape = decode::Shape<kDim>;
-  using Tile::kTileBytes;
   using Tile::lane_;
-  using Tile::row_of, Tile::column_of, Tile::offset_of;
+  using Tile::row_of, Tile::column_of;
   static constexpr int kStages = kFp8 ? 4 : Shape::kStages;
   static constexpr int kElementBytes = kFp8 ? 1 : 2;
-  static constexpr int kRowBytes = kDim * kElementBytes, kChunks = kRowBytes / 16;  // of the ring
+  static constexpr int kRowBytes = kDim * kElementBytes, kChunks = kRowBytes / 16;
   static constexpr int kChunkElements = 16 / kElementBytes;
-  static constexpr int kKeysBytes = 16 * kRowBytes, kStageBytes = 2 * kKeysBytes;  // K, then V
+  static constexpr int kTileBytes = 16 * kRowBytes, kStageBytes = 2 * kTileBytes;  // K, then V
+  // Where a stage has no room for the accumulators, they have a place of their own.
+  static constexpr int kAccBytes = kFp8 ? 16 * kDim * 4 : 0;
 
  public:
   using Tile::kRows, Tile::kSliceKeys;
   static constexpr int kHeadDim = kDim;
+  static constexpr bool kScalesQuery = kFp8 && !__is_same(T, f16), kPlain = kIsPlain;
   static constexpr int kSmWarps = Shape::kSmWarps, kBlocksAnSm = Shape::kBlocksAnSm;
   static constexpr int kMinUnits = Shape::kMinUnits;
   static constexpr int kRowChunks = kDim / 4;  // four accumulators each
 
   static size_t query_bytes(const AttentionParams&) { return kRows * kDim * 2; }
-  static size_t warp_bytes(const AttentionParams&) {
-    return kStages * kStageBytes + (kFp8 ? 2 * kTileBytes : 0);
-  }
+  static size_t warp_bytes(const AttentionParams&) { return kStages * kStageBytes + kAccBytes; }
 
   FI_DEVICE_INLINE FewWarp(const FewArgs& args, const RunTable& table, unsigned char* query,
                            unsigned char* warp_memory)
-      : Tile(query), p_(args.p), table_(table), ring_(warp_memory) {}
+      : Tile(query), p_(args.p), table_(table), ring_(warp_memory) {
+    if constexpr (kFp8) this->format_ = p_.kv_dtype;
+  }
 
   // With a newly filled table, when the slices of the one before are done with.
   FI_DEVICE_INLINE void start() {
@@ -62,51 +74,55 @@ class FewWarp : public decode::WarpTile<T, kDim> {
     return all > warp ? (all - warp + warps - 1) / warps : 0;
   }
 
-  // The next slice of the ring, of `run`. Only here the stage of the slice before is filled again:
-  // publish() may have used it meanwhile.
-  FI_DEVICE_INLINE void attend(const RowTable& rows, const Run& run, float k_scale) {
+  // The next slice of the ring, of `run`; `scale` of products besides the call's own, for rows lane_ / 4 and
+  // 8 further. Only here the stage of the slice before is filled again: publish() may have used it meanwhile.
+  FI_DEVICE_INLINE void attend(const RowTable& rows, const Run& run, const float (&scale)[2]) {
     __syncwarp();
     if (used_ >= 0) issue(used_);
     const int key = keys_[0];
     const unsigned absent = absent_[0];
     cp_async_wait<kStages - 1>();
     __syncwarp();
-    unsigned char* keys = ring_ + out_ * kStageBytes;
+    const unsigned char* keys = ring_ + out_ * kStageBytes;
+    unsigned char* values = ring_ + out_ * kStageBytes + kTileBytes;
     used_ = out_;
     if (++out_ == kStages) out_ = 0;
-    if constexpr (kFp8) keys = widen(keys);
-    unsigned char* values = keys + kTileBytes;
 
     float s[2][4] = {}, odd[2][4] = {};
     this->multiply_keys(keys, s, odd);
     const AttentionParams& c = p_.call;
-    const bool special = p_.custom_mask || c.logits_soft_cap > 0.0f || c.alibi_slopes || absent != 0 ||
-                         key < rows.common_begin || key + kSliceKeys > rows.common_end;
-    const float scale = special ? k_scale : c.scale * kLog2e * k_scale;
+    const bool at_edge = absent != 0 || key < rows.common_begin || key + kSliceKeys > rows.common_end;
+    const bool special =
+        at_edge || (!kPlain && (p_.custom_mask || c.logits_soft_cap > 0.0f || c.alibi_slopes));
+    const float factor = kPlain || !special ? c.scale * kLog2e : 1.0f;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[n][e] = (s[n][e] + odd[n][e]) * scale;
+      for (int e = 0; e < 4; ++e) s[n][e] = (s[n][e] + odd[n][e]) * (factor * scale[e / 2]);
     }
     if (special) {
-      general_logits(rows, key, absent, s);
+      if constexpr (kPlain) {
+        leave_seen(rows, key, absent, s);
+      } else {
+        general_logits(rows, key, absent, s);
+      }
       this->clear_dead_values(values, this->live_keys(s, run.num_rows));
     }
     this->weigh(s);
-    const uint32_t weights[4] = {pack2<T>(s[0][0], s[0][1]), pack2<T>(s[0][2], s[0][3]),
-                                 pack2<T>(s[1][0], s[1][1]), pack2<T>(s[1][2], s[1][3])};
+    using E = typename Tile::Element;
+    const uint32_t weights[4] = {pack2<E>(s[0][0], s[0][1]), pack2<E>(s[0][2], s[0][3]),
+                                 pack2<E>(s[1][0], s[1][1]), pack2<E>(s[1][2], s[1][3])};
     this->multiply_values(values, weights);
   }
 
-  // The warp's result of a run, over the tile that was used last.
+  // The warp's result of a run.
   FI_DEVICE_INLINE void publish(float* row_max, float* row_sum, const float** acc, int num_rows,
                                 bool had_slices) {
-    unsigned char* tile = kFp8 ? widened() : ring_ + used_ * kStageBytes;
-    this->publish_to(reinterpret_cast<float*>(tile), row_max, row_sum, acc, num_rows, had_slices);
+    unsigned char* stage = ring_ + (kFp8 ? kStages : used_) * kStageBytes;
+    this->publish_to(reinterpret_cast<float*>(stage), row_max, row_sum, acc, num_rows, had_slices);
   }
 
  private:
-  FI_DEVICE_INLINE unsigned char* widened() const { return ring_ + kStages * kStageBytes; }
   FI_DEVICE_INLINE bool done() const { return run_ >= table_.count; }
 
   // To this warp's next slice, and the page of this lane's key in it: looked up now, used at the next copy.
@@ -158,12 +174,12 @@ class FewWarp : public decode::WarpTile<T, kDim> {
       for (int is_value = 0; is_value < 2; ++is_value) {
         const auto from = reinterpret_cast<unsigned long long>(is_value ? own_value : own_key);
         const bool chunk_inside = chunk * kChunkElements < (is_value ? c.head_dim_vo : c.head_dim_qk);
-        unsigned char* to = ring_ + to_stage * kStageBytes + is_value * kKeysBytes;
-#pragma unroll
+        unsigned char* to = ring_ + to_stage * kStageBytes + is_value * kTileBytes;
+#pragma unroll 4
         for (int r = 0; r < kSliceKeys; r += kRowsAtOnce) {
           const auto* src = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, from, r + row));
-          cp_async_16(to + (kFp8 ? (r + row) * kRowBytes + chunk * 16 : offset_of(r + row, chunk)),
-                      src + chunk * 16, chunk_inside && !(absent >> (r + row) & 1));
+          cp_async_16(to + this->offset_of(r + row, chunk), src + chunk * 16,
+                      chunk_inside && !(absent >> (r + row) & 1));
         }
       }
       step();
@@ -171,20 +187,20 @@ class FewWarp : public decode::WarpTile<T, kDim> {
     cp_async_commit();
   }
 
-  FI_DEVICE_INLINE unsigned char* widen(const unsigned char* stage) {
-    unsigned char* tile = widened();
+  // Logits of keys that a row does not see to -inf.
+  FI_DEVICE_INLINE void leave_seen(const RowTable& rows, int key, unsigned absent, float (&s)[2][4]) const {
 #pragma unroll
-    for (int item = lane_; item < 2 * kSliceKeys * kChunks; item += 32) {
-      const int row = item / kChunks, chunk = item % kChunks;
-      const uint4 raw = *reinterpret_cast<const uint4*>(stage + item * 16);
-      unsigned char* to = tile + row / kSliceKeys * kTileBytes;
-      *reinterpret_cast<uint4*>(to + offset_of(row % kSliceKeys, 2 * chunk)) =
-          widen_fp8<T>(raw.x, raw.y, p_.kv_dtype);
-      *reinterpret_cast<uint4*>(to + offset_of(row % kSliceKeys, 2 * chunk + 1)) =
-          widen_fp8<T>(raw.z, raw.w, p_.kv_dtype);
+    for (int half = 0; half < 2; ++half) {
+      const int begin = rows.begin[row_of(2 * half)] - key, end = rows.end[row_of(2 * half)] - key;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int column = column_of(n, c);
+          if (column < begin || column >= end || (absent >> column & 1)) s[n][2 * half + c] = -kInf;
+        }
+      }
     }
-    __syncwarp();
-    return tile;
   }
 
   FI_DEVICE_INLINE bool sees(const RowTable& rows, int row, int key) const {

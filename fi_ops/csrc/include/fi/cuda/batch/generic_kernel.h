@@ -65,7 +65,8 @@ class GenericBlock {
               : segment_rows(p, args.plan, static_cast<int>(work - int64_t{num_tiles} * parts), args.group);
       if (rows.request >= 0 && rows.begin < rows.end) attend();
     }
-    if (args.segments) write_padding<T>(p);
+    if (args.segments)
+      write_padding<T>(p, int64_t{blockIdx.x} * blockDim.x + threadIdx.x, int64_t{gridDim.x} * blockDim.x);
   }
 
  private:

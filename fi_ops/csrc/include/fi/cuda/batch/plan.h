@@ -69,15 +69,14 @@ FI_INLINE KeySpan keys_of_query(const BatchAttentionParams& p, const Request& r,
   return keys.begin < keys.end ? keys : KeySpan{0, 0};
 }
 
-// Output 0 and LSE -inf for the tokens of no request, by all threads of the grid.
+// Output 0 and LSE -inf for the tokens of no request, by thread `me` of `threads` in all.
 template <class T>
-FI_DEVICE_INLINE void write_padding(const BatchAttentionParams& p) {
+FI_DEVICE_INLINE void write_padding(const BatchAttentionParams& p, int64_t me, int64_t threads) {
   const AttentionParams& c = p.call;
   const int64_t first = clamp_index(p.qo_indptr.at(0), 0, c.qo_len);
   const int64_t end = clamp_index(p.qo_indptr.at(c.batch), first, c.qo_len);
-  const int64_t rows = (first + c.qo_len - end) * c.num_qo_heads, step = int64_t{gridDim.x} * blockDim.x;
-  const int64_t me = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  for (int64_t at = me; at < rows * c.head_dim_vo; at += step) {
+  const int64_t rows = (first + c.qo_len - end) * c.num_qo_heads;
+  for (int64_t at = me; at < rows * c.head_dim_vo; at += threads) {
     const int64_t row = at / c.head_dim_vo, token = row / c.num_qo_heads,
                   n = token < first ? token : token - first + end;
     static_cast<T*>(
@@ -85,7 +84,7 @@ FI_DEVICE_INLINE void write_padding(const BatchAttentionParams& p) {
         from_float<T>(0.0f);
   }
   if (c.lse == nullptr) return;
-  for (int64_t row = me; row < rows; row += step) {
+  for (int64_t row = me; row < rows; row += threads) {
     const int64_t token = row / c.num_qo_heads, n = token < first ? token : token - first + end;
     c.lse[n * c.num_qo_heads + row - token * c.num_qo_heads] = -__builtin_inff();
   }

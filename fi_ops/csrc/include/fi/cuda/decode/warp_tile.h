@@ -31,6 +31,7 @@ class WarpTile {
   static constexpr int kRowBytes = kDim * 2, kChunks = kDim / 8, kSteps = kDim / 16;
 
  public:
+  using Element = T;
   static constexpr int kRows = 16, kSliceKeys = 16;
   static constexpr int kTileBytes = kSliceKeys * kRowBytes;  // of keys, or of values
 
@@ -40,6 +41,16 @@ class WarpTile {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) load_query_fragment(q_[step], step);
     }
+    clear();
+  }
+
+  // Where four columns of a published row are.
+  FI_DEVICE_INLINE static int acc_offset(int row, int chunk) { return row * kDim + (chunk ^ (row & 7)) * 4; }
+
+ protected:
+  FI_DEVICE_INLINE explicit WarpTile(unsigned char* query) : query_(query), lane_(threadIdx.x % 32) {}
+
+  FI_DEVICE_INLINE void clear() {
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
@@ -48,12 +59,6 @@ class WarpTile {
     max_[0] = max_[1] = -kInf;
     sum_[0] = sum_[1] = 0.0f;
   }
-
-  // Where four columns of a published row are.
-  FI_DEVICE_INLINE static int acc_offset(int row, int chunk) { return row * kDim + (chunk ^ (row & 7)) * 4; }
-
- protected:
-  FI_DEVICE_INLINE explicit WarpTile(unsigned char* query) : query_(query), lane_(threadIdx.x % 32) {}
 
   FI_DEVICE_INLINE static int offset_of(int row, int chunk) { return row_chunk_offset<kDim>(row, chunk); }
   // offset_of(row, 2 * pair + chunk), chunk 0 or 1, for a constant pair: four addresses serve all pairs.
@@ -150,13 +155,7 @@ class WarpTile {
   // `stage` (16 rows of kDim). Where the warp had no slice, only sums of 0.
   FI_DEVICE_INLINE void publish_to(float* stage, float* row_max, float* row_sum, const float** acc,
                                    int num_rows, bool had_slices) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int other = 1; other < 4; other *= 2) sum_[half] += __shfl_xor_sync(~0u, sum_[half], other);
-      const int row = row_of(2 * half);
-      if (lane_ % 4 == 0) row_max[row] = max_[half], row_sum[row] = sum_[half];
-    }
+    publish_sums(row_max, row_sum);
     if (!had_slices) return;
     __syncwarp();
     if (lane_ == 0) *acc = stage;
@@ -171,6 +170,15 @@ class WarpTile {
         *reinterpret_cast<float2*>(stage + offset + lane_ % 2 * 2) =
             float2{acc_[n][2 * half], acc_[n][2 * half + 1]};
       }
+    }
+  }
+  FI_DEVICE_INLINE void publish_sums(float* row_max, float* row_sum) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int other = 1; other < 4; other *= 2) sum_[half] += __shfl_xor_sync(~0u, sum_[half], other);
+      const int row = row_of(2 * half);
+      if (lane_ % 4 == 0) row_max[row] = max_[half], row_sum[row] = sum_[half];
     }
   }
 

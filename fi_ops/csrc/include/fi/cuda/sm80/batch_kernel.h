@@ -5,6 +5,8 @@
 // grid is as large as the GPU, since how many tiles there are is the device's to know.
 #pragma once
 
+#include <type_traits>
+
 #include "fi/cuda/launch.h"
 #include "fi/cuda/sm80/batch.h"
 #include "fi/cuda/sm80/batch_keys.h"
@@ -15,16 +17,28 @@
 
 namespace fi::cuda {
 
-// kVariants: soft cap, ALiBi, custom mask, RoPE; else only what causal, window and length exclude.
-template <class T_, int kDimQK_, int kDimVO_, bool kFp8_, bool kVariants_>
+// Keys a tile: as many as two stages of them, and what the features need, leave room for in 99 KB.
+constexpr int batch_keys(int dim_qk, int block_rows, BatchFeatures features) {
+  const bool is_tight = dim_qk > 64 && dim_qk <= 128;
+  return features == BatchFeatures::mask_rope && is_tight
+             ? 48
+             : prefill_keys(dim_qk, block_rows, features == BatchFeatures::all);
+}
+
+template <class T_, int kDimQK_, int kDimVO_, bool kFp8_, BatchFeatures kFeatures_>
 struct BatchTilesConfig {
   using T = T_;
   static constexpr int kDimQK = kDimQK_, kDimVO = kDimVO_, kM = kDimQK < 256 ? 2 : 1;
-  static constexpr bool kFp8 = kFp8_, kVariants = kVariants_;
+  static constexpr bool kFp8 = kFp8_;
+  static constexpr BatchFeatures kFeatures = kFeatures_;
+  static constexpr bool kMaskRope = kFeatures != BatchFeatures::none;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kM * kWarps;
-  static constexpr int kKeys = prefill_keys(kDimQK, kRows, kVariants);
+  static constexpr int kKeys = batch_keys(kDimQK, kRows, kFeatures);
   static constexpr unsigned kBlocksOfTile = kTileQueries / kRows;  // for each query head of a group
   static_assert(kDimQK >= kDimVO);  // the output takes the query's place in shared memory
+
+  // A tile's words are read while the three before it are at work.
+  static constexpr int kMaskStages = 4;
 
   struct Part {
     int item, nth, of;
@@ -33,8 +47,8 @@ struct BatchTilesConfig {
   struct Smem {
     alignas(128) T q[kRows * kDimQK];
     typename BatchKeys<BatchTilesConfig>::Smem keys;
-    uint64_t mask_words[2][kVariants ? kRows : 1];
-    Row rows[kRows];
+    MaskWord<kKeys> mask_words[kMaskStages][kMaskRope ? kRows : 1];
+    std::conditional_t<kFeatures == BatchFeatures::all, Row, RowKeys> rows[kRows];
     int partial[5 * kWarps];
     BlockOfRows block;
     BlockRange range;
@@ -42,6 +56,7 @@ struct BatchTilesConfig {
     Request request;
     float scale2;  // base 2, with k_scale
     Part part;
+    unsigned next_item;
     bool is_last_part;
   };
 };
@@ -58,21 +73,22 @@ class BatchTilesBlock : WarpRows<C> {
 
  public:
   FI_DEVICE_INLINE BatchTilesBlock(const BatchTilesArgs& args, typename C::Smem& smem)
-      : args(args), p(args.p), smem(smem), keys(args.p, args.plan.header, smem.keys) {}
+      : args(args), p(args.p), smem(smem), keys(args, smem.keys) {}
 
-  // The tiles come longest first. A block's turn changes its end of the grid from round to round, so that who
-  // had the longest of one round has the shortest of the next.
+  // Items come longest first; who is done takes the next.
   FI_DEVICE_INLINE void run() {
     const unsigned items = num_items(), parts = num_parts(items);
-    for (unsigned round = 0; round * gridDim.x < items * parts; ++round) {
-      const unsigned turn = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-      const unsigned at = round * gridDim.x + turn;
-      if (at < items * parts && begin(at / parts) && take_part(at / parts, at % parts, parts)) {
+    for (unsigned at = blockIdx.x; at < items * parts; at = smem.next_item) {
+      const bool has_rows = begin(at / parts) && take_part(at / parts, at % parts, parts);
+      if (has_rows) {
         attend();
         this->join_sums();
         smem.part.of > 1 ? write_part() : write();
       }
       __syncthreads();  // all are done with what lies in shared memory
+      if (threadIdx.x == 0)
+        smem.next_item = gridDim.x + (parts > 1 ? items * parts : atomicAdd(args.next_item, 1u));
+      __syncthreads();
     }
   }
 
@@ -156,29 +172,40 @@ class BatchTilesBlock : WarpRows<C> {
     }
   }
 
+  // Of four tiles in a row one is attended to, one on its way, one located and one looked up.
   FI_DEVICE_INLINE void attend() {
-    const bool masked = C::kVariants && p.custom_mask, rotates = C::kVariants && p.call.rope.cos;
-    int stage = 0, tile = next_tile(smem.last_tile, stage);
+    const bool rotates = C::kMaskRope && p.call.rope.cos;
+    int stage = 0, words = 0;  // of the tile at hand
+    int tile = next_tile(smem.last_tile, 0), located = -1, looked_up = -1;
     bool rotate_q = rotates;
     if (tile >= 0) {
       keys.look_up(tile);
       cp_async_commit();
+      located = next_tile(tile, 1);
       cp_async_wait<0>();
-      load(tile, stage, masked);
+      keys.locate(tile);
+      if (located >= 0) keys.look_up(located);
+      cp_async_commit();
+      keys.load(0);
+      cp_async_commit();
+      if (located >= 0) {
+        looked_up = next_tile(located, 2);
+        cp_async_wait<1>();
+        keys.locate(located);
+        if (looked_up >= 0) keys.look_up(looked_up);
+      }
     }
     cp_async_commit();
     while (tile >= 0) {
       cp_async_wait<0>();
       __syncthreads();  // this tile has arrived; all warps are done with the one before it
       if constexpr (C::kFp8) keys.widen();
-      const int next = next_tile(tile, stage ^ 1);
-      if (next >= 0) {
-        if (masked) {
-          keys.look_up(next);
-          cp_async_commit();
-          cp_async_wait<0>();
-        }
-        load(next, stage ^ 1, masked);
+      if (located >= 0) keys.load(stage ^ 1);
+      int after = -1;
+      if (looked_up >= 0) {
+        keys.locate(looked_up);
+        after = next_tile(looked_up, words + 3);
+        if (after >= 0) keys.look_up(after);
       }
       cp_async_commit();
       if constexpr (C::kFp8) __syncthreads();
@@ -187,50 +214,51 @@ class BatchTilesBlock : WarpRows<C> {
         rotate_q = false;
         __syncthreads();
       }
-      attend_tile(tile, stage);
-      tile = next, stage ^= 1;
+      attend_tile(tile, stage, words);
+      tile = located, located = looked_up, looked_up = after;
+      stage ^= 1, ++words;
     }
     cp_async_wait<0>();  // of q, where there was no tile
   }
 
-  // The next tile down from `tile` that has a key for some row, -1 after the last.
-  FI_DEVICE_INLINE int next_tile(int tile, int stage) {
+  // The next tile down from `tile` that has a key for some row, -1 after the last. `words`: of its mask.
+  FI_DEVICE_INLINE int next_tile(int tile, int words) {
     while (--tile >= smem.first_tile) {
-      if (!C::kVariants || !p.custom_mask || read_mask(tile, stage)) return tile;
+      if constexpr (C::kMaskRope) {
+        if (p.custom_mask && !read_mask(tile, words)) continue;
+      }
+      return tile;
     }
     return -1;
   }
 
   // Whether the mask leaves a key to some row.
-  FI_DEVICE_INLINE bool read_mask(int tile, int stage) {
+  FI_DEVICE_INLINE bool read_mask(int tile, int words) {
     const int r = threadIdx.x;
-    uint64_t word = 0;
+    MaskWord<C::kKeys> word = 0;
     if (r < C::kRows && smem.block.has(r))
       word = mask_word<C::kKeys>(p, smem.request, smem.rows[r], smem.block.query(r), tile * C::kKeys);
-    if (r < C::kRows) smem.mask_words[stage][r] = word;
+    if (r < C::kRows) smem.mask_words[words % C::kMaskStages][r] = word;
     return __syncthreads_or(word != 0);
-  }
-
-  FI_DEVICE_INLINE void load(int tile, int stage, bool masked) {
-    keys.load(tile, stage);
-    if (!masked && tile > smem.first_tile) keys.look_up(tile - 1);
   }
 
   FI_DEVICE_INLINE void rotate(int tile, int stage, bool rotate_q) {
     const int first = tile * C::kKeys;
-    rotate_tile<C::kDimQK, C::kThreads>(keys.k(stage), C::kKeys, p, [&](int r) { return first + r; });
+    rotate_tile<C::kDimQK, C::kKeys, C::kThreads>(keys.k(stage), p, args.rope_has_packs,
+                                                  [&](int r) { return first + r; });
     if (!rotate_q) return;
     const BlockOfRows block = smem.block;
     const int64_t offset = smem.request.kv_len - smem.request.qo_len;
-    rotate_tile<C::kDimQK, C::kThreads>(smem.q, C::kRows, p, [&](int r) { return block.query(r) + offset; });
+    rotate_tile<C::kDimQK, C::kRows, C::kThreads>(smem.q, p, args.rope_has_packs,
+                                                  [&](int r) { return block.query(r) + offset; });
   }
 
-  FI_DEVICE_INLINE void attend_tile(int tile, int stage) {
+  FI_DEVICE_INLINE void attend_tile(int tile, int stage, int words) {
     const int first = tile * C::kKeys;
     typename Rows::Logits s;
     multiply_keys<C::kDimQK, C::kM, C::kKeys>(s, smem.q, warp_row, keys.k(stage));
     float scale2 = smem.scale2;
-    if constexpr (C::kVariants) {
+    if constexpr (C::kFeatures == BatchFeatures::all) {
       this->apply_variants(s, first, smem.rows, scale2, p.call.logits_soft_cap);
       scale2 = 1.0f;
     } else if (!(scale2 > 0.0f)) {  // softmax() has the maximum of products, not of logits
@@ -239,8 +267,8 @@ class BatchTilesBlock : WarpRows<C> {
       });
       scale2 = 1.0f;
     }
-    if (C::kVariants && p.custom_mask) {
-      apply_mask(s, stage);
+    if (C::kMaskRope && p.custom_mask) {
+      apply_mask(s, words);
     } else if (first < smem.range.open_begin || first + C::kKeys > smem.range.open_end) {
       this->exclude_keys(s, first, smem.rows);
     }
@@ -249,10 +277,16 @@ class BatchTilesBlock : WarpRows<C> {
     add_values<C::kDimVO, C::kM, C::kKeys>(o, s, keys.v(stage));
   }
 
-  FI_DEVICE_INLINE void apply_mask(typename Rows::Logits& s, int stage) const {
+  FI_DEVICE_INLINE void apply_mask(typename Rows::Logits& s, int words) const {
+    using Word = MaskWord<C::kKeys>;
+    const Word* rows = smem.mask_words[words % C::kMaskStages];
+    constexpr Word kFull = static_cast<Word>(~uint64_t{0} >> (64 - C::kKeys));
+    bool full = true;
+    this->for_each_row([&](int m, int half) { full = full && rows[this->row_of(m, half)] == kFull; });
+    if (__all_sync(kAllLanes, full)) return;
     this->for_each_row([&](int m, int half) {
-      const uint64_t word = smem.mask_words[stage][this->row_of(m, half)] >> this->key_of(0, 0);
-      const uint32_t low = static_cast<uint32_t>(word), high = static_cast<uint32_t>(word >> 32);
+      const Word word = rows[this->row_of(m, half)] >> this->key_of(0, 0);
+      const uint32_t low = static_cast<uint32_t>(word), high = static_cast<uint32_t>(uint64_t{word} >> 32);
       this->for_each_logit(s, m, half, [&](float& x, int n, int e) {
         if (!((n < 4 ? low : high) >> (8 * (n % 4) + e) & 1)) x = -kInf;
       });
@@ -343,10 +377,16 @@ void launch_batch_tiles(BatchTilesArgs args, const Gpu& gpu) {
 
 template <class T, int kDimQK, int kDimVO, bool kFp8>
 void run_batch_tiles(const BatchTilesArgs& args, const Gpu& gpu) {
-  if (needs_variants(args.p)) {
-    launch_batch_tiles<BatchTilesConfig<T, kDimQK, kDimVO, kFp8, true>>(args, gpu);
-  } else {
-    launch_batch_tiles<BatchTilesConfig<T, kDimQK, kDimVO, kFp8, false>>(args, gpu);
+  auto with = [&]<BatchFeatures kFeatures>() {
+    launch_batch_tiles<BatchTilesConfig<T, kDimQK, kDimVO, kFp8, kFeatures>>(args, gpu);
+  };
+  switch (features_of(args.p)) {
+    case BatchFeatures::none:
+      return with.template operator()<BatchFeatures::none>();
+    case BatchFeatures::mask_rope:
+      return with.template operator()<BatchFeatures::mask_rope>();
+    case BatchFeatures::all:
+      return with.template operator()<BatchFeatures::all>();
   }
 }
 

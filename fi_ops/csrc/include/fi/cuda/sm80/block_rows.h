@@ -10,8 +10,10 @@
 namespace fi::cuda {
 
 // What the kernels ask about one row; kept in shared memory.
-struct Row {
-  int begin, end;  // its keys
+struct RowKeys {
+  int begin, end;
+};
+struct Row : RowKeys {
   float position;  // for ALiBi
   float slope;     // of ALiBi, base 2; 0: none
 };
@@ -36,20 +38,24 @@ struct BlockOfRows {
 
 // Fills rows[0, kRows) and returns what they have in common. `flag` is a property of row threadIdx.x.
 // For all threads of the block, kThreads >= kRows; `partial`: 5 ints a warp. Ends with a barrier.
-template <int kRows, int kThreads>
-FI_DEVICE_INLINE BlockRange load_rows(const AttentionParams& p, const BlockOfRows& block, Row* rows,
-                                      bool flag, int* partial) {
+// R: Row, or RowKeys where there is no ALiBi.
+template <int kRows, int kThreads, class R>
+FI_DEVICE_INLINE BlockRange load_rows(const AttentionParams& p, const BlockOfRows& block, R* rows, bool flag,
+                                      int* partial) {
   constexpr int kFar = 0x7fffffff;
   const int r = threadIdx.x;
   // begin, -end, -open_begin, open_end, flag: all joined by the minimum.
   int v[5] = {kFar, 0, 0, kFar, 1};
   if (r < kRows) {
-    Row row{0, 0, 0.0f, 0.0f};
+    R row{};
     if (block.has(r)) {
       const int64_t position = query_position(p, block.b, block.query(r));
       const KeyRange keys = keys_of_position(p, position);
-      row = {keys.begin, keys.end, static_cast<float>(position), 0.0f};
-      if (p.alibi_slopes) row.slope = p.alibi_slopes.at(block.head(r)) * kLog2e;
+      row.begin = keys.begin, row.end = keys.end;
+      if constexpr (__is_same(R, Row)) {
+        row.position = static_cast<float>(position);
+        if (p.alibi_slopes) row.slope = p.alibi_slopes.at(block.head(r)) * kLog2e;
+      }
       if (keys.begin < keys.end) {
         v[0] = keys.begin, v[1] = -keys.end;
         v[2] = -keys.begin, v[3] = keys.end;

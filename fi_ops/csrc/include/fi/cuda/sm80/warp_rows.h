@@ -70,9 +70,10 @@ class WarpRows {
   }
 
   // Keys that a row may not see become -inf, even where their product is NaN.
-  FI_DEVICE_INLINE void exclude_keys(Logits& s, int first, const Row* rows) const {
+  template <class R>
+  FI_DEVICE_INLINE void exclude_keys(Logits& s, int first, const R* rows) const {
     for_each_row([&](int m, int half) {
-      const Row row = rows[row_of(m, half)];
+      const RowKeys row = rows[row_of(m, half)];
       for_each_logit(s, m, half, [&](float& x, int n, int e) {
         const int j = first + key_of(n, e);
         if (j < row.begin || j >= row.end) x = -kInf;
