@@ -106,7 +106,11 @@ def test_fixed_split_depends_on_the_request_alone(qo_len, kv_dtype, device):
     table = own[4]
     padded = (*own[:4], torch.cat((table, table.new_zeros(1_100_000))), *own[5:])
     assert all(torch.equal(a, b) for a, b in zip(run(padded, slice(None)), alone, strict=True))
-    for before, after in (([(1, 30)], []), ([(3, 1000), (1, 0)], [(1, 5000), (0, 9)]), ([(1, 200)] * 70, [(2, 129)] * 5)):
+    for before, after in (
+        ([(1, 30)], []),
+        ([(3, 1000), (1, 0)], [(1, 5000), (0, 9)]),
+        ([(1, 200)] * 70, [(2, 129)] * 5),
+    ):
         lens = [*before, (qo_len, kv_len), *after]
         args = paged_call(*zip(*lens, strict=True), device, kv_dtype=kv_dtype, dim=128)
         query, key, value, qo_indptr, kv_indices, kv_indptr, _ = args
@@ -140,7 +144,9 @@ def block_loads(plan, kv_lens, kv_heads: int, room: int) -> list[int]:
     return [sum(keys[end - base - (b < extra) : end]) for b, end in enumerate(ends)]
 
 
-@pytest.mark.parametrize("kv_lens", [[512] * 255 + [131072], [131072] + [512] * 255, [2000 + 37 * i for i in range(64)]])
+@pytest.mark.parametrize(
+    "kv_lens", [[512] * 255 + [131072], [131072] + [512] * 255, [2000 + 37 * i for i in range(64)]]
+)
 def test_skewed_batches_are_shared_out_evenly(kv_lens):
     """One block of 128k keys among 255 of 512: the slowest of an H100's blocks has at most 1.1 of the mean."""
     pages = indptr([-(-n // 16) for n in kv_lens], "cpu")
@@ -156,7 +162,7 @@ def test_skewed_batches_are_shared_out_evenly(kv_lens):
 def test_a_captured_graph_plans_anew(with_plan):
     """Lengths, tables and queries change between replays, the graph does not: right each time."""
     args = paged_call([1] * 8, [900] * 8, "cuda", dim=128)
-    query, key, value, qo_indptr, kv_indices, kv_indptr, last = args
+    query, _key, _value, qo_indptr, kv_indices, kv_indptr, last = args
 
     def step():
         plan = None
@@ -173,7 +179,11 @@ def test_a_captured_graph_plans_anew(with_plan):
     with torch.cuda.graph(graph):
         output = step()
     # A request that grows, that shrinks, that leaves; queries that come to belong to others.
-    for qo_lens, kv_lens in (([1] * 8, [900] * 8), ([1] * 8, [1, 7000, 0, 64, 16, 9, 1, 30]), ([3, 0, 2, 0, 1, 1, 0, 0], [50] * 8)):
+    for qo_lens, kv_lens in (
+        ([1] * 8, [900] * 8),
+        ([1] * 8, [1, 7000, 0, 64, 16, 9, 1, 30]),
+        ([3, 0, 2, 0, 1, 1, 0, 0], [50] * 8),
+    ):
         counts = [-(-n // 16) for n in kv_lens]
         qo_indptr.copy_(indptr(qo_lens, "cuda"))
         kv_indptr.copy_(indptr(counts, "cuda"))
@@ -181,5 +191,7 @@ def test_a_captured_graph_plans_anew(with_plan):
         kv_indices.copy_(kv_indices[torch.randperm(len(kv_indices), device="cuda")])
         query.normal_()
         graph.replay()
-        expected = SPECS["paged_attention"].reference(*(t.double() if t.is_floating_point() else t for t in args), causal=True)
+        expected = SPECS["paged_attention"].reference(
+            *(t.double() if t.is_floating_point() else t for t in args), causal=True
+        )
         torch.testing.assert_close(output.double(), expected, rtol=0.02, atol=0.02)

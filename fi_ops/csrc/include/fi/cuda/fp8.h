@@ -8,7 +8,7 @@ namespace fi::cuda {
 
 // Each of four bytes as the upper half of 16 bits: bytes 0 and 1, bytes 2 and 3.
 FI_DEVICE_INLINE uint2 spread_bytes(uint32_t x) {
-  return {(x & 0xffu) << 8 | (x & 0xff00u) << 16, (x & 0xff0000u) >> 8 | (x & 0xff000000u)};
+  return {__byte_perm(x, 0, 0x1404), __byte_perm(x, 0, 0x3424)};
 }
 
 // Two e4m3 in the upper halves of 16 bits, neither NaN: exponent and mantissa, moved to where T has them, are

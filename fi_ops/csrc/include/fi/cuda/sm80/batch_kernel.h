@@ -175,9 +175,8 @@ class BatchTilesBlock : WarpRows<C> {
   // Of four tiles in a row one is attended to, one on its way, one located and one looked up.
   FI_DEVICE_INLINE void attend() {
     const bool rotates = C::kMaskRope && p.call.rope.cos;
-    int stage = 0, words = 0;  // of the tile at hand
+    int nth = 0;  // of the tiles that are attended to
     int tile = next_tile(smem.last_tile, 0), located = -1, looked_up = -1;
-    bool rotate_q = rotates;
     if (tile >= 0) {
       keys.look_up(tile);
       cp_async_commit();
@@ -200,32 +199,31 @@ class BatchTilesBlock : WarpRows<C> {
       cp_async_wait<0>();
       __syncthreads();  // this tile has arrived; all warps are done with the one before it
       if constexpr (C::kFp8) keys.widen();
-      if (located >= 0) keys.load(stage ^ 1);
+      if (located >= 0) keys.load(1 - nth % 2);
       int after = -1;
       if (looked_up >= 0) {
         keys.locate(looked_up);
-        after = next_tile(looked_up, words + 3);
+        after = next_tile(looked_up, nth + 3);
         if (after >= 0) keys.look_up(after);
       }
       cp_async_commit();
       if constexpr (C::kFp8) __syncthreads();
       if (rotates) {
-        rotate(tile, stage, rotate_q);
-        rotate_q = false;
+        rotate(tile, nth);
         __syncthreads();
       }
-      attend_tile(tile, stage, words);
+      attend_tile(tile, nth);
       tile = located, located = looked_up, looked_up = after;
-      stage ^= 1, ++words;
+      ++nth;
     }
     cp_async_wait<0>();  // of q, where there was no tile
   }
 
-  // The next tile down from `tile` that has a key for some row, -1 after the last. `words`: of its mask.
-  FI_DEVICE_INLINE int next_tile(int tile, int words) {
+  // The next tile down from `tile` that has a key for some row, -1 after the last; it becomes the nth.
+  FI_DEVICE_INLINE int next_tile(int tile, int nth) {
     while (--tile >= smem.first_tile) {
       if constexpr (C::kMaskRope) {
-        if (p.custom_mask && !read_mask(tile, words)) continue;
+        if (p.custom_mask && !read_mask(tile, nth)) continue;
       }
       return tile;
     }
@@ -233,27 +231,28 @@ class BatchTilesBlock : WarpRows<C> {
   }
 
   // Whether the mask leaves a key to some row.
-  FI_DEVICE_INLINE bool read_mask(int tile, int words) {
+  FI_DEVICE_INLINE bool read_mask(int tile, int nth) {
     const int r = threadIdx.x;
     MaskWord<C::kKeys> word = 0;
     if (r < C::kRows && smem.block.has(r))
       word = mask_word<C::kKeys>(p, smem.request, smem.rows[r], smem.block.query(r), tile * C::kKeys);
-    if (r < C::kRows) smem.mask_words[words % C::kMaskStages][r] = word;
+    if (r < C::kRows) smem.mask_words[nth % C::kMaskStages][r] = word;
     return __syncthreads_or(word != 0);
   }
 
-  FI_DEVICE_INLINE void rotate(int tile, int stage, bool rotate_q) {
+  FI_DEVICE_INLINE void rotate(int tile, int nth) {
     const int first = tile * C::kKeys;
-    rotate_tile<C::kDimQK, C::kKeys, C::kThreads>(keys.k(stage), p, args.rope_has_packs,
+    rotate_tile<C::kDimQK, C::kKeys, C::kThreads>(keys.k(nth % 2), p, args.rope_has_packs,
                                                   [&](int r) { return first + r; });
-    if (!rotate_q) return;
+    if (nth > 0) return;  // the queries are rotated
     const BlockOfRows block = smem.block;
     const int64_t offset = smem.request.kv_len - smem.request.qo_len;
     rotate_tile<C::kDimQK, C::kRows, C::kThreads>(smem.q, p, args.rope_has_packs,
                                                   [&](int r) { return block.query(r) + offset; });
   }
 
-  FI_DEVICE_INLINE void attend_tile(int tile, int stage, int words) {
+  FI_DEVICE_INLINE void attend_tile(int tile, int nth) {
+    const int stage = nth % 2;
     const int first = tile * C::kKeys;
     typename Rows::Logits s;
     multiply_keys<C::kDimQK, C::kM, C::kKeys>(s, smem.q, warp_row, keys.k(stage));
@@ -268,7 +267,7 @@ class BatchTilesBlock : WarpRows<C> {
       scale2 = 1.0f;
     }
     if (C::kMaskRope && p.custom_mask) {
-      apply_mask(s, words);
+      apply_mask(s, nth);
     } else if (first < smem.range.open_begin || first + C::kKeys > smem.range.open_end) {
       this->exclude_keys(s, first, smem.rows);
     }
@@ -277,9 +276,9 @@ class BatchTilesBlock : WarpRows<C> {
     add_values<C::kDimVO, C::kM, C::kKeys>(o, s, keys.v(stage));
   }
 
-  FI_DEVICE_INLINE void apply_mask(typename Rows::Logits& s, int words) const {
+  FI_DEVICE_INLINE void apply_mask(typename Rows::Logits& s, int nth) const {
     using Word = MaskWord<C::kKeys>;
-    const Word* rows = smem.mask_words[words % C::kMaskStages];
+    const Word* rows = smem.mask_words[nth % C::kMaskStages];
     constexpr Word kFull = static_cast<Word>(~uint64_t{0} >> (64 - C::kKeys));
     bool full = true;
     this->for_each_row([&](int m, int half) { full = full && rows[this->row_of(m, half)] == kFull; });

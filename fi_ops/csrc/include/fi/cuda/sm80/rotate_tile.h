@@ -45,7 +45,7 @@ FI_DEVICE_INLINE void rotate_tile(T* tile, const BatchAttentionParams& p, bool h
   auto table_row = [&](int r) { return clamp_index(position_of(r), 0, p.rope_len - 1); };
   if (has_packs) {
     for (int u = threadIdx.x % 8; u < pairs / 8; u += 8) {
-#pragma unroll 2
+#pragma unroll kRows <= 64 && kDim <= 128 ? 2 : 1  // registers are short
       for (int r = threadIdx.x / 8; r < kRows; r += kThreads / 8) {
         rope.interleaved ? rotate_eight<kDim, true>(tile, r, u, rope, table_row(r))
                          : rotate_eight<kDim, false>(tile, r, u, rope, table_row(r));

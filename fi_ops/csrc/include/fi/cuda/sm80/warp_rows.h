@@ -62,9 +62,11 @@ class WarpRows {
     const float to_cap = cap > 0.0f ? 2.0f * scale2 / cap : 0.0f;
     for_each_row([&](int m, int half) {
       const Row row = rows[row_of(m, half)];
+      const float distance =
+          static_cast<float>(first + key_of(0, 0)) - row.position;  // of the thread's first key
       for_each_logit(s, m, half, [&](float& x, int n, int e) {
         x = cap > 0.0f ? cap * kLog2e * tanh_exp2(x * to_cap) : x * scale2;
-        x += (static_cast<float>(first + key_of(n, e)) - row.position) * row.slope;
+        x = fmaf(distance + static_cast<float>(8 * n + e), row.slope, x);
       });
     });
   }

@@ -8,30 +8,13 @@
 #include <numeric>
 #include "fi/batch_attention.h"
 #include "fi/cuda/batch/plan.h"
+#include "fi/cuda/divisor.h"
 
 #include "fi/cuda/sm90/prefill_work.h"
 
 namespace fi::cuda::sm90 {
 
 FI_INLINE int clamp_int(int64_t x, int low, int high) { return static_cast<int>(clamp_index(x, low, high)); }
-
-// Division of numbers below 2^31 by one that the host knows: a product and a shift.
-class Divisor {
- public:
-  Divisor() = default;
-  explicit Divisor(unsigned divisor) {
-    int log2 = 0;
-    while ((uint64_t{1} << log2) < divisor) ++log2;
-    shift_ = 31 + log2;
-    factor_ = static_cast<uint32_t>(((uint64_t{1} << shift_) + divisor - 1) / divisor);
-  }
-
-  FI_HD unsigned divide(unsigned x) const { return static_cast<unsigned>(uint64_t{x} * factor_ >> shift_); }
-
- private:
-  uint32_t factor_ = 0;
-  int shift_ = 0;
-};
 
 // A batch as its producers see it.
 struct BatchShape {
