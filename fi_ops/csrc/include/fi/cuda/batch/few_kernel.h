@@ -367,11 +367,9 @@ class FewBlock {
   FewShared& shared;
 };
 
-// Dynamic shared memory: the warps' parts, the query rows, FewShared.
+// What a block does. Dynamic shared memory: the warps' parts, the query rows, FewShared.
 template <class T, class Engine, bool kFixed>
-__global__ void __launch_bounds__(Engine::kSmWarps / Engine::kBlocksAnSm * 32, Engine::kBlocksAnSm)
-    few_kernel(const __grid_constant__ FewArgs args, int warp_bytes, int query_bytes) {
-  allow_next_kernel();
+FI_DEVICE_INLINE void few_block(const FewArgs& args, int warp_bytes, int query_bytes) {
   unsigned char* smem = dynamic_smem();
   unsigned char* query = smem + static_cast<int>(blockDim.x / 32) * warp_bytes;
   FewBlock<T, Engine, kFixed> block(args, query, *reinterpret_cast<FewShared*>(query + query_bytes));
@@ -379,10 +377,17 @@ __global__ void __launch_bounds__(Engine::kSmWarps / Engine::kBlocksAnSm * 32, E
 }
 
 template <class T, class Engine, bool kFixed>
-void run_few(FewArgs args, const Gpu& gpu) {
+__global__ void __launch_bounds__(Engine::kSmWarps / Engine::kBlocksAnSm * 32, Engine::kBlocksAnSm)
+    few_kernel(const __grid_constant__ FewArgs args, int warp_bytes, int query_bytes) {
+  allow_next_kernel();
+  few_block<T, Engine, kFixed>(args, warp_bytes, query_bytes);
+}
+
+// Fills in what follows from sizes alone, and allocates; the number of blocks, of which `room` run at once.
+template <class Engine, bool kFixed>
+int64_t prepare_few(FewArgs& args, int64_t room) {
   const AttentionParams& c = args.p.call;
-  const decode::BlockShape shape = decode::shape_of_block<Engine>(c, gpu, sizeof(FewShared), /*wide=*/false);
-  args.room = gpu.num_sms * Engine::kBlocksAnSm;
+  args.room = static_cast<int>(room);
   args.min_units = Engine::kMinUnits;
   args.acc_width = Engine::kHeadDim;
   const int64_t rows = c.qo_len * args.group, most_rows = rows < kFewRows ? rows : kFewRows;
@@ -394,7 +399,7 @@ void run_few(FewArgs args, const Gpu& gpu) {
                                                    ((c.kv_len + unit_keys - 1) / unit_keys) +
                                                2 * int64_t{args.plan.max_segments});
   const int64_t wanted = (most_units + args.min_units - 1) / args.min_units;
-  const int64_t most = most_units >= int64_t{kLongShare} * args.room ? 2 * args.room : args.room;
+  const int64_t most = most_units >= int64_t{kLongShare} * room ? 2 * room : room;
   const int64_t grid = clamp_index(wanted, 1, most);
   args.most_units = static_cast<int>(clamp_index(most_units, 0, INT_MAX));
   auto allocate = [&](int64_t floats) {
@@ -408,6 +413,14 @@ void run_few(FewArgs args, const Gpu& gpu) {
     args.folded = allocate(grid * args.part_rows * args.acc_width / 4 * 6);
   }
   args.partials = allocate(args.num_slots * args.partial_floats());
+  return grid;
+}
+
+template <class T, class Engine, bool kFixed>
+void run_few(FewArgs args, const Gpu& gpu) {
+  const decode::BlockShape shape =
+      decode::shape_of_block<Engine>(args.p.call, gpu, sizeof(FewShared), /*wide=*/false);
+  const int64_t grid = prepare_few<Engine, kFixed>(args, int64_t{gpu.num_sms} * Engine::kBlocksAnSm);
   launch(gpu, few_kernel<T, Engine, kFixed>, dim3(static_cast<unsigned>(grid)), dim3(shape.warps * 32),
          shape.all_bytes, /*overlap=*/true, args, static_cast<int>(shape.warp_bytes),
          static_cast<int>(shape.query_bytes));
