@@ -1,7 +1,8 @@
 """Prefill and decode in one call with FlashInfer's names, arguments and defaults (`flashinfer.pod`).
 
-`PODWithPagedKVCacheWrapper` is an op each for prefill, whose keys are tensors of their own, and decode; over one paged cache
-`BatchPODWithPagedKVCacheWrapper` is one op for both where it can be, and `BatchAttention` always:
+`PODWithPagedKVCacheWrapper` is one op for prefill, whose keys are tensors of their own, and decode; with a mask, positions, or
+scales other than numbers for q and k it is two. Over one paged cache `BatchPODWithPagedKVCacheWrapper` is one op for both
+where it can be, and `BatchAttention` always:
 
     wrapper = fi_ops.BatchAttention("NHD", device)
     wrapper.plan(qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_qo_heads, num_kv_heads, head_dim, head_dim, page_size,
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from ._arguments import require
-from ._batch_options import with_data_type
+from ._batch_options import check_kv_layout, with_data_type
 from ._batch_prefill import BatchPrefillWithPagedKVCacheWrapper
 from ._batch_wrapper import values_known
 from .decode import BatchDecodeWithPagedKVCacheWrapper
@@ -154,6 +155,23 @@ class PODWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
                 value in (default, planned),
                 f"{name} must be {planned}, as planned, got {value}; pass it to plan (kv_layout_d: to the constructor)",
             )
+        by_number = not isinstance(q_scale, torch.Tensor) and not isinstance(k_scale, torch.Tensor) and v_scale is None
+        no_mask = custom_mask_p is None and packed_custom_mask_p is None
+        no_positions = pos_encoding_mode_p == "NONE" and settings.pos_encoding_mode == "NONE"
+        if by_number and no_mask and no_positions and q_p.dtype == q_d.dtype:
+            check_kv_layout(function, kv_layout_p)
+            if kv_layout_p == "HND" and k_p.dim() == 3 and v_p.dim() == 3:
+                k_p, v_p = k_p.transpose(0, 1), v_p.transpose(0, 1)
+            k_d, v_d = _as_nhd(function, paged_kv_cache_d, self._kv_layout)
+            self._check_call(function, q_d, k_d, v_d, k_d.shape[1] if k_d.dim() == 4 else None)
+            scale = q_d.shape[-1] ** -0.5 if settings.sm_scale is None else settings.sm_scale
+            for factor in (q_scale, k_scale):
+                scale = scale if factor is None else scale * factor
+            out_p, lse_p, out_d, lse_d = torch.ops.fi.pod_attention(
+                q_p, k_p, v_p, q_d, k_d, v_d, self._kv_indices, self._kv_indptr, self._kv_last_page_len, causal_p=causal_p,
+                window_left_p=window_left_p, scale_p=sm_scale_p, window_left=settings.window_left, scale=scale,
+            )  # fmt: skip
+            return (out_p, lse_p) if return_lse_p else out_p, (out_d, lse_d) if return_lse_d else out_d
         prefill = single_prefill_with_kv_cache(
             q_p, k_p, v_p, custom_mask=custom_mask_p, packed_custom_mask=packed_custom_mask_p, causal=causal_p,
             kv_layout=kv_layout_p, pos_encoding_mode=pos_encoding_mode_p, sm_scale=sm_scale_p, window_left=window_left_p,

@@ -211,13 +211,13 @@ def test_plan_and_run_do_not_sync():
     mask = torch.cat([m.flatten() for m in batch.random_masks()])
     on_device = {"qo_indptr": batch.qo_indptr.to("cuda"), "table": batch.table_on("cuda")}
     wrapper = plan_prefill(batch, pos_encoding_mode="ALIBI", **on_device)  # the slopes are made once
+    decode = decode_batch("cuda")
+    table = decode.table_on("cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         for options in ({"causal": True}, {"custom_mask": mask}, {"pos_encoding_mode": "ROPE_LLAMA"}):
             plan_prefill(batch, wrapper, **on_device, **options)
             wrapper.run(batch.q, batch.cache, v_scale=2.0)
-        decode = decode_batch("cuda")
-        table = decode.table_on("cuda")
         plan_decode(decode, table=table).run(decode.q, decode.cache)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -58,7 +58,17 @@ def test_sweep():
 
 def test_unchecked_values():
     """Hostile index tensors that nothing refuses: the kernels stay in their tensors' memory."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--emulate-cuda", *map(str, UNCHECKED)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--emulate-cuda",
+        *map(str, UNCHECKED),
+    ]
     env = {**os.environ, "FI_EMULATION_CHECK": "0"}
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]

@@ -95,7 +95,7 @@ def _fake(
     return torch.empty(size, dtype=torch.int32, device=qo_indptr.device)
 
 
-def _cost(qo_indptr, kv_indptr, kv_last_page_len, nnz_qo, group_size, **_) -> Cost:
+def _cost(qo_indptr, kv_indptr, kv_last_page_len, nnz_qo, group_size, *_, **__) -> Cost:
     given = [t for t in (qo_indptr, kv_indptr, kv_last_page_len) if t is not None]
     return Cost(bytes=sum(t.nbytes for t in given) + 4 * plan_size(qo_indptr.shape[0] - 1, nnz_qo, group_size))
 

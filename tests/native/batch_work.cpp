@@ -79,12 +79,13 @@ struct Call {
   }
 };
 
-void check_tile(const Call& call, const sm90::BatchShape& shape, const sm90::BatchTile& t, int block_m, int block_n) {
+void check_tile(const Call& call, const sm90::BatchShape& shape, const sm90::BatchTile& t, int block_n) {
   const fi::Request r = fi::request_of(call.p, t.work.b);
   const int kv_len = int(r.kv_len), qo_len = int(r.qo_len), offset = kv_len - qo_len;
   if (t.qo_len != qo_len || t.kv_len != kv_len || t.q_begin != r.q_begin || t.kv_begin != r.kv_begin)
     fail("lengths of a request", t.work.b);
-  const int end = t.work.q_start + block_m < qo_len ? t.work.q_start + block_m : qo_len;
+  const int end = t.q_end;
+  if (end > qo_len || t.work.q_start >= end) fail("queries of a tile", t.work.b, t.work.q_start, end);
   const auto sees = [&](int i, int j) {
     return (!shape.causal || j <= i + offset) && (shape.window_left < 0 || j >= i + offset - shape.window_left);
   };
@@ -124,23 +125,28 @@ void check_batch(const Batch& batch, int blocks) {
   size_t expected = 0;
   for (int b = 0; b < int(batch.qo_lens.size()); ++b) {
     for (int q = 0; q < batch.qo_lens[b]; q += fi::kTileQueries) tiles.push_back({b, q});
-    expected += size_t((batch.qo_lens[b] + block_m - 1) / block_m) * batch.heads;
+    expected += size_t(batch.qo_lens[b]) * batch.heads;
   }
   for (size_t i = tiles.size(); i > 1; --i) std::swap(tiles[i - 1], tiles[std::rand() % i]);
-  const sm90::BatchShape shape = sm90::batch_shape(call.p, call.planned(tiles));
+  const sm90::BatchShape shape = sm90::batch_shape(call.p, call.planned(tiles), block_m);
+  const int group = batch.heads / batch.kv_heads;
   std::set<std::pair<int, std::pair<int, int>>> seen;
   for (int block = 0; block < blocks; ++block) {
     sm90::BatchTile tile;
     for (sm90::BatchQueue queue;; queue = tile.queue) {
       sm90::next_batch_tile<block_m, block_n>(shape, blocks, block, queue, tile);
       if (!tile.any()) break;
-      if (tile.kv_head != tile.work.head / (batch.heads / batch.kv_heads)) fail("a KV head", tile.work.head);
-      if (!seen.insert({tile.work.b, {tile.work.q_start, tile.work.head}}).second)
-        fail("a tile twice", tile.work.b, tile.work.q_start, tile.work.head);
-      check_tile(call, shape, tile, block_m, block_n);
+      if (tile.kv_head != tile.work.head / group) fail("a KV head", tile.work.head);
+      if (tile.packed && tile.work.head % group) fail("the first head of a group", tile.work.head);
+      const int heads = tile.packed ? group : 1, rows = (tile.q_end - tile.work.q_start) * heads;
+      if (rows < 1 || rows > block_m) fail("rows of a tile", tile.work.b, rows);
+      for (int row = 0; row < rows; ++row)
+        if (!seen.insert({tile.work.b, {tile.work.q_start + row / heads, tile.work.head + row % heads}}).second)
+          fail("a row twice", tile.work.b, tile.work.q_start, tile.work.head);
+      check_tile(call, shape, tile, block_n);
     }
   }
-  if (seen.size() != expected) fail("tiles missing", int(seen.size()), int(expected));
+  if (seen.size() != expected) fail("rows missing", int(seen.size()), int(expected));
 }
 
 // Whatever the tensors hold, nothing outside of them is named.
@@ -155,7 +161,7 @@ void check_hostile(int page_size) {
         if (std::rand() % 3 == 0) x = any();
     const batch::PlanView plan = call.planned({{any(), any()}, {0, 0}, {1, any()}, {any(), 0}});
     reinterpret_cast<fi::PlanHeader*>(call.plan.data())->num_tiles = any();
-    const sm90::BatchShape shape = sm90::batch_shape(call.p, plan);
+    const sm90::BatchShape shape = sm90::batch_shape(call.p, plan, kBlockM);
     for (int block = 0; block < 3; ++block) {
       sm90::BatchTile t;
       for (sm90::BatchQueue queue;; queue = t.queue) {
@@ -189,6 +195,8 @@ int main() {
         check_batch<192, 80>(batch, 5);
         check_batch<192, 112>(batch, 50);
       }
+  check_batch<128, 128>({{17, 33, 127, 1, 70}, {60, 33, 500, 9, 30}, 16, 16, 2, true, -1}, 5);
+  check_batch<128, 80>({{17, 33, 127, 1, 70}, {60, 33, 500, 9, 30}, 1, 40, 1, true, 20}, 5);
   check_batch<128, 128>({{}, {}, 16, 4, 2, true, -1}, 3);
   check_batch<192, 80>({{}, {}, 16, 4, 2, true, -1}, 3);
   for (int page_size : {0, 1, 16}) {

@@ -2,6 +2,7 @@
 #include "fi/cuda/batch/few.h"
 
 #include "fi/cuda/batch/few_runs.h"
+#include "fi/cuda/decode/rope.h"
 
 namespace fi::cuda::batch {
 
@@ -15,7 +16,10 @@ bool few_rows_supports(const BatchAttentionParams& p) {
   for (const int64_t dim : dims) {
     if (dim == 0 || dim > 256 || dim * kv_bytes % 16 != 0) return false;
   }
-  return c.dtype != DType::f32 && c.rope.cos == nullptr && c.kv_len < int64_t{1} << 30 &&
+  const bool rope_fits = c.rope.cos == nullptr ||
+                         (p.kv_dtype == Fp8::none && p.rope_len > 0 && c.head_dim_qk <= kMostRopeDim &&
+       c.head_dim_vo <= kMostRopeDim && decode::rope_takes_chunks(c.rope));
+  return c.dtype != DType::f32 && rope_fits && c.kv_len < int64_t{1} << 30 &&
          p.table.page_size < int64_t{1} << 30 && whole(c.query, 2, c.q_stride_n, c.q_stride_h) &&
          whole(c.key, kv_bytes, c.k_stride_n, c.k_stride_h, p.k_stride_page) &&
          whole(c.value, kv_bytes, c.v_stride_n, c.v_stride_h, p.v_stride_page);

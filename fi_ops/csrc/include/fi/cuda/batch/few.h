@@ -7,7 +7,11 @@ namespace fi::cuda::batch {
 
 struct FewArgs;
 
-// Whether few_rows() takes the call. Everything that attention over a batch can do, but RoPE.
+// With wider heads there are no registers for the rotation of keys.
+inline constexpr int64_t kMostRopeDim = 128;
+
+// Whether few_rows() takes the call. Everything that attention over a batch
+// can do, but RoPE of fp8 keys and of wide heads.
 bool few_rows_supports(const BatchAttentionParams& p);
 
 // The plan's segments, and the tokens of no request. `arrivals`: one for each segment and KV head, zeroed.

@@ -58,8 +58,17 @@ class FewQuery {
     const int row = item / kChunks, column = item % kChunks * 8;
     if (row >= run.num_rows || column >= c.head_dim_qk) return {0, 0, 0, 0};
     const int i = (run.row_begin + row) / args.group, head = (run.row_begin + row) - i * args.group;
-    return load_16(static_cast<const T*>(c.query) + (int64_t{run.q_begin} + i) * c.q_stride_n +
-                   (int64_t{run.kv_head} * args.group + head) * c.q_stride_h + column);
+    const T* src = static_cast<const T*>(c.query) + (int64_t{run.q_begin} + i) * c.q_stride_n +
+                   (int64_t{run.kv_head} * args.group + head) * c.q_stride_h;
+    const uint4 chunk = load_16(src + column);
+    if constexpr (Engine::kRope) {
+      if (column < c.rope.rotary_dim) {
+        decode::RopeChunk<T> rope;
+        rope.fetch(c.rope, 0, clamp_index(i + run.kv_len - run.qo_len, 0, args.p.rope_len - 1), src, column);
+        return rope.rotate(c.rope, chunk, column);
+      }
+    }
+    return chunk;
   }
   // kChunks neighbouring lanes have a row.
   FI_DEVICE_INLINE static void put(int item, uint4 chunk, unsigned char* query, float* scales) {
@@ -292,7 +301,6 @@ class FewBlock {
     }
   }
 
- private:
   template <class F>
   FI_DEVICE_INLINE void for_each_item(int num_rows, const F& f) const {
     batch::for_each_item<Engine::kRowChunks>(args, num_rows, f);
@@ -405,19 +413,30 @@ void run_few(FewArgs args, const Gpu& gpu) {
          static_cast<int>(shape.query_bytes));
 }
 
-// Logits that are scaled products have a kernel of their own, with less code; and so has a fixed split.
-template <class T, int kDim, bool kFp8>
-void run_few_of(const FewArgs& args, const Gpu& gpu) {
+// Logits that are scaled products have a kernel of their own, with less code; so has a fixed split.
+template <class T, int kDim, Fp8 kFormat, FewCall kCall>
+void run_few_call(const FewArgs& args, const Gpu& gpu) {
+  using Engine = FewWarp<T, kDim, kFormat, kCall>;
+  args.p.fixed_split_size ? run_few<T, Engine, true>(args, gpu) : run_few<T, Engine, false>(args, gpu);
+}
+
+template <class T, int kDim, Fp8 kFormat>
+void run_few_format(const FewArgs& args, const Gpu& gpu) {
   const BatchAttentionParams& p = args.p;
-  if (p.fixed_split_size) return run_few<T, FewWarp<T, kDim, kFp8, false>, true>(args, gpu);
   const bool is_plain = !p.custom_mask && p.call.logits_soft_cap == 0.0f && !p.call.alibi_slopes;
-  is_plain ? run_few<T, FewWarp<T, kDim, kFp8, true>, false>(args, gpu)
-           : run_few<T, FewWarp<T, kDim, kFp8, false>, false>(args, gpu);
+  if (is_plain && !p.fixed_split_size)
+    return run_few<T, FewWarp<T, kDim, kFormat, FewCall::kPlain>, false>(args, gpu);
+  run_few_call<T, kDim, kFormat, FewCall::kGeneral>(args, gpu);
 }
 
 template <class T, int kDim>
 void run_few(const FewArgs& args, const Gpu& gpu) {
-  args.p.kv_dtype == Fp8::none ? run_few_of<T, kDim, false>(args, gpu) : run_few_of<T, kDim, true>(args, gpu);
+  if constexpr (kDim <= kMostRopeDim) {
+    if (args.p.call.rope.cos) return run_few_call<T, kDim, Fp8::none, FewCall::kRope>(args, gpu);
+  }
+  args.p.kv_dtype == Fp8::none   ? run_few_format<T, kDim, Fp8::none>(args, gpu)
+  : args.p.kv_dtype == Fp8::e4m3 ? run_few_format<T, kDim, Fp8::e4m3>(args, gpu)
+                                 : run_few_format<T, kDim, Fp8::e5m2>(args, gpu);
 }
 
 }  // namespace fi::cuda::batch

@@ -15,7 +15,8 @@ namespace fi::cuda::sm90 {
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     batch_kernel(const __grid_constant__ BatchArgs args, const __grid_constant__ CUtensorMap q_map,
-                 const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
+                 const __grid_constant__ CUtensorMap packed_q_map, const __grid_constant__ CUtensorMap k_map,
+                 const __grid_constant__ CUtensorMap v_map) {
   auto& smem = *reinterpret_cast<BatchSmem<Config>*>(dynamic_smem());
   if (threadIdx.x == 0) {
     prefetch_tensor_map(q_map);
@@ -33,9 +34,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warpgroup == 0) {
     lower_registers<Config::kProducerRegisters>();
     if (threadIdx.x < kWarpgroupThreads / 2) {
-      BatchProducer<Config, false>::run(smem, args, q_map, k_map);
+      BatchProducer<Config, false>::run(smem, args, q_map, packed_q_map, k_map);
     } else {
-      BatchProducer<Config, true>::run(smem, args, q_map, v_map);
+      BatchProducer<Config, true>::run(smem, args, q_map, packed_q_map, v_map);
     }
   } else {
     raise_registers<Config::kConsumerRegisters>();
@@ -79,7 +80,7 @@ template <class Config>
 void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
   const AttentionParams& c = p.call;
   BatchArgs args{};
-  args.shape = batch_shape(p, plan);
+  args.shape = batch_shape(p, plan, Config::kBlockM);
   args.p = c;
   if constexpr (Config::kByRows) {
     args.keys = cache_rows_of(key_rows(p));
@@ -99,13 +100,19 @@ void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, co
   }
   const int64_t tiles = args.shape.max_tiles * c.num_qo_heads;
   const CUtensorMap q_map = make_tensor_map(c.dtype, query_rows(p), Config::kBlockM);
+  args.packed_q_bytes = static_cast<uint32_t>(args.shape.packed_queries * args.shape.group_size *
+                                              Config::kHeadDim * int{sizeof(typename Config::T)});
+  const CUtensorMap packed_q_map =
+      args.shape.packed_queries > 0
+          ? make_packed_tensor_map(c.dtype, query_rows(p), args.shape.group_size, args.shape.packed_queries)
+          : q_map;
   // Rows need no map of keys.
   const auto keys_map = [&](const HeadRows& rows) {
     return Config::kByRows ? q_map : make_tensor_map(c.dtype, rows, args.box_rows);
   };
   launch(gpu, batch_kernel<Config>, static_cast<unsigned>(std::min<int64_t>(tiles, gpu.num_sms)),
-         Config::kThreads, sizeof(BatchSmem<Config>), /*overlap=*/true, args, q_map, keys_map(key_rows(p)),
-         keys_map(value_rows(p)));
+         Config::kThreads, sizeof(BatchSmem<Config>), /*overlap=*/true, args, q_map, packed_q_map,
+         keys_map(key_rows(p)), keys_map(value_rows(p)));
 }
 
 template <class Config>

@@ -136,7 +136,7 @@ class BatchProducer {
   using Loader = std::conditional_t<Config::kByRows, RowLoader<Config, kValues>, BoxLoader<Config, kValues>>;
 
   FI_DEVICE_INLINE static void run(Smem& smem, const BatchArgs& args, const CUtensorMap& q_map,
-                                   const CUtensorMap& map) {
+                                   const CUtensorMap& packed_q_map, const CUtensorMap& map) {
     auto& ring = kValues ? smem.v : smem.k;
     auto& full = kValues ? smem.v_full : smem.k_full;
     auto& empty = kValues ? smem.v_empty : smem.k_empty;
@@ -151,7 +151,8 @@ class BatchProducer {
     for (;;) {
       const BatchTile& tile = *current;
       const bool odd = current == &prepared[1];
-      if (!kValues && tile.queue.round > 0 && threadIdx.x < 32) publish(smem, odd, q_map, tile);
+      if (!kValues && tile.queue.round > 0 && threadIdx.x < 32)
+        publish(smem, args, odd, q_map, packed_q_map, tile);
       if (!tile.any()) break;
       const Range& kv_tiles = tile.work.tiles;
       typename Loader::Pages ahead;
@@ -181,7 +182,8 @@ class BatchProducer {
 
  private:
   // Tells the consumers of a tile, and brings its queries.
-  FI_DEVICE_INLINE static void publish(Smem& smem, uint32_t parity, const CUtensorMap& q_map,
+  FI_DEVICE_INLINE static void publish(Smem& smem, const BatchArgs& args, uint32_t parity,
+                                       const CUtensorMap& q_map, const CUtensorMap& packed_q_map,
                                        const BatchTile& tile) {
     // Empty: every consumer has taken the last query tile, and so is done with what was in this place.
     barrier_wait(smem.q_empty, parity ^ 1);
@@ -192,12 +194,14 @@ class BatchProducer {
           reinterpret_cast<const uint32_t*>(&tile)[threadIdx.x];
     __syncwarp();  // lane 0's arrival speaks for all
     if (threadIdx.x != 0) return;
-    if (tile.any() && tile.work.tiles.size() > 0) {
-      start_load<Config>(smem.q, smem.q_full, q_map, tile.q_begin + tile.work.q_start, tile.work.head, 0,
-                         Smem::kQPanelBytes);
-    } else {
-      barrier_arrive(smem.q_full);
-    }
+    if (!tile.any() || tile.work.tiles.size() == 0) return barrier_arrive(smem.q_full);
+    const bool packed = tile.packed;
+    barrier_arrive_expect(smem.q_full, packed ? args.packed_q_bytes : Config::kPanels * Smem::kQPanelBytes);
+    const int row = tile.q_begin + tile.work.q_start, head = tile.work.head;
+#pragma unroll
+    for (int panel = 0; panel < Config::kPanels; ++panel)
+      load_box(smem.q + panel * Smem::kQPanelBytes, packed ? packed_q_map : q_map, panel * kBoxColumns,
+               packed ? head : row, packed ? row : head, 0, smem.q_full);
   }
 };
 

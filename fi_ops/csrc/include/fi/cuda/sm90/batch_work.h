@@ -22,6 +22,8 @@ struct BatchShape {
   const int32_t* num_tiles;  // on the device; not to be believed beyond max_tiles
   int max_tiles;
   int batch, num_qo_heads, group_size, nnz_qo;
+  int packed_queries;  // that a tile holds with all heads of a KV head's group; 0: tiles of one head alone
+  Divisor by_group_size;
   bool causal, is_paged;
   int window_left;  // -1: none
   // As in PageTable; ragged: the keys are one page, of which kv_indptr counts the rows.
@@ -31,7 +33,8 @@ struct BatchShape {
   PerHead k_scale, v_scale;
 };
 
-inline BatchShape batch_shape(const BatchAttentionParams& p, const batch::PlanView& plan) {
+// For query tiles of `block_m` rows.
+inline BatchShape batch_shape(const BatchAttentionParams& p, const batch::PlanView& plan, int block_m) {
   const AttentionParams& c = p.call;
   BatchShape shape;
   shape.tiles = plan.tiles;
@@ -41,6 +44,9 @@ inline BatchShape batch_shape(const BatchAttentionParams& p, const batch::PlanVi
   shape.num_qo_heads = static_cast<int>(c.num_qo_heads);
   shape.group_size = static_cast<int>(c.num_qo_heads / c.num_kv_heads);
   shape.nnz_qo = static_cast<int>(c.qo_len);
+  // Large tiles are for long requests, and half a tile of idle rows is no gain.
+  shape.packed_queries = block_m == kTileQueries && shape.group_size > 1 ? block_m / shape.group_size : 0;
+  shape.by_group_size = Divisor(static_cast<unsigned>(shape.group_size));
   shape.causal = c.causal;
   shape.is_paged = p.is_paged();
   shape.window_left = clamp_int(c.window_left, -1, 1 << 30);
@@ -63,10 +69,12 @@ struct BatchQueue {
   int span = -1, at = -1;  // the last span asked for, and its first planned tile
 };
 
-// A query tile of one head, as the producer tells it to the consumers. Queries and keys count from the
-// request's first.
+// A query tile of one head, or of all heads of a KV head's group, as the producer tells it to the consumers.
+// Queries and keys count from the request's first.
 struct BatchTile {
-  PrefillWork work;                         // b: the request; head -1: no tile is left
+  PrefillWork work;                         // b: the request; head: the first, -1: no tile is left
+  bool packed;                              // of all heads: row r is query r / group_size
+  int q_end;                                // its queries end there
   int qo_len, kv_len, first_key, last_key;  // as in PrefillShape
   Range values;                             // what lies outside may be anything
   int q_begin, kv_begin;                    // as in Request
@@ -77,16 +85,30 @@ struct BatchTile {
   FI_HD bool any() const { return work.head >= 0; }
 };
 
-// The query tile of `head` that starts `row` queries behind the planned one. False where there is none:
-// behind the request's end, or because it is a plan of another batch.
-FI_INLINE bool make_batch_tile(const BatchShape& shape, const PlanTile& planned, int row, int head,
+// The query tiles that start `row` queries behind the planned one are those of each head, or as many fewer of
+// all heads of each group as there are queries for. This makes the `nth` of num_qo_heads; false where there
+// is none: behind the request's end, where there are fewer, or because it is a plan of another batch.
+FI_INLINE bool make_batch_tile(const BatchShape& shape, const PlanTile& planned, int row, int nth,
                                int block_m, int block_n, BatchTile& tile) {
   const int b = planned.request;
   if (b < 0 || b >= shape.batch) return false;
   const int q_begin = clamp_int(shape.qo_indptr.at(b), 0, shape.nnz_qo);
   const int qo_len = clamp_int(shape.qo_indptr.at(b + 1), q_begin, shape.nnz_qo) - q_begin;
   if (planned.q_begin < 0 || planned.q_begin >= qo_len - row) return false;
-  const int q_start = planned.q_begin + row;
+  int q_start = planned.q_begin + row, queries = block_m, head = nth;
+  tile.packed = false;
+  if (shape.packed_queries > 0) {
+    const int rest = qo_len - q_start < kTileQueries ? qo_len - q_start : static_cast<int>(kTileQueries);
+    const int blocks = (rest + shape.packed_queries - 1) / shape.packed_queries;
+    if (blocks < shape.group_size) {
+      const int kv_heads = shape.num_qo_heads / shape.group_size, block = nth / kv_heads;
+      if (block >= blocks) return false;
+      tile.packed = true;
+      queries = shape.packed_queries;
+      q_start += (blocks - 1 - block) * queries;
+      head = (nth - block * kv_heads) * shape.group_size;
+    }
+  }
   const int kv_begin = clamp_int(shape.kv_indptr.at(b), 0, shape.nnz_pages);
   const int pages = clamp_int(shape.kv_indptr.at(b + 1), kv_begin, shape.nnz_pages) - kv_begin;
   int kv_len = pages * shape.page_size;
@@ -98,10 +120,11 @@ FI_INLINE bool make_batch_tile(const BatchShape& shape, const PlanTile& planned,
   keys.last_key = shape.causal ? kv_len - qo_len : kv_len;
   keys.first_key =
       shape.window_left < 0 ? -qo_len : clamp_int(kv_len - qo_len - shape.window_left, -qo_len, kv_len);
-  const SeenKeys seen(keys, q_start, block_m);
+  const SeenKeys seen(keys, q_start, queries);
   tile.work.b = b, tile.work.head = head, tile.work.q_start = q_start;
   tile.work.tiles = seen.needed(block_n);
   tile.work.whole = seen.whole(block_n);
+  tile.q_end = seen.last_row + 1;
   tile.qo_len = qo_len, tile.kv_len = kv_len;
   tile.first_key = keys.first_key, tile.last_key = keys.last_key;
   tile.values = {q_start + keys.first_key < 0 ? 0 : q_start + keys.first_key, kv_len};
@@ -144,8 +167,7 @@ FI_INLINE void next_batch_tile(const BatchShape& shape, int blocks, int block, B
     const PlanTile planned = shape.tiles[queue.at];  // on its way with their number
     if (queue.at >= *shape.num_tiles) break;
     const int row = (kParts - 1 - part % kParts) * kBlockM;  // the last one, the longest if causal, first
-    const int head = index - part * shape.num_qo_heads;
-    if (make_batch_tile(shape, planned, row, head, kBlockM, kBlockN, tile)) {
+    if (make_batch_tile(shape, planned, row, index - part * shape.num_qo_heads, kBlockM, kBlockN, tile)) {
       tile.queue = queue;
       return;
     }

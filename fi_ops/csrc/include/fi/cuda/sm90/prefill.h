@@ -298,14 +298,14 @@ class PrefillConsumer {
       if (tile.cut()) mask_listed(s, work, tile);
     } else {
       const auto& shape = this->shape();
-      const int row = work.q_start + warp_row_ + lane_ / 4, key = tile * kBlockN + lane_ % 4 * 2;
+      const int key = tile * kBlockN + lane_ % 4 * 2;
       if (tile >= work.whole.end) {
-        const int last[2] = {min(row + shape.last_key, shape.kv_len - 1),
-                             min(row + 8 + shape.last_key, shape.kv_len - 1)};
+        const int last[2] = {min(query(work, 0) + shape.last_key, shape.kv_len - 1),
+                             min(query(work, 1) + shape.last_key, shape.kv_len - 1)};
         mask_after(s, key, last);
       }
       if (tile < work.whole.begin) {
-        const int first[2] = {row + shape.first_key, row + 8 + shape.first_key};
+        const int first[2] = {query(work, 0) + shape.first_key, query(work, 1) + shape.first_key};
         mask_before(s, key, first);
       }
       if constexpr (kBatch && !Config::kByRows) {  // rows that are not seen come as zeros
@@ -377,15 +377,41 @@ class PrefillConsumer {
     }
   }
 
+  // The query that this thread's row r is of, and its head.
+  FI_DEVICE_INLINE int query(const PrefillWork& work, int r) const {
+    const int row = warp_row_ + lane_ / 4 + 8 * r;
+    if constexpr (kBatch) {
+      if (batch_tile().packed)
+        return work.q_start + static_cast<int>(args_.shape.by_group_size.divide(static_cast<unsigned>(row)));
+    }
+    return work.q_start + row;
+  }
+  FI_DEVICE_INLINE int head(const PrefillWork& work, int r) const {
+    if constexpr (kBatch) {
+      if (batch_tile().packed)
+        return work.head + warp_row_ + lane_ / 4 + 8 * r -
+               (query(work, r) - work.q_start) * args_.shape.group_size;
+    }
+    return work.head;
+  }
+  // Where the tile's rows end, of those that there are.
+  FI_DEVICE_INLINE int query_end() const {
+    if constexpr (kBatch) {
+      return batch_tile().q_end;
+    } else {
+      return args_.shape.qo_len;
+    }
+  }
+
   FI_DEVICE_INLINE void store(const float (&o)[kHeadDim / 2], const OnlineSoftmax& softmax,
                               const PrefillWork& work) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = work.q_start + warp_row_ + lane_ / 4 + 8 * r;
-      const bool inside = row < shape().qo_len;
+      const int row = query(work, r), head = this->head(work, r);
+      const bool inside = row < query_end();
       const float sum = softmax.sum(r);
-      const auto [factor, lse] = finish(work.head, softmax.origin(r, sum), sum);
-      T* out = out_row(work, row) + lane_ % 4 * 8;
+      const auto [factor, lse] = finish(head, softmax.origin(r, sum), sum);
+      T* out = out_row(work.b, head, row) + lane_ % 4 * 8;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 32; ++i) {
         uint32_t w[4];
@@ -397,7 +423,7 @@ class PrefillConsumer {
         gather_quad(w);
         if (inside) *reinterpret_cast<uint4*>(out + 32 * i) = make_uint4(w[0], w[1], w[2], w[3]);
       }
-      if (lse_out() != nullptr && inside && lane_ % 4 == 0) lse_out()[lse_index(work, row)] = lse;
+      if (lse_out() != nullptr && inside && lane_ % 4 == 0) lse_out()[lse_index(work.b, head, row)] = lse;
     }
   }
 
@@ -409,12 +435,12 @@ class PrefillConsumer {
       return finish_row(args_.p, head, row_max, row_sum);
     }
   }
-  FI_DEVICE_INLINE T* out_row(const PrefillWork& work, int row) const {
+  FI_DEVICE_INLINE T* out_row(int b, int head, int row) const {
     if constexpr (kBatch) {
       const AttentionParams& p = args_.p;
-      return static_cast<T*>(p.out) + work.head * p.o_stride_h + (batch_tile().q_begin + row) * p.o_stride_n;
+      return static_cast<T*>(p.out) + head * p.o_stride_h + (batch_tile().q_begin + row) * p.o_stride_n;
     } else {
-      return static_cast<T*>(args_.out) + work.b * args_.o_stride_b + work.head * args_.o_stride_h +
+      return static_cast<T*>(args_.out) + b * args_.o_stride_b + head * args_.o_stride_h +
              row * args_.o_stride_n;
     }
   }
@@ -425,12 +451,12 @@ class PrefillConsumer {
       return args_.lse;
     }
   }
-  FI_DEVICE_INLINE int64_t lse_index(const PrefillWork& work, int row) const {
+  FI_DEVICE_INLINE int64_t lse_index(int b, int head, int row) const {
     if constexpr (kBatch) {
-      return (batch_tile().q_begin + row) * args_.p.num_qo_heads + work.head;
+      return (batch_tile().q_begin + row) * args_.p.num_qo_heads + head;
     } else {
       const PrefillShape& shape = args_.shape;
-      return (static_cast<int64_t>(work.b) * shape.num_qo_heads + work.head) * shape.qo_len + row;
+      return (static_cast<int64_t>(b) * shape.num_qo_heads + head) * shape.qo_len + row;
     }
   }
 

@@ -97,6 +97,7 @@ struct BatchArgs {
   // Else: rows of a box, a divisor of the page size, and what the boxes of half a KV tile bring.
   int box_rows;
   uint32_t box_bytes[2];
+  uint32_t packed_q_bytes;  // of the queries of a packed tile
 };
 
 }  // namespace fi::cuda::sm90

@@ -53,27 +53,46 @@ inline auto tensor_map_encoder() {
   return encode;
 }
 
-// Boxes of `box_rows` rows by kBoxColumns columns of one head, swizzled by 128 bytes. Coordinates: column,
-// row, head, batch.
-inline CUtensorMap make_tensor_map(DType dtype, const HeadRows& x, int box_rows) {
-  const auto bytes = [](int64_t extent, int64_t stride) -> cuuint64_t {
-    return extent == 1 ? 16 : static_cast<cuuint64_t>(2 * stride);  // never taken where the extent is 1
-  };
-  const cuuint64_t extents[4] = {static_cast<cuuint64_t>(x.columns), static_cast<cuuint64_t>(x.rows),
-                                 static_cast<cuuint64_t>(x.heads), static_cast<cuuint64_t>(x.batch)};
-  const cuuint64_t strides[3] = {bytes(x.rows, x.stride_n), bytes(x.heads, x.stride_h),
-                                 bytes(x.batch, x.stride_b)};
-  const cuuint32_t box[4] = {kBoxColumns, static_cast<cuuint32_t>(box_rows), 1, 1};
+struct MapDim {
+  int64_t extent, stride;
+  int box;
+};
+
+// Boxes of kBoxColumns columns and the rest as said, swizzled by 128 bytes. Coordinates: column, then those
+// of `dims`.
+inline CUtensorMap make_tensor_map(DType dtype, const void* base, int64_t columns, const MapDim (&dims)[3]) {
+  cuuint64_t extents[4] = {static_cast<cuuint64_t>(columns)}, strides[3];
+  cuuint32_t box[4] = {kBoxColumns};
+  for (int i = 0; i < 3; ++i) {
+    extents[i + 1] = static_cast<cuuint64_t>(dims[i].extent);
+    // Never taken where the extent is 1.
+    strides[i] = dims[i].extent == 1 ? 16 : static_cast<cuuint64_t>(2 * dims[i].stride);
+    box[i + 1] = static_cast<cuuint32_t>(dims[i].box);
+  }
   const cuuint32_t step[4] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result = tensor_map_encoder()(
       &map, dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-      const_cast<void*>(x.base), extents, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      const_cast<void*>(base), extents, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("fi_ops: cuTensorMapEncodeTiled failed with error " +
                              std::to_string(static_cast<int>(result)));
   return map;
+}
+
+// Boxes of `box_rows` rows of one head. Coordinates: column, row, head, batch.
+inline CUtensorMap make_tensor_map(DType dtype, const HeadRows& x, int box_rows) {
+  return make_tensor_map(
+      dtype, x.base, x.columns,
+      {{x.rows, x.stride_n, box_rows}, {x.heads, x.stride_h, 1}, {x.batch, x.stride_b, 1}});
+}
+// Boxes of the same row of `box_heads` heads, then of the next one, `box_rows` of them. Coordinates: column,
+// head, row, batch.
+inline CUtensorMap make_packed_tensor_map(DType dtype, const HeadRows& x, int box_heads, int box_rows) {
+  return make_tensor_map(
+      dtype, x.base, x.columns,
+      {{x.heads, x.stride_h, box_heads}, {x.rows, x.stride_n, box_rows}, {x.batch, x.stride_b, 1}});
 }
 
 }  // namespace fi::cuda::sm90
