@@ -122,14 +122,14 @@ void launch_boxes_or_rows(const BatchAttentionParams& p, const batch::PlanView& 
 }
 
 // The tiles of each head dim, and when which: those of one call whose keys only the device knows
-// (prefill_launch.h). Who starts boxes alone needs few registers, and leaves large tiles those of other
-// calls.
+// (prefill_launch.h). Who starts boxes alone needs few registers: large tiles are then those of other calls,
+// but for the soft cap.
 template <class T, int kHeadDim, PrefillVariant kVariant>
 void batch_tiles_with(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
   using Tiles = PrefillTiles<T, kHeadDim, true, kVariant>;
   using Narrow = typename Tiles::Narrow;
   if constexpr (requires { typename Tiles::Wide; }) {
-    using Wide = typename PrefillTiles<T, kHeadDim, false, kVariant>::Wide;
+    using Wide = typename PrefillTiles<T, kHeadDim, kVariant == PrefillVariant::kSoftCap, kVariant>::Wide;
     // A negative scale of keys joins queries in registers.
     if (!p.k_scale && wide_is_faster<Wide, Narrow>(p, Tiles::kWideSpeed, gpu))
       return launch_boxes_or_rows<Wide, typename Tiles::Wide>(p, plan, gpu);
