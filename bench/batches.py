@@ -6,6 +6,7 @@ gather of its pages that it needs, and FlashInfer's wrappers where they are inst
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -81,6 +82,12 @@ def keys_of(arguments: tuple, b: int, kv_lens: Sequence[int]) -> tuple[torch.Ten
     return tuple(t.index_select(0, pages).flatten(0, 1)[: kv_lens[b]] for t in (key, value))
 
 
+@functools.cache
+def bottom_right(qo_len: int, kv_len: int, device: torch.device) -> torch.Tensor:
+    """The mask of a chunk that sees all before it, made once."""
+    return torch.ones(qo_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - qo_len)
+
+
 def per_request(qo_lens: Sequence[int], kv_lens: Sequence[int], causal: bool) -> Callable:
     """torch SDPA for each request; its pages are gathered, fp8 keys widened."""
 
@@ -92,9 +99,8 @@ def per_request(qo_lens: Sequence[int], kv_lens: Sequence[int], causal: bool) ->
             q, k, v = (t.to(query.dtype).transpose(0, 1)[None] for t in parts)
             if query.device.type == "cpu":  # twice as fast there, copies counted
                 k, v = k.contiguous(), v.contiguous()
-            mask = None
-            if causal and 1 < qo_len < kv_lens[b]:  # torch's causal is top-left
-                mask = torch.ones(qo_len, kv_lens[b], dtype=torch.bool, device=q.device).tril(kv_lens[b] - qo_len)
+            chunk = causal and 1 < qo_len < kv_lens[b]  # torch's causal is top-left
+            mask = bottom_right(qo_len, kv_lens[b], q.device) if chunk else None
             top_left = causal and qo_len == kv_lens[b]
             out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=top_left, enable_gqa=True)
             outputs.append(out[0].transpose(0, 1))

@@ -1,6 +1,7 @@
-"""The op sweep, random batches and hostile page tables on an AddressSanitizer + UBSan build of the CPU library: `make asan` (not collected by pytest).
+"""The op sweep, random batches and hostile page tables on an AddressSanitizer + UBSan build of the CPU library.
 
-The sanitizer's runtime must be loaded before Python, so this starts pytest in a child with LD_PRELOAD.
+`make asan`; not collected by pytest. The sanitizer's runtime must be loaded before Python, so this starts pytest in a child
+with LD_PRELOAD.
 """
 
 from __future__ import annotations

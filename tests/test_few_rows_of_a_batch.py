@@ -11,17 +11,13 @@ import random
 
 import pytest
 import torch
+from batch_cases import DEVICES, indptr
 
 from fi_ops.library import SPECS, Sample
 from fi_ops.library.plan import batch_attention_plan
 from fi_ops.testing import assert_op_matches_reference
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-def indptr(counts, device, index=torch.int32):
-    return torch.tensor([0, *itertools.accumulate(counts)], dtype=index, device=device)
 
 
 def paged_call(qo_lens, kv_lens, device, *, page_size=16, heads=4, kv_heads=2, dim=64, dim_vo=None, dtype=torch.bfloat16,
@@ -35,7 +31,7 @@ def paged_call(qo_lens, kv_lens, device, *, page_size=16, heads=4, kv_heads=2, d
     )
     kv_indices = torch.randperm(pages, device=device)[: sum(counts)].to(index)
     last = torch.tensor([(n - 1) % page_size + 1 if n else 0 for n in kv_lens], dtype=index, device=device)
-    return query, key, value, indptr(qo_lens, device, index), kv_indices, indptr(counts, device, index), last
+    return query, key, value, indptr(qo_lens, index, device), kv_indices, indptr(counts, index, device), last
 
 
 def random_call(seed: int, device: str):
@@ -47,6 +43,9 @@ def random_call(seed: int, device: str):
     qo_lens = [draw.choice([1, 1, 1, draw.randrange(most + 1)]) for _ in range(batch)]
     longest = draw.choice([3, 70, 300]) if batch > 5 else draw.choice([70, 300, 2000])
     kv_lens = [draw.choice([0, draw.randrange(longest), longest, 64, 15]) for _ in range(batch)]
+    with_rope = draw.random() < 0.25
+    if with_rope:  # no query before the first key
+        kv_lens = [max(lens) for lens in zip(qo_lens, kv_lens, strict=True)]
     dim, dim_vo = draw.choice([(64, 64), (128, 128), (128, 128), (256, 256), (80, 96), (192, 128), (17, 9)])
     dtype = draw.choice([torch.bfloat16, torch.float16, torch.bfloat16, torch.float32])
     args = paged_call(
@@ -54,6 +53,10 @@ def random_call(seed: int, device: str):
         dim_vo=dim_vo, dtype=dtype, kv_dtype=draw.choice([None, None, *FP8]), index=draw.choice([torch.int32, torch.int64]),
     )  # fmt: skip
     heads, options = args[0].shape[1], {"causal": draw.random() < 0.5}
+    if with_rope:
+        angles = torch.rand(max(kv_lens) + 2, min(draw.choice([1, 8, 32, 128]), dim // 2), device=device) * 6.3
+        options["cos_sin_cache"] = torch.cat((angles.cos(), angles.sin()), -1)
+        options["interleaved"] = draw.random() < 0.5
     if draw.random() < 0.25:
         options["window_left"] = draw.choice([0, 10, 100])
     if draw.random() < 0.2:
@@ -68,7 +71,7 @@ def random_call(seed: int, device: str):
     if draw.random() < 0.25:
         sizes = [-(-q * kv // 8) for q, kv in zip(qo_lens, kv_lens, strict=True)]
         options["custom_mask"] = torch.randint(0, 256, (sum(sizes),), dtype=torch.uint8, device=device)
-        options["mask_indptr"] = indptr(sizes, device)
+        options["mask_indptr"] = indptr(sizes, device=device)
     return args, options
 
 
@@ -149,9 +152,9 @@ def block_loads(plan, kv_lens, kv_heads: int, room: int) -> list[int]:
 )
 def test_skewed_batches_are_shared_out_evenly(kv_lens):
     """One block of 128k keys among 255 of 512: the slowest of an H100's blocks has at most 1.1 of the mean."""
-    pages = indptr([-(-n // 16) for n in kv_lens], "cpu")
+    pages = indptr([-(-n // 16) for n in kv_lens])
     last = torch.tensor([(n - 1) % 16 + 1 for n in kv_lens], dtype=torch.int32)
-    plan = batch_attention_plan(indptr([1] * len(kv_lens), "cpu"), pages, last, len(kv_lens), 4, 16, True)
+    plan = batch_attention_plan(indptr([1] * len(kv_lens)), pages, last, len(kv_lens), 4, 16, True)
     loads = block_loads(plan, kv_lens, kv_heads=8, room=264)
     assert sum(loads) == 8 * sum(kv_lens)
     assert max(loads) <= 1.1 * sum(loads) / len(loads)
@@ -162,7 +165,7 @@ def test_skewed_batches_are_shared_out_evenly(kv_lens):
 def test_a_captured_graph_plans_anew(with_plan):
     """Lengths, tables and queries change between replays, the graph does not: right each time."""
     args = paged_call([1] * 8, [900] * 8, "cuda", dim=128)
-    query, _key, _value, qo_indptr, kv_indices, kv_indptr, last = args
+    query, qo_indptr, kv_indices, kv_indptr, last = args[0], *args[3:]
 
     def step():
         plan = None
@@ -185,8 +188,8 @@ def test_a_captured_graph_plans_anew(with_plan):
         ([3, 0, 2, 0, 1, 1, 0, 0], [50] * 8),
     ):
         counts = [-(-n // 16) for n in kv_lens]
-        qo_indptr.copy_(indptr(qo_lens, "cuda"))
-        kv_indptr.copy_(indptr(counts, "cuda"))
+        qo_indptr.copy_(indptr(qo_lens, device="cuda"))
+        kv_indptr.copy_(indptr(counts, device="cuda"))
         last.copy_(torch.tensor([(n - 1) % 16 + 1 if n else 0 for n in kv_lens]))
         kv_indices.copy_(kv_indices[torch.randperm(len(kv_indices), device="cuda")])
         query.normal_()

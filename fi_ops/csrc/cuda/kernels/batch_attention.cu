@@ -11,21 +11,9 @@
 #endif
 
 namespace fi::cuda {
-namespace {
 
-using batch::PlanView;
-
-__global__ void zero_kernel(int32_t* data, int64_t count) {
-  allow_next_kernel();
-  wait_for_previous_kernel();
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
-       i += int64_t{gridDim.x} * blockDim.x)
-    data[i] = 0;
-}
-
-// The plan as the op makes it for itself, in scratch memory.
-const int32_t* plan_of_call(const BatchAttentionParams& p, int32_t* zeroed, int64_t num_zeroed,
-                            const Gpu& gpu) {
+const int32_t* plan_in_scratch(const BatchAttentionParams& p, int32_t* zeroed, int64_t num_zeroed,
+                               const Gpu& gpu) {
   const AttentionParams& c = p.call;
   BatchPlanParams plan{};
   plan.qo_indptr = p.qo_indptr;
@@ -40,6 +28,18 @@ const int32_t* plan_of_call(const BatchAttentionParams& p, int32_t* zeroed, int6
                              sizes.max_tiles * int64_t(sizeof(PlanTile))));
   make_plan(plan, zeroed, num_zeroed, gpu);
   return plan.plan;
+}
+
+namespace {
+
+using batch::PlanView;
+
+__global__ void zero_kernel(int32_t* data, int64_t count) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x)
+    data[i] = 0;
 }
 
 // Counters of the two paths' kernels, which find them zeroed.
@@ -57,7 +57,7 @@ PlanView begin(const BatchAttentionParams& p, int64_t num_segments, int64_t num_
     arrivals.segments = static_cast<int32_t*>(scratch.allocate(scratch.context, 4 * count));
     arrivals.tiles = arrivals.segments + num_segments;
   }
-  if (!p.plan) return PlanView::of(p, plan_of_call(p, arrivals.segments, count, gpu));
+  if (!p.plan) return PlanView::of(p, plan_in_scratch(p, arrivals.segments, count, gpu));
   const int64_t blocks = (count + 1023) / 1024;
   launch(gpu, zero_kernel, dim3(static_cast<unsigned>(blocks < gpu.num_sms ? blocks : gpu.num_sms)),
          dim3(256), 0, /*overlap=*/true, arrivals.segments, count);

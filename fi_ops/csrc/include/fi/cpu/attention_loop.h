@@ -83,8 +83,7 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
   // A request of the source.
   struct Member {
     int64_t rows, num_blocks, num_tiles;
-    int64_t
-        packed_at;  // where its first tile lies among those packed once; -1: its blocks pack for themselves
+    int64_t packed_at;  // the place of its first tile among those packed once; -1: blocks pack their own
   };
 
   struct Task {
@@ -104,7 +103,8 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
     k.i_end = (k.row_end - 1) / group + 1;
     return k;
   }
-  // Calls f with the block of each of its heads.
+
+  // Calls f with the part of each KV head.
   template <class F>
   void for_each_head(Block k, const F& f) const {
     for (int64_t h = 0; h < heads; ++h, ++k.kv_head, k.at += block_rows) f(k);
@@ -126,7 +126,7 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
 
   // ---- what to do ----
 
-  // Of a block: the live tiles of its first chunk that a fixed split counts although they are not live.
+  // Tiles of the block's first chunk before its first live one: a fixed split cuts at multiples of its keys.
   int64_t tiles_before(const Range& range) const { return split_keys ? range.begin / tile % chunk_tiles : 0; }
 
   // Cuts blocks into tasks. Late blocks of a causal call are the long ones: they go first.

@@ -58,8 +58,17 @@ class FewQuery {
     const int row = item / kChunks, column = item % kChunks * 8;
     if (row >= run.num_rows || column >= c.head_dim_qk) return {0, 0, 0, 0};
     const int i = (run.row_begin + row) / args.group, head = (run.row_begin + row) - i * args.group;
-    return load_16(static_cast<const T*>(c.query) + (int64_t{run.q_begin} + i) * c.q_stride_n +
-                   (int64_t{run.kv_head} * args.group + head) * c.q_stride_h + column);
+    const T* src = static_cast<const T*>(c.query) + (int64_t{run.q_begin} + i) * c.q_stride_n +
+                   (int64_t{run.kv_head} * args.group + head) * c.q_stride_h;
+    const uint4 chunk = load_16(src + column);
+    if constexpr (Engine::kRope) {
+      if (column < c.rope.rotary_dim) {
+        decode::RopeChunk<T> rope;
+        rope.fetch(c.rope, 0, clamp_index(i + run.kv_len - run.qo_len, 0, args.p.rope_len - 1), src, column);
+        return rope.rotate(c.rope, chunk, column);
+      }
+    }
+    return chunk;
   }
   // kChunks neighbouring lanes have a row.
   FI_DEVICE_INLINE static void put(int item, uint4 chunk, unsigned char* query, float* scales) {
@@ -292,7 +301,6 @@ class FewBlock {
     }
   }
 
- private:
   template <class F>
   FI_DEVICE_INLINE void for_each_item(int num_rows, const F& f) const {
     batch::for_each_item<Engine::kRowChunks>(args, num_rows, f);
@@ -359,11 +367,9 @@ class FewBlock {
   FewShared& shared;
 };
 
-// Dynamic shared memory: the warps' parts, the query rows, FewShared.
+// What a block does. Dynamic shared memory: the warps' parts, the query rows, FewShared.
 template <class T, class Engine, bool kFixed>
-__global__ void __launch_bounds__(Engine::kSmWarps / Engine::kBlocksAnSm * 32, Engine::kBlocksAnSm)
-    few_kernel(const __grid_constant__ FewArgs args, int warp_bytes, int query_bytes) {
-  allow_next_kernel();
+FI_DEVICE_INLINE void few_block(const FewArgs& args, int warp_bytes, int query_bytes) {
   unsigned char* smem = dynamic_smem();
   unsigned char* query = smem + static_cast<int>(blockDim.x / 32) * warp_bytes;
   FewBlock<T, Engine, kFixed> block(args, query, *reinterpret_cast<FewShared*>(query + query_bytes));
@@ -371,10 +377,17 @@ __global__ void __launch_bounds__(Engine::kSmWarps / Engine::kBlocksAnSm * 32, E
 }
 
 template <class T, class Engine, bool kFixed>
-void run_few(FewArgs args, const Gpu& gpu) {
+__global__ void __launch_bounds__(Engine::kSmWarps / Engine::kBlocksAnSm * 32, Engine::kBlocksAnSm)
+    few_kernel(const __grid_constant__ FewArgs args, int warp_bytes, int query_bytes) {
+  allow_next_kernel();
+  few_block<T, Engine, kFixed>(args, warp_bytes, query_bytes);
+}
+
+// Fills in what follows from sizes alone, and allocates; the number of blocks, of which `room` run at once.
+template <class Engine, bool kFixed>
+int64_t prepare_few(FewArgs& args, int64_t room) {
   const AttentionParams& c = args.p.call;
-  const decode::BlockShape shape = decode::shape_of_block<Engine>(c, gpu, sizeof(FewShared), /*wide=*/false);
-  args.room = gpu.num_sms * Engine::kBlocksAnSm;
+  args.room = static_cast<int>(room);
   args.min_units = Engine::kMinUnits;
   args.acc_width = Engine::kHeadDim;
   const int64_t rows = c.qo_len * args.group, most_rows = rows < kFewRows ? rows : kFewRows;
@@ -386,7 +399,7 @@ void run_few(FewArgs args, const Gpu& gpu) {
                                                    ((c.kv_len + unit_keys - 1) / unit_keys) +
                                                2 * int64_t{args.plan.max_segments});
   const int64_t wanted = (most_units + args.min_units - 1) / args.min_units;
-  const int64_t most = most_units >= int64_t{kLongShare} * args.room ? 2 * args.room : args.room;
+  const int64_t most = most_units >= int64_t{kLongShare} * room ? 2 * room : room;
   const int64_t grid = clamp_index(wanted, 1, most);
   args.most_units = static_cast<int>(clamp_index(most_units, 0, INT_MAX));
   auto allocate = [&](int64_t floats) {
@@ -400,24 +413,43 @@ void run_few(FewArgs args, const Gpu& gpu) {
     args.folded = allocate(grid * args.part_rows * args.acc_width / 4 * 6);
   }
   args.partials = allocate(args.num_slots * args.partial_floats());
+  return grid;
+}
+
+template <class T, class Engine, bool kFixed>
+void run_few(FewArgs args, const Gpu& gpu) {
+  const decode::BlockShape shape =
+      decode::shape_of_block<Engine>(args.p.call, gpu, sizeof(FewShared), /*wide=*/false);
+  const int64_t grid = prepare_few<Engine, kFixed>(args, int64_t{gpu.num_sms} * Engine::kBlocksAnSm);
   launch(gpu, few_kernel<T, Engine, kFixed>, dim3(static_cast<unsigned>(grid)), dim3(shape.warps * 32),
          shape.all_bytes, /*overlap=*/true, args, static_cast<int>(shape.warp_bytes),
          static_cast<int>(shape.query_bytes));
 }
 
-// Logits that are scaled products have a kernel of their own, with less code; and so has a fixed split.
-template <class T, int kDim, bool kFp8>
-void run_few_of(const FewArgs& args, const Gpu& gpu) {
+// Logits that are scaled products have a kernel of their own, with less code; so has a fixed split.
+template <class T, int kDim, Fp8 kFormat, FewCall kCall>
+void run_few_call(const FewArgs& args, const Gpu& gpu) {
+  using Engine = FewWarp<T, kDim, kFormat, kCall>;
+  args.p.fixed_split_size ? run_few<T, Engine, true>(args, gpu) : run_few<T, Engine, false>(args, gpu);
+}
+
+template <class T, int kDim, Fp8 kFormat>
+void run_few_format(const FewArgs& args, const Gpu& gpu) {
   const BatchAttentionParams& p = args.p;
-  if (p.fixed_split_size) return run_few<T, FewWarp<T, kDim, kFp8, false>, true>(args, gpu);
   const bool is_plain = !p.custom_mask && p.call.logits_soft_cap == 0.0f && !p.call.alibi_slopes;
-  is_plain ? run_few<T, FewWarp<T, kDim, kFp8, true>, false>(args, gpu)
-           : run_few<T, FewWarp<T, kDim, kFp8, false>, false>(args, gpu);
+  if (is_plain && !p.fixed_split_size)
+    return run_few<T, FewWarp<T, kDim, kFormat, FewCall::kPlain>, false>(args, gpu);
+  run_few_call<T, kDim, kFormat, FewCall::kGeneral>(args, gpu);
 }
 
 template <class T, int kDim>
 void run_few(const FewArgs& args, const Gpu& gpu) {
-  args.p.kv_dtype == Fp8::none ? run_few_of<T, kDim, false>(args, gpu) : run_few_of<T, kDim, true>(args, gpu);
+  if constexpr (kDim <= kMostRopeDim) {
+    if (args.p.call.rope.cos) return run_few_call<T, kDim, Fp8::none, FewCall::kRope>(args, gpu);
+  }
+  args.p.kv_dtype == Fp8::none   ? run_few_format<T, kDim, Fp8::none>(args, gpu)
+  : args.p.kv_dtype == Fp8::e4m3 ? run_few_format<T, kDim, Fp8::e4m3>(args, gpu)
+                                 : run_few_format<T, kDim, Fp8::e5m2>(args, gpu);
 }
 
 }  // namespace fi::cuda::batch

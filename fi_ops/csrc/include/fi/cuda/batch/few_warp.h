@@ -9,28 +9,32 @@
 
 #include "fi/cuda/batch/few_runs.h"
 #include "fi/cuda/batch/fp8_tile.h"
+#include "fi/cuda/pack.h"
 
 namespace fi::cuda::batch {
 
 using decode::RowTable;
 
 // What a warp multiplies: tiles of T, or of fp8.
-template <class T, int kDim, bool kFp8>
+template <class T, int kDim, Fp8 kFormat>
 struct TileOf {
-  using type = decode::WarpTile<T, kDim>;
+  using type = Fp8Tile<kDim, kFormat>;
 };
 template <class T, int kDim>
-struct TileOf<T, kDim, true> {
-  using type = Fp8Tile<kDim>;
+struct TileOf<T, kDim, Fp8::none> {
+  using type = decode::WarpTile<T, kDim>;
 };
 
-// kIsPlain: for calls whose logits are scaled products, without a mask.
-template <class T, int kDim, bool kFp8, bool kIsPlain>
-class FewWarp : public TileOf<T, kDim, kFp8>::type {
-  using Tile = typename TileOf<T, kDim, kFp8>::type;
+// kPlain: logits are scaled products, and there is no mask; kGeneral: everything but RoPE; kRope: all of it.
+enum class FewCall { kPlain, kGeneral, kRope };
+
+template <class T, int kDim, Fp8 kFormat, FewCall kCall>
+class FewWarp : public TileOf<T, kDim, kFormat>::type {
+  using Tile = typename TileOf<T, kDim, kFormat>::type;
   using Shape = decode::Shape<kDim>;
   using Tile::lane_;
   using Tile::row_of, Tile::column_of;
+  static constexpr bool kFp8 = kFormat != Fp8::none;
   static constexpr int kStages = kFp8 ? 4 : Shape::kStages;
   static constexpr int kElementBytes = kFp8 ? 1 : 2;
   static constexpr int kRowBytes = kDim * kElementBytes, kChunks = kRowBytes / 16;
@@ -42,7 +46,9 @@ class FewWarp : public TileOf<T, kDim, kFp8>::type {
  public:
   using Tile::kRows, Tile::kSliceKeys;
   static constexpr int kHeadDim = kDim;
-  static constexpr bool kScalesQuery = kFp8 && !__is_same(T, f16), kPlain = kIsPlain;
+  static constexpr bool kScalesQuery = kFp8 && !__is_same(T, f16);
+  static constexpr bool kPlain = kCall == FewCall::kPlain, kRope = kCall == FewCall::kRope;
+  static_assert(!kRope || !kFp8, "rotated keys are rounded to T");
   static constexpr int kSmWarps = Shape::kSmWarps, kBlocksAnSm = Shape::kBlocksAnSm;
   static constexpr int kMinUnits = Shape::kMinUnits;
   static constexpr int kRowChunks = kDim / 4;  // four accumulators each
@@ -52,9 +58,7 @@ class FewWarp : public TileOf<T, kDim, kFp8>::type {
 
   FI_DEVICE_INLINE FewWarp(const FewArgs& args, const RunTable& table, unsigned char* query,
                            unsigned char* warp_memory)
-      : Tile(query), p_(args.p), table_(table), ring_(warp_memory) {
-    if constexpr (kFp8) this->format_ = p_.kv_dtype;
-  }
+      : Tile(query), p_(args.p), table_(table), ring_(warp_memory) {}
 
   // With a newly filled table, when the slices of the one before are done with.
   FI_DEVICE_INLINE void start() {
@@ -83,10 +87,11 @@ class FewWarp : public TileOf<T, kDim, kFp8>::type {
     const unsigned absent = absent_[0];
     cp_async_wait<kStages - 1>();
     __syncwarp();
-    const unsigned char* keys = ring_ + out_ * kStageBytes;
-    unsigned char* values = ring_ + out_ * kStageBytes + kTileBytes;
+    unsigned char* keys = ring_ + out_ * kStageBytes;
+    unsigned char* values = keys + kTileBytes;
     used_ = out_;
     if (++out_ == kStages) out_ = 0;
+    if constexpr (kRope) rotate_keys(keys, key);
 
     float s[2][4] = {}, odd[2][4] = {};
     this->multiply_keys(keys, s, odd);
@@ -185,6 +190,49 @@ class FewWarp : public TileOf<T, kDim, kFp8>::type {
       step();
     }
     cp_async_commit();
+  }
+
+  // Key row r of the tile by the table's row of position key + r; 8 pairs, or 4 neighbouring ones, at once.
+  FI_DEVICE_INLINE void rotate_keys(unsigned char* keys, int key) const {
+    const RopeTable& t = p_.call.rope;
+    const int half = static_cast<int>(t.rotary_dim / 2), step = t.interleaved ? 4 : 8, items = half / step;
+#pragma unroll 1
+    for (int item = lane_; item < kSliceKeys * items; item += 32) {
+      const int row = item / items, first = (item - row * items) * step;
+      const int64_t table_row = min(int64_t{key + row}, p_.rope_len - 1) * t.cos_stride_row + first;
+      unsigned char* low_at = keys + this->offset_of(row, (t.interleaved ? 2 * first : first) / 8);
+      unsigned char* high_at = keys + this->offset_of(row, (first + half) / 8);
+      float cos[8], sin[8], low[8], high[8];
+#pragma unroll
+      for (int e = 0; e < 8; e += 4) {
+        if (e >= step) break;
+        unpack_16<float>(cos + e, load_16(static_cast<const float*>(t.cos) + table_row + e));
+        unpack_16<float>(sin + e, load_16(static_cast<const float*>(t.sin) + table_row + e));
+      }
+      unpack_16<T>(low, *reinterpret_cast<const uint4*>(low_at));
+      if (t.interleaved) {
+#pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+          const float x = low[e], y = low[e + 1];
+          low[e] = fmaf(x, cos[e / 2], -y * sin[e / 2]);
+          low[e + 1] = fmaf(y, cos[e / 2], x * sin[e / 2]);
+        }
+      } else {
+        unpack_16<T>(high, *reinterpret_cast<const uint4*>(high_at));
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const float x = low[e], y = high[e];
+          low[e] = fmaf(x, cos[e], -y * sin[e]);
+          high[e] = fmaf(y, cos[e], x * sin[e]);
+        }
+        *reinterpret_cast<uint4*>(high_at) = packed(high);
+      }
+      *reinterpret_cast<uint4*>(low_at) = packed(low);
+    }
+    __syncwarp();
+  }
+  FI_DEVICE_INLINE static uint4 packed(const float (&x)[8]) {
+    return {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])};
   }
 
   // Logits of keys that a row does not see to -inf.

@@ -12,7 +12,7 @@
 namespace fi::cuda::batch {
 
 // The query is f16 too (FewQuery scales rows of bf16 so that nothing of them is lost).
-template <int kDim>
+template <int kDim, Fp8 kFormat>
 class Fp8Tile : public decode::WarpTile<f16, kDim> {
   using Tile = decode::WarpTile<f16, kDim>;
   using Tile::kSteps, Tile::kTwoChains, Tile::kQueryInRegisters;
@@ -31,8 +31,6 @@ class Fp8Tile : public decode::WarpTile<f16, kDim> {
  protected:
   using Tile::lane_, Tile::query_, Tile::q_, Tile::acc_;
   using Tile::row_of, Tile::column_of;
-
-  Fp8 format_ = Fp8::e4m3;
 
   FI_DEVICE_INLINE explicit Fp8Tile(unsigned char* query) : Tile(query) {}
 
@@ -53,8 +51,8 @@ class Fp8Tile : public decode::WarpTile<f16, kDim> {
         if constexpr (!kQueryInRegisters) load_query(q, step);
         const uint32_t (&query)[4] = kQueryInRegisters ? q_[kQueryInRegisters ? step : 0] : q;
         float (&sum)[2][4] = kTwoChains && n ? odd : s;
-        mma_m16n8k16<f16>(sum[0], query, low(k[2 * n]), high(k[2 * n]));
-        mma_m16n8k16<f16>(sum[1], query, low(k[2 * n + 1]), high(k[2 * n + 1]));
+        multiply(sum[0], query, k[2 * n]);
+        multiply(sum[1], query, k[2 * n + 1]);
       }
     }
   }
@@ -66,10 +64,8 @@ class Fp8Tile : public decode::WarpTile<f16, kDim> {
       ldmatrix_x4_trans(v, values + offset_of_lane(pair));
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const uint32_t even = __byte_perm(v[2 * n], v[2 * n + 1], 0x6420),
-                       odd = __byte_perm(v[2 * n], v[2 * n + 1], 0x7531);
-        mma_m16n8k16<f16>(acc_[4 * pair + 2 * n], weights, low(even), high(even));
-        mma_m16n8k16<f16>(acc_[4 * pair + 2 * n + 1], weights, low(odd), high(odd));
+        multiply(acc_[4 * pair + 2 * n], weights, __byte_perm(v[2 * n], v[2 * n + 1], 0x6420));
+        multiply(acc_[4 * pair + 2 * n + 1], weights, __byte_perm(v[2 * n], v[2 * n + 1], 0x7531));
       }
     }
   }
@@ -106,8 +102,10 @@ class Fp8Tile : public decode::WarpTile<f16, kDim> {
   FI_DEVICE_INLINE int offset_of_lane(int pair) const {
     return offset_of(lane_ / 8 % 2 * 8 + lane_ % 8, 2 * pair + lane_ / 16);
   }
-  FI_DEVICE_INLINE uint32_t low(uint32_t bytes) const { return widen_fp8_pair(bytes, format_); }
-  FI_DEVICE_INLINE uint32_t high(uint32_t bytes) const { return widen_fp8_pair(bytes >> 16, format_); }
+  FI_DEVICE_INLINE static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t bytes) {
+    const uint2 b = widen_fp8<kFormat>(bytes);
+    mma_m16n8k16<f16>(d, a, b.x, b.y);
+  }
 
   FI_DEVICE_INLINE void load_query(uint32_t (&q)[4], int step) const {
     const int t = lane_ % 4;

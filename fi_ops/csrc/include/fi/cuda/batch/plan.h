@@ -9,6 +9,10 @@ namespace fi::cuda {
 // Makes p.plan and zeroes some int32s more (host).
 void make_plan(const BatchPlanParams& p, int32_t* zeroed, int64_t num_zeroed, const Gpu& gpu);
 
+// The plan as an op makes it for itself, in scratch memory (host).
+const int32_t* plan_in_scratch(const BatchAttentionParams& p, int32_t* zeroed, int64_t num_zeroed,
+                               const Gpu& gpu);
+
 namespace batch {
 
 // Counts and requests come clamped to what there is: a plan's contents are not checked by default.
