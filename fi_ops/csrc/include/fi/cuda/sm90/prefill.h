@@ -243,7 +243,8 @@ class PrefillConsumer {
       if constexpr (Config::kQInRegisters) {
         Wgmma<kBlockN>::template registers_by_k<T>(s, q_ + 4 * step, k_step, step > 0);
       } else {
-        Wgmma<kBlockN>::template k_by_k<T>(s, at(q, panel * Smem::kQPanelBytes + inside), k_step, step > 0);
+        const uint32_t q_bytes = panel * Smem::kQPanelBytes + inside;
+        Wgmma<kBlockN>::template k_by_k<T>(s, kBatch ? at_low(q, q_bytes) : at(q, q_bytes), k_step, step > 0);
       }
     }
     wgmma_commit();
