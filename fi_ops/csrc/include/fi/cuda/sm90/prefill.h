@@ -229,6 +229,10 @@ class PrefillConsumer {
     }
   }
 
+  // Where the assembler keeps all descriptors of q over the loop then, instead of making them between
+  // products.
+  static constexpr bool kQIn32Bits = kBatch && kHeadDim <= 128;
+
   // s = q k^T
   FI_DEVICE_INLINE void start_scores(float (&s)[kBlockN / 2]) {
     const uint64_t q = k_major(smem_address(smem_.q) + group_row_ * 128);
@@ -244,7 +248,8 @@ class PrefillConsumer {
         Wgmma<kBlockN>::template registers_by_k<T>(s, q_ + 4 * step, k_step, step > 0);
       } else {
         const uint32_t q_bytes = panel * Smem::kQPanelBytes + inside;
-        Wgmma<kBlockN>::template k_by_k<T>(s, kBatch ? at_low(q, q_bytes) : at(q, q_bytes), k_step, step > 0);
+        Wgmma<kBlockN>::template k_by_k<T>(s, kQIn32Bits ? at_low(q, q_bytes) : at(q, q_bytes), k_step,
+                                           step > 0);
       }
     }
     wgmma_commit();
