@@ -79,16 +79,18 @@ class BatchTilesBlock : WarpRows<C> {
   FI_DEVICE_INLINE void run(unsigned block, unsigned blocks) {
     const unsigned items = num_items(), parts = num_parts(items);
     for (unsigned at = block; at < items * parts; at = smem.next_item) {
-      const bool has_rows = begin(at / parts) && take_part(at / parts, at % parts, parts);
-      if (has_rows) {
-        attend();
+      const bool is_any = begin(at / parts) && (parts == 1 || take_part(at / parts, at % parts, parts));
+      __syncthreads();  // what begin() left is there; the number of this item has been read by all
+      int tile = -1, located = -1, looked_up = -1;
+      if (is_any) start(tile, located, looked_up);
+      if (threadIdx.x == 0)  // while the first copies are on their way
+        smem.next_item = blocks + (parts > 1 ? items * parts : atomicAdd(args.next_item, 1u));
+      if (is_any) {
+        attend(tile, located, looked_up);
         this->join_sums();
         smem.part.of > 1 ? write_part() : write();
       }
       __syncthreads();  // all are done with what lies in shared memory
-      if (threadIdx.x == 0)
-        smem.next_item = blocks + (parts > 1 ? items * parts : atomicAdd(args.next_item, 1u));
-      __syncthreads();
     }
   }
 
@@ -106,6 +108,7 @@ class BatchTilesBlock : WarpRows<C> {
 
   // Leaves this block part `nth` of the item's tiles of keys. False: they are too few for so many parts.
   FI_DEVICE_INLINE bool take_part(unsigned item, unsigned nth, unsigned parts) {
+    __syncthreads();
     const int first = smem.first_tile, tiles = smem.last_tile - first;
     const int of = max(min(static_cast<int>(parts), tiles / kMinTilesOfPart), 1),
               part = static_cast<int>(nth);
@@ -115,12 +118,11 @@ class BatchTilesBlock : WarpRows<C> {
       smem.last_tile = first + static_cast<int>(int64_t{tiles} * (part + 1) / of);
       smem.part = {static_cast<int>(item), part, of};
     }
-    __syncthreads();
     return part < of;
   }
 
-  // Finds the item's rows and keys; false: it has no rows. What the loop and its end ask about them goes to
-  // shared memory: registers are short.
+  // Finds the item's rows and keys, all of it in one part; false: it has no rows. To be seen by all after a
+  // barrier. What the loop and its end ask about them goes to shared memory: registers are short.
   FI_DEVICE_INLINE bool begin(unsigned item) {
     const unsigned kv_heads = static_cast<unsigned>(p.call.num_kv_heads),
                    heads_item = item / blocks_of_tile();
@@ -146,10 +148,10 @@ class BatchTilesBlock : WarpRows<C> {
       smem.last_tile = (range.end + C::kKeys - 1) / C::kKeys;
       smem.request = r;
       smem.scale2 = p.call.scale * (p.k_scale ? p.k_scale.at(block.kv_head) : 1.0f) * kLog2e;
+      smem.part = {static_cast<int>(item), 0, 1};
       keys.set_block(r, range, block.kv_head);
     }
     this->init();
-    __syncthreads();
     return true;
   }
 
@@ -172,11 +174,10 @@ class BatchTilesBlock : WarpRows<C> {
     }
   }
 
-  // Of four tiles in a row one is attended to, one on its way, one located and one looked up.
-  FI_DEVICE_INLINE void attend() {
-    const bool rotates = C::kMaskRope && p.call.rope.cos;
-    int nth = 0;  // of the tiles that are attended to
-    int tile = next_tile(smem.last_tile, 0), located = -1, looked_up = -1;
+  // Of four tiles in a row one is attended to, one on its way (located already), one looked up. The first
+  // three.
+  FI_DEVICE_INLINE void start(int& tile, int& located, int& looked_up) {
+    tile = next_tile(smem.last_tile, 0);
     if (tile >= 0) {
       keys.look_up(tile);
       cp_async_commit();
@@ -195,6 +196,11 @@ class BatchTilesBlock : WarpRows<C> {
       }
     }
     cp_async_commit();
+  }
+
+  FI_DEVICE_INLINE void attend(int tile, int located, int looked_up) {
+    const bool rotates = C::kMaskRope && p.call.rope.cos;
+    int nth = 0;  // of the tiles that are attended to
     while (tile >= 0) {
       cp_async_wait<0>();
       __syncthreads();  // this tile has arrived; all warps are done with the one before it
