@@ -20,7 +20,7 @@ void fail(const char* what, int a = 0, int b = 0, int c = 0) {
 
 void check_divisor() {
   for (unsigned divisor : {1u, 2u, 3u, 5u, 7u, 8u, 24u, 100u, 255u, 4096u, 1000003u, (1u << 29) - 1, 1u << 29}) {
-    const sm90::Divisor by(divisor);
+    const Divisor by(divisor);
     for (unsigned x : {0u, 1u, divisor - 1, divisor, divisor + 1, 7 * (divisor / 7), (1u << 31) - 1, 1u << 30})
       if (x < 1u << 31 && by.divide(x) != x / divisor) fail("a quotient", int(x), int(divisor), int(by.divide(x)));
     for (int i = 0; i < 2000; ++i) {

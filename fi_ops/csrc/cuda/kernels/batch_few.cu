@@ -16,22 +16,27 @@ bool few_rows_supports(const BatchAttentionParams& p) {
   for (const int64_t dim : dims) {
     if (dim == 0 || dim > 256 || dim * kv_bytes % 16 != 0) return false;
   }
-  const bool rope_fits = c.rope.cos == nullptr ||
-                         (p.kv_dtype == Fp8::none && p.rope_len > 0 && c.head_dim_qk <= kMostRopeDim &&
-       c.head_dim_vo <= kMostRopeDim && decode::rope_takes_chunks(c.rope));
+  const bool rope_fits =
+      c.rope.cos == nullptr || (p.kv_dtype == Fp8::none && p.rope_len > 0 && c.head_dim_qk <= kMostRopeDim &&
+                                c.head_dim_vo <= kMostRopeDim && decode::rope_takes_chunks(c.rope));
   return c.dtype != DType::f32 && rope_fits && c.kv_len < int64_t{1} << 30 &&
          p.table.page_size < int64_t{1} << 30 && whole(c.query, 2, c.q_stride_n, c.q_stride_h) &&
          whole(c.key, kv_bytes, c.k_stride_n, c.k_stride_h, p.k_stride_page) &&
          whole(c.value, kv_bytes, c.v_stride_n, c.v_stride_h, p.v_stride_page);
 }
 
-void few_rows(const BatchAttentionParams& p, const PlanView& plan, int32_t* arrivals, const Gpu& gpu) {
-  const AttentionParams& c = p.call;
+FewArgs few_args(const BatchAttentionParams& p, const PlanView& plan, int32_t* arrivals) {
   FewArgs args{};
   args.p = p;
   args.plan = plan;
-  args.group = static_cast<int>(c.num_qo_heads / c.num_kv_heads);
+  args.group = static_cast<int>(p.call.num_qo_heads / p.call.num_kv_heads);
   args.arrivals = arrivals;
+  return args;
+}
+
+void few_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& gpu) {
+  const AttentionParams& c = p.call;
+  const FewArgs args = few_args(p, plan, /*arrivals=*/nullptr);
   const int64_t dim = c.head_dim_qk > c.head_dim_vo ? c.head_dim_qk : c.head_dim_vo;
   const bool is_bf16 = c.dtype == DType::bf16;
   if (dim <= 64) return is_bf16 ? few_bf16_64(args, gpu) : few_f16_64(args, gpu);

@@ -56,8 +56,8 @@ int64_t sm80_batch_counters(const BatchAttentionParams& p, const Gpu& gpu) {
   return 1 + (sm80_batch_splits(p) ? int64_t{2} * gpu.num_sms : 0);
 }
 
-void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan, int32_t* counters,
-                      const Gpu& gpu) {
+BatchTilesArgs batch_tiles_args(const BatchAttentionParams& p, const batch::PlanView& plan,
+                                int32_t* counters) {
   const AttentionParams& c = p.call;
   auto units = [](int64_t stride_page, int64_t stride_n) {
     return KeyUnits{static_cast<uint32_t>(stride_page / 8), static_cast<uint32_t>(stride_n / 8)};
@@ -70,7 +70,13 @@ void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan
   args.rope_has_packs = c.rope.cos && rope_has_packs(c.rope);
   args.next_item = reinterpret_cast<unsigned*>(counters);
   if (sm80_batch_splits(p)) args.arrivals = counters + 1;
-  c.dtype == DType::bf16 ? run<bf16>(args, gpu) : run<f16>(args, gpu);
+  return args;
+}
+
+void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan, int32_t* counters,
+                      const Gpu& gpu) {
+  const BatchTilesArgs args = batch_tiles_args(p, plan, counters);
+  p.call.dtype == DType::bf16 ? run<bf16>(args, gpu) : run<f16>(args, gpu);
 }
 
 }  // namespace fi::cuda

@@ -2,8 +2,8 @@
 //
 // Per run: query rows to shared memory, each warp attends to its slices, the warps' results are joined over
 // shared memory. A pair (segment, KV head) that one block has alone is written out; else its blocks leave
-// partial results in scratch memory and the last one to arrive joins them, in their order, so that the result
-// does not depend on which one that was. With a fixed split every unit is such a part.
+// partial results in scratch memory, which a second kernel joins in their order. With a fixed split every
+// unit is such a part.
 #pragma once
 
 #include <climits>
@@ -247,6 +247,8 @@ class FewBlock {
   FI_DEVICE_INLINE void run(unsigned char* warp_memory) {
     wait_for_previous_kernel();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    if (threadIdx.x == 0 && args.split) args.split[blockIdx.x].pair = -1;
+    if (args.plan.num_segments() == 0 && !has_padding(p)) return;
     RunTable& table = shared.table;
     if (warp == 1) prefetch_indices(lane);
     // While the first warp finds the block's runs.
@@ -318,6 +320,12 @@ class FewBlock {
                            [&](int row, int chunk, int) { write(run, row, chunk, joined(row, chunk)); });
     }
     leave(run, kFixed ? run.part : static_cast<int>(blockIdx.x), joined);
+    if (args.arrivals == nullptr) {
+      const bool is_first = kFixed ? run.part == 0 : run.part == static_cast<int>(blockIdx.x);
+      if (threadIdx.x == 0 && is_first) args.split[blockIdx.x] = run;
+      return;
+    }
+    __syncthreads();
     const int others = run.last_part - (kFixed ? 0 : run.part);
     if (threadIdx.x == 0) shared.is_last = atomic_add_acq_rel(&args.arrivals[run.pair], 1) == others;
     __syncthreads();
@@ -338,7 +346,6 @@ class FewBlock {
         state[args.part_rows + row] = own.sum;
       }
     });
-    __syncthreads();
   }
 
   // A unit of a pair that this block has alone: onto what a thread has of the units before.
@@ -367,11 +374,9 @@ class FewBlock {
   FewShared& shared;
 };
 
-// Dynamic shared memory: the warps' parts, the query rows, FewShared.
+// What a block does. Dynamic shared memory: the warps' parts, the query rows, FewShared.
 template <class T, class Engine, bool kFixed>
-__global__ void __launch_bounds__(Engine::kSmWarps / Engine::kBlocksAnSm * 32, Engine::kBlocksAnSm)
-    few_kernel(const __grid_constant__ FewArgs args, int warp_bytes, int query_bytes) {
-  allow_next_kernel();
+FI_DEVICE_INLINE void few_block(const FewArgs& args, int warp_bytes, int query_bytes) {
   unsigned char* smem = dynamic_smem();
   unsigned char* query = smem + static_cast<int>(blockDim.x / 32) * warp_bytes;
   FewBlock<T, Engine, kFixed> block(args, query, *reinterpret_cast<FewShared*>(query + query_bytes));
@@ -379,10 +384,17 @@ __global__ void __launch_bounds__(Engine::kSmWarps / Engine::kBlocksAnSm * 32, E
 }
 
 template <class T, class Engine, bool kFixed>
-void run_few(FewArgs args, const Gpu& gpu) {
+__global__ void __launch_bounds__(Engine::kSmWarps / Engine::kBlocksAnSm * 32, Engine::kBlocksAnSm)
+    few_kernel(const __grid_constant__ FewArgs args, int warp_bytes, int query_bytes) {
+  allow_next_kernel();
+  few_block<T, Engine, kFixed>(args, warp_bytes, query_bytes);
+}
+
+// Fills in what follows from sizes alone, and allocates; the number of blocks, of which `room` run at once.
+template <class Engine, bool kFixed>
+int64_t prepare_few(FewArgs& args, int64_t room) {
   const AttentionParams& c = args.p.call;
-  const decode::BlockShape shape = decode::shape_of_block<Engine>(c, gpu, sizeof(FewShared), /*wide=*/false);
-  args.room = gpu.num_sms * Engine::kBlocksAnSm;
+  args.room = static_cast<int>(room);
   args.min_units = Engine::kMinUnits;
   args.acc_width = Engine::kHeadDim;
   const int64_t rows = c.qo_len * args.group, most_rows = rows < kFewRows ? rows : kFewRows;
@@ -394,12 +406,14 @@ void run_few(FewArgs args, const Gpu& gpu) {
                                                    ((c.kv_len + unit_keys - 1) / unit_keys) +
                                                2 * int64_t{args.plan.max_segments});
   const int64_t wanted = (most_units + args.min_units - 1) / args.min_units;
-  const int64_t most = most_units >= int64_t{kLongShare} * args.room ? 2 * args.room : args.room;
+  const int64_t most = most_units >= int64_t{kLongShare} * room ? 2 * room : room;
   const int64_t grid = clamp_index(wanted, 1, most);
   args.most_units = static_cast<int>(clamp_index(most_units, 0, INT_MAX));
   auto allocate = [&](int64_t floats) {
     return static_cast<float*>(c.scratch.allocate(c.scratch.context, floats * int64_t(sizeof(float))));
   };
+  if (args.arrivals == nullptr)
+    args.split = static_cast<Run*>(c.scratch.allocate(c.scratch.context, grid * int64_t(sizeof(Run))));
   args.num_slots = 2 * grid;
   if constexpr (kFixed) {
     constexpr int64_t kMostBytes = int64_t{256} << 20;
@@ -408,9 +422,28 @@ void run_few(FewArgs args, const Gpu& gpu) {
     args.folded = allocate(grid * args.part_rows * args.acc_width / 4 * 6);
   }
   args.partials = allocate(args.num_slots * args.partial_floats());
+  return grid;
+}
+
+// A block for each of few_kernel's.
+template <class T, class Engine, bool kFixed>
+__global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ FewArgs args) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  const Run& run = args.split[blockIdx.x];
+  if (run.pair >= 0) join_parts<T, Engine::kRowChunks, kFixed>(args, run);
+}
+
+template <class T, class Engine, bool kFixed>
+void run_few(FewArgs args, const Gpu& gpu) {
+  const decode::BlockShape shape =
+      decode::shape_of_block<Engine>(args.p.call, gpu, sizeof(FewShared), /*wide=*/false);
+  const int64_t grid = prepare_few<Engine, kFixed>(args, int64_t{gpu.num_sms} * Engine::kBlocksAnSm);
   launch(gpu, few_kernel<T, Engine, kFixed>, dim3(static_cast<unsigned>(grid)), dim3(shape.warps * 32),
          shape.all_bytes, /*overlap=*/true, args, static_cast<int>(shape.warp_bytes),
          static_cast<int>(shape.query_bytes));
+  launch(gpu, join_kernel<T, Engine, kFixed>, dim3(static_cast<unsigned>(grid)), dim3(256), 0,
+         /*overlap=*/true, args);
 }
 
 // Logits that are scaled products have a kernel of their own, with less code; so has a fixed split.

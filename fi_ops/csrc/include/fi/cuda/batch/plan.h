@@ -9,6 +9,10 @@ namespace fi::cuda {
 // Makes p.plan and zeroes some int32s more (host).
 void make_plan(const BatchPlanParams& p, int32_t* zeroed, int64_t num_zeroed, const Gpu& gpu);
 
+// The plan as an op makes it for itself, in scratch memory (host).
+const int32_t* plan_in_scratch(const BatchAttentionParams& p, int32_t* zeroed, int64_t num_zeroed,
+                               const Gpu& gpu);
+
 namespace batch {
 
 // Counts and requests come clamped to what there is: a plan's contents are not checked by default.
@@ -67,6 +71,10 @@ FI_INLINE KeySpan keys_of_query(const BatchAttentionParams& p, const Request& r,
   if (p.call.causal && position < keys.end) keys.end = position + 1;
   if (p.call.window_left >= 0 && position > p.call.window_left) keys.begin = position - p.call.window_left;
   return keys.begin < keys.end ? keys : KeySpan{0, 0};
+}
+
+FI_DEVICE_INLINE bool has_padding(const BatchAttentionParams& p) {
+  return p.qo_indptr.at(0) > 0 || p.qo_indptr.at(p.call.batch) < p.call.qo_len;
 }
 
 // Output 0 and LSE -inf for the tokens of no request, by thread `me` of `threads` in all.

@@ -47,6 +47,8 @@ bool sm80_batch_supports(const BatchAttentionParams& p);
 // them, zeroed by a kernel before.
 void batch_tiles_sm80(const BatchAttentionParams& p, const batch::PlanView& plan, int32_t* counters,
                       const Gpu& gpu);
+BatchTilesArgs batch_tiles_args(const BatchAttentionParams& p, const batch::PlanView& plan,
+                                int32_t* counters);
 int64_t sm80_batch_counters(const BatchAttentionParams& p, const Gpu& gpu);
 // Whether it splits the keys of tiles that are too few for the GPU.
 bool sm80_batch_splits(const BatchAttentionParams& p);

@@ -75,16 +75,16 @@ class BatchTilesBlock : WarpRows<C> {
   FI_DEVICE_INLINE BatchTilesBlock(const BatchTilesArgs& args, typename C::Smem& smem)
       : args(args), p(args.p), smem(smem), keys(args, smem.keys) {}
 
-  // Items come longest first; who is done takes the next.
-  FI_DEVICE_INLINE void run() {
+  // Items come longest first; who is done takes the next. `block` of `blocks` that do this.
+  FI_DEVICE_INLINE void run(unsigned block, unsigned blocks) {
     const unsigned items = num_items(), parts = num_parts(items);
-    for (unsigned at = blockIdx.x; at < items * parts; at = smem.next_item) {
+    for (unsigned at = block; at < items * parts; at = smem.next_item) {
       const bool is_any = begin(at / parts) && (parts == 1 || take_part(at / parts, at % parts, parts));
       __syncthreads();  // what begin() left is there; the number of this item has been read by all
       int tile = -1, located = -1, looked_up = -1;
       if (is_any) start(tile, located, looked_up);
       if (threadIdx.x == 0)  // while the first copies are on their way
-        smem.next_item = gridDim.x + (parts > 1 ? items * parts : atomicAdd(args.next_item, 1u));
+        smem.next_item = blocks + (parts > 1 ? items * parts : atomicAdd(args.next_item, 1u));
       if (is_any) {
         attend(tile, located, looked_up);
         this->join_sums();
@@ -359,7 +359,7 @@ class BatchTilesBlock : WarpRows<C> {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 2)
     batch_tiles_kernel(const __grid_constant__ BatchTilesArgs args) {
-  BatchTilesBlock<C>(args, *reinterpret_cast<typename C::Smem*>(dynamic_smem())).run();
+  BatchTilesBlock<C>(args, *reinterpret_cast<typename C::Smem*>(dynamic_smem())).run(blockIdx.x, gridDim.x);
 }
 
 template <class C>

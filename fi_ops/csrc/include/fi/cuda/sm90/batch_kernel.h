@@ -115,23 +115,26 @@ void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, co
          keys_map(key_rows(p)), keys_map(value_rows(p)));
 }
 
-template <class Config>
+template <class Boxes, class Rows>
 void launch_boxes_or_rows(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
-  box_rows(p, Config::kBlockN) > 0 ? launch_batch<OverBatch<Config, false>>(p, plan, gpu)
-                                   : launch_batch<OverBatch<Config, true>>(p, plan, gpu);
+  box_rows(p, Boxes::kBlockN) > 0 ? launch_batch<OverBatch<Boxes, false>>(p, plan, gpu)
+                                  : launch_batch<OverBatch<Rows, true>>(p, plan, gpu);
 }
 
-// The tiles of each head dim: those of one call whose keys only the device knows, and when which (see
-// prefill_launch.h).
+// The tiles of each head dim, and when which: those of one call whose keys only the device knows
+// (prefill_launch.h). Who starts boxes alone needs few registers: large tiles are then those of other calls,
+// but for the soft cap.
 template <class T, int kHeadDim, PrefillVariant kVariant>
 void batch_tiles_with(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
   using Tiles = PrefillTiles<T, kHeadDim, true, kVariant>;
+  using Narrow = typename Tiles::Narrow;
   if constexpr (requires { typename Tiles::Wide; }) {
+    using Wide = typename PrefillTiles<T, kHeadDim, kVariant == PrefillVariant::kSoftCap, kVariant>::Wide;
     // A negative scale of keys joins queries in registers.
-    if (!p.k_scale && wide_is_faster<typename Tiles::Wide, typename Tiles::Narrow>(p, Tiles::kWideSpeed, gpu))
-      return launch_boxes_or_rows<typename Tiles::Wide>(p, plan, gpu);
+    if (!p.k_scale && wide_is_faster<Wide, Narrow>(p, Tiles::kWideSpeed, gpu))
+      return launch_boxes_or_rows<Wide, typename Tiles::Wide>(p, plan, gpu);
   }
-  launch_boxes_or_rows<typename Tiles::Narrow>(p, plan, gpu);
+  launch_boxes_or_rows<Narrow, Narrow>(p, plan, gpu);
 }
 
 template <class T, int kHeadDim>

@@ -151,12 +151,12 @@ class BatchProducer {
     for (;;) {
       const BatchTile& tile = *current;
       const bool odd = current == &prepared[1];
-      if (!kValues && tile.queue.round > 0 && threadIdx.x < 32)
-        publish(smem, args, odd, q_map, packed_q_map, tile);
-      if (!tile.any()) break;
       const Range& kv_tiles = tile.work.tiles;
       typename Loader::Pages ahead;
       if (kv_tiles.size() > 0) ahead = loader.look_up(tile, kv_tiles.end - 1);
+      if (!kValues && tile.queue.round > 0 && threadIdx.x < 32)
+        publish(smem, args, odd, q_map, packed_q_map, tile);
+      if (!tile.any()) break;
 #pragma unroll 1
       for (int i = kv_tiles.end - 1;; --i) {
         if (i >= kv_tiles.begin) {

@@ -69,7 +69,7 @@ class PrefillConsumer {
         release(smem_.q_empty);
       }
       barrier_wait(smem_.k_full[k_at_.stage], k_at_.parity);
-      take_rows();
+      if constexpr (Config::kByRows) fence_for_products();
       start_scores(s);
       Tile next = tile_after(tile);
       wgmma_wait<0>();
@@ -81,11 +81,11 @@ class PrefillConsumer {
       softmax.weigh(s, rescale);
       pack(p, s);
       barrier_wait(smem_.v_full[v_at_.stage], v_at_.parity);
+      take_rows(next, work);
 
       while (is_tile(next, work)) {
         tile = next;
         barrier_wait(smem_.k_full[k_at_.stage], k_at_.parity);
-        take_rows();
         start_scores(s);
         start_output(o, p);
         next = tile_after(tile);
@@ -102,6 +102,7 @@ class PrefillConsumer {
         // The next output's values are waited for here, not where they are used: the assembler moves no wgmma
         // wait up over a loop.
         barrier_wait(smem_.v_full[v_at_.stage], softmax.after_weights(v_at_.parity));
+        take_rows(next, work);
         wgmma_wait<0>();
         hold(o);
         hold(p);
@@ -115,7 +116,6 @@ class PrefillConsumer {
       if constexpr (!Config::kQInRegisters) release(smem_.q_empty);
       if constexpr (!kBatch) q_at_.advance();
 
-      take_rows();
       start_output(o, p);
       wgmma_wait<0>();
       hold(o);
@@ -220,10 +220,18 @@ class PrefillConsumer {
     for (uint32_t& pair : q_) pair ^= 0x80008000u;
   }
 
-  // Keys and values that have arrived, and were copied by ordinary threads, are there for products too.
-  FI_DEVICE_INLINE static void take_rows() {
-    if constexpr (Config::kByRows) fence_for_products();
+  // With kByRows: values that have arrived, and the next tile's keys once they have, are copies of ordinary
+  // threads, and there for products only after a fence, which takes a while: done where products run.
+  FI_DEVICE_INLINE void take_rows(Tile next, const PrefillWork& work) {
+    if constexpr (Config::kByRows) {
+      if (is_tile(next, work)) barrier_wait(smem_.k_full[k_at_.stage], k_at_.parity);
+      fence_for_products();
+    }
   }
+
+  // Where the assembler keeps all descriptors of q over the loop then, instead of making them between
+  // products.
+  static constexpr bool kQIn32Bits = kBatch && kHeadDim <= 128;
 
   // s = q k^T
   FI_DEVICE_INLINE void start_scores(float (&s)[kBlockN / 2]) {
@@ -239,7 +247,9 @@ class PrefillConsumer {
       if constexpr (Config::kQInRegisters) {
         Wgmma<kBlockN>::template registers_by_k<T>(s, q_ + 4 * step, k_step, step > 0);
       } else {
-        Wgmma<kBlockN>::template k_by_k<T>(s, at(q, panel * Smem::kQPanelBytes + inside), k_step, step > 0);
+        const uint32_t q_bytes = panel * Smem::kQPanelBytes + inside;
+        Wgmma<kBlockN>::template k_by_k<T>(s, kQIn32Bits ? at_low(q, q_bytes) : at(q, q_bytes), k_step,
+                                           step > 0);
       }
     }
     wgmma_commit();

@@ -45,12 +45,12 @@ struct PrefillConfig {
   static_assert(kStages >= 2, "a consumer holds on to one tile of values while it waits for the next");
 };
 
-// The same for a batch, from a Config with kDeviceKeys: a producer needs the same registers. With kByRows_
-// keys come as copies of ordinary threads, else as boxes.
+// The same for a batch. With kByRows_ keys come as copies of ordinary threads, else as boxes. Producers have
+// the registers of a Config with kDeviceKeys, or at least 32.
 template <class Config, bool kByRows_>
 struct OverBatch : Config {
-  static_assert(Config::kDeviceKeys);
   static constexpr bool kDeviceKeys = false, kBatch = true, kByRows = kByRows_;
+  static_assert(Config::kProducerRegisters >= 32);
 };
 
 template <class Config>

@@ -56,6 +56,10 @@ FI_DEVICE_INLINE uint64_t k_major(uint32_t smem) { return operand(smem, 16); }
 FI_DEVICE_INLINE uint64_t mn_major(uint32_t smem, uint32_t panel_bytes) { return operand(smem, panel_bytes); }
 // The same operand, `bytes` further.
 FI_DEVICE_INLINE uint64_t at(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
+// In 32 bits: the address is in the lower half, and carries nothing.
+FI_DEVICE_INLINE uint64_t at_low(uint64_t operand, uint32_t bytes) {
+  return operand & 0xffffffff00000000 | static_cast<uint32_t>(static_cast<uint32_t>(operand) + (bytes >> 4));
+}
 
 // ---- products ----
 
