@@ -412,8 +412,7 @@ int64_t prepare_few(FewArgs& args, int64_t room) {
   auto allocate = [&](int64_t floats) {
     return static_cast<float*>(c.scratch.allocate(c.scratch.context, floats * int64_t(sizeof(float))));
   };
-  if (args.arrivals == nullptr)
-    args.split = static_cast<Run*>(c.scratch.allocate(c.scratch.context, grid * int64_t(sizeof(Run))));
+  args.split = static_cast<Run*>(c.scratch.allocate(c.scratch.context, grid * int64_t(sizeof(Run))));
   args.num_slots = 2 * grid;
   if constexpr (kFixed) {
     constexpr int64_t kMostBytes = int64_t{256} << 20;
