@@ -73,6 +73,10 @@ FI_INLINE KeySpan keys_of_query(const BatchAttentionParams& p, const Request& r,
   return keys.begin < keys.end ? keys : KeySpan{0, 0};
 }
 
+FI_DEVICE_INLINE bool has_padding(const BatchAttentionParams& p) {
+  return p.qo_indptr.at(0) > 0 || p.qo_indptr.at(p.call.batch) < p.call.qo_len;
+}
+
 // Output 0 and LSE -inf for the tokens of no request, by thread `me` of `threads` in all.
 template <class T>
 FI_DEVICE_INLINE void write_padding(const BatchAttentionParams& p, int64_t me, int64_t threads) {
