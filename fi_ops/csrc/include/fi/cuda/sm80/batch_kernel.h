@@ -174,8 +174,8 @@ class BatchTilesBlock : WarpRows<C> {
     }
   }
 
-  // Of four tiles in a row one is attended to, one on its way (located already), one looked up. The first
-  // three.
+  // The first three tiles: `tile` on its way, `located` ready to be copied, `looked_up` on its way to that.
+  // -1: there is none.
   FI_DEVICE_INLINE void start(int& tile, int& located, int& looked_up) {
     tile = next_tile(smem.last_tile, 0);
     if (tile >= 0) {
