@@ -111,6 +111,15 @@ def test_more_tiles_than_a_gpu_has_multiprocessors(page_size, seed):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [None, 1, 16, 128])
+@pytest.mark.parametrize("seed", [7000, 7004, 7010, 7028, 7032, 7037, 7046, 7053, 7068, 7069])
+def test_long_requests(page_size, seed):
+    """All but the second are computed in query tiles of 192 rows by a GPU of 132 multiprocessors."""
+    op, args, kwargs = batch_call(seed, "cuda", page_size, (8, 16), (1100, 1500, 2100))
+    assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"page_size {page_size}, seed {seed}"))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("page_size", [1, 16, 128])
 def test_pages_that_are_not_there(page_size):
     """Nothing is read for them, and requests beside them don't notice."""

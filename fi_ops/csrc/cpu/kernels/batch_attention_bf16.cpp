@@ -3,16 +3,8 @@
 
 namespace fi::FI_ISA {
 
-#if FI_ISA_LEVEL >= 4
-using Unit = AmxUnit;
-#elif FI_ISA_LEVEL == 3
-using Unit = Bf16DotUnit;
-#else
-using Unit = FmaUnit;
-#endif
-
 void batch_attention_bf16(const BatchAttentionParams& params, const Parallel& parallel) {
-  run_batch_attention<bf16, Unit>(params, parallel);
+  run_batch_attention<bf16, Bf16Unit>(params, parallel);
 }
 
 }  // namespace fi::FI_ISA

@@ -12,6 +12,15 @@
 
 namespace fi::FI_ISA {
 
+// The unit for rows of bf16.
+#if FI_ISA_LEVEL >= 4
+using Bf16Unit = AmxUnit;
+#elif FI_ISA_LEVEL == 3
+using Bf16Unit = Bf16DotUnit;
+#else
+using Bf16Unit = FmaUnit;
+#endif
+
 template <class T>
 struct Stream {
   using Query = typename StreamDot<T>::Query;
