@@ -42,14 +42,25 @@ __global__ void zero_kernel(int32_t* data, int64_t count) {
     data[i] = 0;
 }
 
-// The plan; and the counters of the tiles' kernel, zeroed by the kernel that makes it or by one in its place.
-PlanView begin(const BatchAttentionParams& p, int64_t count, int32_t*& counters, const Gpu& gpu) {
+// Counters of the two paths' kernels, which find them zeroed.
+struct Arrivals {
+  int32_t* segments = nullptr;
+  int32_t* tiles = nullptr;
+};
+
+// The plan, and the counters zeroed by the kernel that makes it or by one in its place.
+PlanView begin(const BatchAttentionParams& p, int64_t num_segments, int64_t num_tiles, Arrivals& arrivals,
+               const Gpu& gpu) {
   const Scratch& scratch = p.call.scratch;
-  if (count > 0) counters = static_cast<int32_t*>(scratch.allocate(scratch.context, 4 * count));
-  if (!p.plan) return PlanView::of(p, plan_in_scratch(p, counters, count, gpu));
+  const int64_t count = num_segments + num_tiles;
+  if (count > 0) {
+    arrivals.segments = static_cast<int32_t*>(scratch.allocate(scratch.context, 4 * count));
+    arrivals.tiles = arrivals.segments + num_segments;
+  }
+  if (!p.plan) return PlanView::of(p, plan_in_scratch(p, arrivals.segments, count, gpu));
   const int64_t blocks = (count + 1023) / 1024;
   launch(gpu, zero_kernel, dim3(static_cast<unsigned>(blocks < gpu.num_sms ? blocks : gpu.num_sms)),
-         dim3(256), 0, /*overlap=*/true, counters, count);
+         dim3(256), 0, /*overlap=*/true, arrivals.segments, count);
   return PlanView::of(p, p.plan);
 }
 
@@ -77,13 +88,15 @@ void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
   const AttentionParams& c = p.call;
   if (c.qo_len == 0 || c.num_qo_heads == 0) return;
   const TilesPath path = path_of_tiles(p, gpu);
+  const bool few_is_fast = batch::few_rows_supports(p);
+  const int64_t num_segments = few_is_fast ? PlanView::of(p, nullptr).max_segments * c.num_kv_heads : 0;
   const int64_t num_tiles = path == TilesPath::sm80 ? sm80_batch_counters(p, gpu) : 0;
-  int32_t* counters = nullptr;
-  const PlanView plan = begin(p, num_tiles, counters, gpu);
+  Arrivals arrivals;
+  const PlanView plan = begin(p, num_segments, num_tiles, arrivals, gpu);
 
   // The plan's segments, requests with few rows; and the tokens of no request.
-  if (batch::few_rows_supports(p)) {
-    batch::few_rows(p, plan, gpu);
+  if (few_is_fast) {
+    batch::few_rows(p, plan, arrivals.segments, gpu);
   } else {
     batch::on_cuda_cores(p, plan, /*segments=*/true, /*tiles=*/false, gpu);
   }
@@ -95,7 +108,7 @@ void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
       return batch_tiles_sm90(p, plan, gpu);
 #endif
     case TilesPath::sm80:
-      return batch_tiles_sm80(p, plan, counters, gpu);
+      return batch_tiles_sm80(p, plan, arrivals.tiles, gpu);
     case TilesPath::cuda_cores:
       return batch::on_cuda_cores(p, plan, /*segments=*/false, /*tiles=*/true, gpu);
   }

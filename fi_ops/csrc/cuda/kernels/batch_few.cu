@@ -34,9 +34,9 @@ FewArgs few_args(const BatchAttentionParams& p, const PlanView& plan, int32_t* a
   return args;
 }
 
-void few_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& gpu) {
+void few_rows(const BatchAttentionParams& p, const PlanView& plan, int32_t* arrivals, const Gpu& gpu) {
   const AttentionParams& c = p.call;
-  const FewArgs args = few_args(p, plan, /*arrivals=*/nullptr);
+  const FewArgs args = few_args(p, plan, arrivals);
   const int64_t dim = c.head_dim_qk > c.head_dim_vo ? c.head_dim_qk : c.head_dim_vo;
   const bool is_bf16 = c.dtype == DType::bf16;
   if (dim <= 64) return is_bf16 ? few_bf16_64(args, gpu) : few_f16_64(args, gpu);

@@ -14,8 +14,8 @@ inline constexpr int64_t kMostRopeDim = 128;
 // can do, but RoPE of fp8 keys and of wide heads.
 bool few_rows_supports(const BatchAttentionParams& p);
 
-// The plan's segments, and the tokens of no request.
-void few_rows(const BatchAttentionParams& p, const PlanView& plan, const Gpu& gpu);
+// The plan's segments, and the tokens of no request. `arrivals`: one for each segment and KV head, zeroed.
+void few_rows(const BatchAttentionParams& p, const PlanView& plan, int32_t* arrivals, const Gpu& gpu);
 FewArgs few_args(const BatchAttentionParams& p, const PlanView& plan, int32_t* arrivals);
 
 // The instantiations (cuda/kernels/batch_few_*.cu): head_dim up to the number.

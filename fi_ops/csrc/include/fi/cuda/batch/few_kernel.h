@@ -2,8 +2,8 @@
 //
 // Per run: query rows to shared memory, each warp attends to its slices, the warps' results are joined over
 // shared memory. A pair (segment, KV head) that one block has alone is written out; else its blocks leave
-// partial results in scratch memory, which a second kernel joins in their order. With a fixed split every
-// unit is such a part.
+// partial results in scratch memory and the last one to arrive joins them, in their order, so that the result
+// does not depend on which one that was. With a fixed split every unit is such a part.
 #pragma once
 
 #include <climits>
@@ -172,7 +172,8 @@ FI_DEVICE_NOINLINE void write_empty(const FewArgs& args, int me, int threads) {
                          Part{});
     }
   }
-  write_padding<T>(args.p, int64_t{blockIdx.x} * threads + me, int64_t{gridDim.x} * threads);
+  if (has_padding(args.p))
+    write_padding<T>(args.p, int64_t{blockIdx.x} * threads + me, int64_t{gridDim.x} * threads);
 }
 
 // f(row, chunk, item) for each four columns of a run's rows that this thread has.
@@ -247,7 +248,6 @@ class FewBlock {
   FI_DEVICE_INLINE void run(unsigned char* warp_memory) {
     wait_for_previous_kernel();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    if (threadIdx.x == 0 && args.split) args.split[blockIdx.x].pair = -1;
     if (args.plan.num_segments() == 0 && !has_padding(p)) return;
     RunTable& table = shared.table;
     if (warp == 1) prefetch_indices(lane);
@@ -320,12 +320,6 @@ class FewBlock {
                            [&](int row, int chunk, int) { write(run, row, chunk, joined(row, chunk)); });
     }
     leave(run, kFixed ? run.part : static_cast<int>(blockIdx.x), joined);
-    if (args.arrivals == nullptr) {
-      const bool is_first = kFixed ? run.part == 0 : run.part == static_cast<int>(blockIdx.x);
-      if (threadIdx.x == 0 && is_first) args.split[blockIdx.x] = run;
-      return;
-    }
-    __syncthreads();
     const int others = run.last_part - (kFixed ? 0 : run.part);
     if (threadIdx.x == 0) shared.is_last = atomic_add_acq_rel(&args.arrivals[run.pair], 1) == others;
     __syncthreads();
@@ -346,6 +340,7 @@ class FewBlock {
         state[args.part_rows + row] = own.sum;
       }
     });
+    __syncthreads();
   }
 
   // A unit of a pair that this block has alone: onto what a thread has of the units before.
@@ -412,8 +407,6 @@ int64_t prepare_few(FewArgs& args, int64_t room) {
   auto allocate = [&](int64_t floats) {
     return static_cast<float*>(c.scratch.allocate(c.scratch.context, floats * int64_t(sizeof(float))));
   };
-  if (args.arrivals == nullptr)
-    args.split = static_cast<Run*>(c.scratch.allocate(c.scratch.context, grid * int64_t(sizeof(Run))));
   args.num_slots = 2 * grid;
   if constexpr (kFixed) {
     constexpr int64_t kMostBytes = int64_t{256} << 20;
@@ -425,15 +418,6 @@ int64_t prepare_few(FewArgs& args, int64_t room) {
   return grid;
 }
 
-// A block for each of few_kernel's.
-template <class T, class Engine, bool kFixed>
-__global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ FewArgs args) {
-  allow_next_kernel();
-  wait_for_previous_kernel();
-  const Run& run = args.split[blockIdx.x];
-  if (run.pair >= 0) join_parts<T, Engine::kRowChunks, kFixed>(args, run);
-}
-
 template <class T, class Engine, bool kFixed>
 void run_few(FewArgs args, const Gpu& gpu) {
   const decode::BlockShape shape =
@@ -442,8 +426,6 @@ void run_few(FewArgs args, const Gpu& gpu) {
   launch(gpu, few_kernel<T, Engine, kFixed>, dim3(static_cast<unsigned>(grid)), dim3(shape.warps * 32),
          shape.all_bytes, /*overlap=*/true, args, static_cast<int>(shape.warp_bytes),
          static_cast<int>(shape.query_bytes));
-  launch(gpu, join_kernel<T, Engine, kFixed>, dim3(static_cast<unsigned>(grid)), dim3(256), 0,
-         /*overlap=*/true, args);
 }
 
 // Logits that are scaled products have a kernel of their own, with less code; so has a fixed split.

@@ -9,36 +9,21 @@
 
 namespace fi::cuda::batch {
 
-struct Run {
-  int64_t kv_begin, mask_begin;  // of the request
-  int first_unit;                // of the pair
-  int pair, kv_head;
-  int q_begin, qo_len, kv_len;  // of the request
-  int row_begin, num_rows;
-  int key_begin, key_end;  // key_begin a multiple of 16
-  // The blocks that share the pair, first and last; with a fixed split this unit of the pair, and its last.
-  int part, last_part;
-  bool whole;  // this block has the whole pair
-};
-
 struct FewArgs {
   BatchAttentionParams p;
   PlanView plan;
-  int group;         // query heads of a KV head
-  int room;          // blocks that run at once
-  int min_units;     // for less no block is started
-  int most_units;    // of all segments and KV heads
-  bool whole_pairs;  // with a fixed split: no block begins or ends within a pair
-  // [max_segments * num_kv_heads], zeroed: parts left of each pair, the last of which joins them. None: the
-  // kernel behind this one does, for the pairs in `split`.
-  int32_t* arrivals;
+  int group;          // query heads of a KV head
+  int room;           // blocks that run at once
+  int min_units;      // for less no block is started
+  int most_units;     // of all segments and KV heads
+  bool whole_pairs;   // with a fixed split: no block begins or ends within a pair
+  int32_t* arrivals;  // [max_segments * num_kv_heads], zeroed by the kernel before: partial results left
   // Slots of partial_floats() each: acc [part_rows][acc_width], then max and sum [part_rows] each. Two for
   // each block: 0 of the pair that began before it, 1 of the one that goes on after it; with a fixed split
   // one for each unit.
   float* partials;
   int64_t num_slots;
   float* folded;  // with a fixed split: [grid][part_rows * acc_width / 4][6], a block's own pairs so far
-  Run* split;     // [grid], of each block the pair that begins in it and goes on after it; pair -1: none
   int part_rows, acc_width;
 
   // A multiple of 4: read and written as float4.
@@ -68,6 +53,18 @@ struct Shares {
     const int block = unit < split ? unit / (base + 1) : extra + (unit - split) / base;
     return max(0, min(block, blocks - 1));
   }
+};
+
+struct Run {
+  int64_t kv_begin, mask_begin;  // of the request
+  int first_unit;                // of the pair
+  int pair, kv_head;
+  int q_begin, qo_len, kv_len;  // of the request
+  int row_begin, num_rows;
+  int key_begin, key_end;  // key_begin a multiple of 16
+  // The blocks that share the pair, first and last; with a fixed split this unit of the pair, and its last.
+  int part, last_part;
+  bool whole;  // this block has the whole pair
 };
 
 inline constexpr int kRunsAtOnce = 32;

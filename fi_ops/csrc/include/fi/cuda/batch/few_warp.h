@@ -40,8 +40,8 @@ class FewWarp : public TileOf<T, kDim, kFormat>::type {
   static constexpr int kRowBytes = kDim * kElementBytes, kChunks = kRowBytes / 16;
   static constexpr int kChunkElements = 16 / kElementBytes;
   static constexpr int kTileBytes = 16 * kRowBytes, kStageBytes = 2 * kTileBytes;  // K, then V
-  // The accumulators have a place of their own, so that the ring stays full while a run is finished.
-  static constexpr int kAccBytes = 16 * kDim * 4;
+  // Where a stage has no room for the accumulators, they have a place of their own.
+  static constexpr int kAccBytes = kFp8 ? 16 * kDim * 4 : 0;
 
  public:
   using Tile::kRows, Tile::kSliceKeys;
@@ -66,7 +66,7 @@ class FewWarp : public TileOf<T, kDim, kFormat>::type {
     at_ = num_ = 0;
     step();
     cp_async_wait<0>();  // of empty groups
-    out_ = 0;
+    out_ = 0, used_ = -1;
 #pragma unroll 1
     for (int s = 0; s < kStages; ++s) issue(s);
   }
@@ -79,14 +79,18 @@ class FewWarp : public TileOf<T, kDim, kFormat>::type {
   }
 
   // The next slice of the ring, of `run`; `scale` of products besides the call's own, for rows lane_ / 4 and
-  // 8 further. Its stage is filled again at once.
+  // 8 further. Only here the stage of the slice before is filled again: publish() may have used it meanwhile.
   FI_DEVICE_INLINE void attend(const RowTable& rows, const Run& run, const float (&scale)[2]) {
+    __syncwarp();
+    if (used_ >= 0) issue(used_);
     const int key = keys_[0];
     const unsigned absent = absent_[0];
     cp_async_wait<kStages - 1>();
     __syncwarp();
     unsigned char* keys = ring_ + out_ * kStageBytes;
     unsigned char* values = keys + kTileBytes;
+    used_ = out_;
+    if (++out_ == kStages) out_ = 0;
     if constexpr (kRope) rotate_keys(keys, key);
 
     float s[2][4] = {}, odd[2][4] = {};
@@ -114,16 +118,13 @@ class FewWarp : public TileOf<T, kDim, kFormat>::type {
     const uint32_t weights[4] = {pack2<E>(s[0][0], s[0][1]), pack2<E>(s[0][2], s[0][3]),
                                  pack2<E>(s[1][0], s[1][1]), pack2<E>(s[1][2], s[1][3])};
     this->multiply_values(values, weights);
-    __syncwarp();
-    issue(out_);
-    if (++out_ == kStages) out_ = 0;
   }
 
   // The warp's result of a run.
   FI_DEVICE_INLINE void publish(float* row_max, float* row_sum, const float** acc, int num_rows,
                                 bool had_slices) {
-    this->publish_to(reinterpret_cast<float*>(ring_ + kStages * kStageBytes), row_max, row_sum, acc, num_rows,
-                     had_slices);
+    unsigned char* stage = ring_ + (kFp8 ? kStages : used_) * kStageBytes;
+    this->publish_to(reinterpret_cast<float*>(stage), row_max, row_sum, acc, num_rows, had_slices);
   }
 
  private:
@@ -280,6 +281,7 @@ class FewWarp : public TileOf<T, kDim, kFormat>::type {
   int run_ = 0, at_ = 0, num_ = 0, key_ = 0;
   int64_t page_ = -1, entry_ = 0;
   int out_ = 0;                    // the stage to use next
+  int used_ = -1;                  // the one that attend() used last; -1: none of this table
   int keys_[kStages] = {};         // first keys of the slices in flight, oldest first
   unsigned absent_[kStages] = {};  // a bit for each key that is nowhere
 };

@@ -73,6 +73,7 @@ FI_INLINE KeySpan keys_of_query(const BatchAttentionParams& p, const Request& r,
   return keys.begin < keys.end ? keys : KeySpan{0, 0};
 }
 
+// Whether there are tokens of no request.
 FI_DEVICE_INLINE bool has_padding(const BatchAttentionParams& p) {
   return p.qo_indptr.at(0) > 0 || p.qo_indptr.at(p.call.batch) < p.call.qo_len;
 }
