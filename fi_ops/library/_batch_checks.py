@@ -16,8 +16,9 @@ from ._checks import (
     check_shape,
     shape_of,
 )
+from ._plan import plan_size
 from ._spec import FLOATS, FP8, INDEX_TYPES
-from .plan import check_fixed_split, check_lengths, plan_size
+from .plan import check_fixed_split, check_lengths
 
 
 def _check_query(op: str, query, name: str = "query", tokens: str = "nnz_qo") -> None:

@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from ._page_samples import page_table
+from ._plan import make_plan
 from ._spec import FP8, ErrorSample, Sample
 
 _DECODE = ([1, 1, 3, 1], [37, 1, 90, 16])
@@ -112,12 +113,10 @@ def _samples(device, dtype, paged: bool):
 
 
 def _planned_sample(device, args, paged: bool):
-    from .plan import batch_attention_plan
-
     query, key, _, qo_indptr = args[:4]
     kv_indptr, last, page_size = (args[5], args[6], key.shape[1]) if paged else (args[4], None, 1)
     group = query.shape[1] // key.shape[-2]
-    plan = batch_attention_plan(qo_indptr, kv_indptr, last, query.shape[0], group, page_size, causal=True)
+    plan = make_plan(qo_indptr, kv_indptr, last, query.shape[0], group, page_size, causal=True)
     return Sample(args, {"causal": True, "plan": plan}, "a plan given")
 
 

@@ -35,9 +35,9 @@ import torch
 
 from ._batch_checks import check_batch, check_paged, check_ragged
 from ._batch_samples import paged_errors, paged_samples, ragged_errors, ragged_samples
+from ._plan import request_lengths
 from ._reference import attend, rotate
 from ._spec import Cost, op
-from .plan import request_lengths
 
 _TAIL = (
     "Tensor? custom_mask=None, Tensor? mask_indptr=None, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? alibi_slopes=None, "

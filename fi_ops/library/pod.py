@@ -17,10 +17,10 @@ import torch
 from ._attention_checks import check_numbers
 from ._batch_checks import check_decode, check_prefill
 from ._checks import check_same_device, check_same_dtype
+from ._plan import request_lengths
 from ._pod_samples import pod_errors, pod_samples
 from ._spec import Cost, op
 from .batch_attention import batch_cost, paged_attention_with_lse, ragged_attention_with_lse
-from .plan import request_lengths
 
 _SCHEMA = (
     "(Tensor query_p, Tensor key_p, Tensor value_p, Tensor query, Tensor paged_k_cache, Tensor paged_v_cache, "
