@@ -20,10 +20,7 @@ struct Counts {
   int32_t segments, units, tiles;
 };
 
-constexpr int kMost = kFewRows / kSegmentRows;  // segments of a request
-
 struct PlanShared {
-  int first_query[kMost], last_query[kMost];  // of a request's segments
   Counts warps[kWarps];
   int32_t first_tile[kThreads];  // of each request of the round, and its lengths
   PlanRequest requests[kThreads];
@@ -46,9 +43,16 @@ FI_DEVICE_INLINE int32_t scan_warp(int32_t x) {
 
 template <bool kFixed>
 class Planner {
+  static constexpr int kMost = kFewRows / kSegmentRows;  // segments of a request
+
  public:
   FI_DEVICE_INLINE Planner(const BatchPlanParams& p, PlanShared& shared)
       : p(p), shared(shared), sizes(plan_sizes(p.batch, p.nnz_qo, p.group_size)) {
+#pragma unroll
+    for (int s = 0; s < kMost; ++s) {
+      first_query[s] = s * static_cast<int>(kSegmentRows) / static_cast<int>(p.group_size);
+      last_query[s] = ((s + 1) * static_cast<int>(kSegmentRows) - 1) / static_cast<int>(p.group_size);
+    }
     header = reinterpret_cast<PlanHeader*>(p.plan);
     segments = reinterpret_cast<PlanSegment*>(header + 1);
     tiles = reinterpret_cast<PlanTile*>(segments + sizes.max_segments);
@@ -56,12 +60,6 @@ class Planner {
 
   FI_DEVICE_INLINE void run() {
     for (int c = threadIdx.x; c < kTileClasses; c += kThreads) shared.of_class[c] = 0;
-    if (threadIdx.x < kMost) {  // the only divisions, by one warp
-      const int row = static_cast<int>(threadIdx.x * kSegmentRows), group = static_cast<int>(p.group_size);
-      shared.first_query[threadIdx.x] = row / group;
-      shared.last_query[threadIdx.x] = (row + static_cast<int>(kSegmentRows) - 1) / group;
-    }
-    __syncthreads();
     Counts all{0, 0, 0};
     for (int64_t first = 0; first < p.batch; first += kThreads) {
       const Counts round = plan_requests</*kWrites=*/true>(first, all);
@@ -154,8 +152,8 @@ class Planner {
   // Of segment s of a request with few rows: what segment_units() finds, without its divisions. Rows end
   // where the queries do.
   FI_DEVICE_INLINE UnitRange units_of(const PlanRequest& r, int s) const {
-    const int64_t last = shared.last_query[s] < r.qo_len ? shared.last_query[s] : r.qo_len - 1;
-    const PlanKeys keys = keys_seen(p, r, shared.first_query[s], last);
+    const int64_t last = last_query[s] < r.qo_len ? last_query[s] : r.qo_len - 1;
+    const PlanKeys keys = keys_seen(p, r, first_query[s], last);
     const int64_t unit_keys = kFixed ? p.fixed_split_size : kUnitKeys, begin = keys.begin / unit_keys;
     return {static_cast<int32_t>(begin),
             static_cast<int32_t>((keys.end + unit_keys - 1) / unit_keys - begin)};
@@ -241,6 +239,7 @@ class Planner {
   const BatchPlanParams& p;
   PlanShared& shared;
   const PlanSizes sizes;
+  int first_query[kMost], last_query[kMost];  // of a request's segments
   PlanHeader* header;
   PlanSegment* segments;
   PlanTile* tiles;
@@ -248,7 +247,7 @@ class Planner {
 };
 
 template <bool kFixed>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads)
     plan_kernel(const __grid_constant__ BatchPlanParams p, int32_t* zeroed, int64_t num_zeroed) {
   allow_next_kernel();
   wait_for_previous_kernel();
