@@ -43,6 +43,7 @@ class GenericBlock {
     typename Tile::Smem tile;
     Row rows[kRows];
     int64_t k_offset[kKeys], v_offset[kKeys];  // of the keys at hand; -1: nowhere
+    int is_seen[kKeys];                        // by some row, as far as the custom mask goes
   };
 
   FI_DEVICE_INLINE GenericBlock(const GenericArgs& args, Smem& smem)
@@ -102,6 +103,7 @@ class GenericBlock {
       PageEntry at;
       if (first + j < end) at = key_entry(p, request, first + j);
       const bool there = at.page >= 0;
+      smem.is_seen[j] = p.custom_mask == nullptr;
       smem.k_offset[j] =
           there ? at.page * p.k_stride_page + at.entry * c.k_stride_n + kv_head * c.k_stride_h : -1;
       smem.v_offset[j] =
@@ -127,7 +129,8 @@ class GenericBlock {
         },
         [&](float (&s)[4][4]) { to_logits(s, first); },
         [&](int j, int column) {
-          const int64_t at = smem.v_offset[j], d = first_column + column;
+          // A weight of 0 times what lies there must not be NaN.
+          const int64_t at = smem.is_seen[j] ? smem.v_offset[j] : -1, d = first_column + column;
           return at < 0 || d >= c.head_dim_vo ? 0.0f : load_kv<T>(c.value, at + d, p.kv_dtype);
         });
   }
@@ -142,7 +145,10 @@ class GenericBlock {
         const int n = tile.x4 + j;
         const int64_t key = first + n;
         bool sees = key >= row.begin && key < row.end && smem.k_offset[n] >= 0;
-        if (sees && p.custom_mask) sees = custom_mask_bit(p, request, query_of(tile.y4 + i), key);
+        if (sees && p.custom_mask) {
+          sees = custom_mask_bit(p, request, query_of(tile.y4 + i), key);
+          if (sees) atomicOr(&smem.is_seen[n], 1);
+        }
         float x = s[i][j] * scale;
         if (c.logits_soft_cap > 0.0f) x = tanhf(x / c.logits_soft_cap) * c.logits_soft_cap;
         x = x * kLog2e + (static_cast<float>(key) - row.position) * row.slope;
