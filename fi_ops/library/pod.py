@@ -1,4 +1,4 @@
-"""POD-attention: the prefill of one request and the decode of a batch in one op, on CUDA in one launch.
+"""POD-attention: the prefill of one request and the decode of a batch in one op, on CUDA in one launch where that is faster.
 
 Prefill is bound by arithmetic, decode by memory: side by side on the same multiprocessors they take little longer than the
 slower of the two. The prefill has keys and values of its own: `query_p [qo_len, num_qo_heads, head_dim]`, `key_p` and `value_p`

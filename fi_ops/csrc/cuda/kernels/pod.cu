@@ -26,8 +26,8 @@ int64_t rows_of(const AttentionParams& c, int64_t queries) {
 }
 
 // Side by side the prefill runs at the rate of mma.sync, about half of what Hopper's own kernel has, and both
-// together take about 0.8 of the sum of their times: on Hopper that is worth it where the decode is much the
-// longer one.
+// together take about 0.8 of the sum of their times: on Hopper that is worth it where the decode is the
+// longer one, but not by so much that all there is to gain is the prefill's little time.
 bool is_worth_it(const PodParams& p, const Gpu& gpu) {
 #ifdef FI_CUDA_SM90A
   if (gpu.compute_capability == 90 && sm90_batch_supports(p.prefill)) {
@@ -37,7 +37,8 @@ bool is_worth_it(const PodParams& p, const Gpu& gpu) {
     const double flops = 2.0 * c.num_qo_heads * pairs * (c.head_dim_qk + c.head_dim_vo);
     // No more than the table holds: what of it is live is the device's to know.
     const double bytes = 2.0 * d.kv_len * d.num_kv_heads * (d.head_dim_qk + d.head_dim_vo);
-    return bytes / kBytesASecond > 2.6 * flops / kFlopsASecond;
+    const double decode = bytes / kBytesASecond, prefill = flops / kFlopsASecond;
+    return decode > 2.6 * prefill && decode < 10.0 * prefill;
   }
 #endif
   return true;

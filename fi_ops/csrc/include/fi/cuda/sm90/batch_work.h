@@ -181,8 +181,11 @@ FI_INLINE void next_batch_tile(const BatchShape& shape, int blocks, int block, B
 FI_INLINE int key_page(const BatchShape& shape, const BatchTile& tile, int position, int count) {
   if (position + count <= tile.values.begin || position >= tile.values.end) return -1;
   if (!shape.is_paged) return 0;
-  return static_cast<int>(
-      shape.kv_indices.at(tile.kv_begin + shape.by_page_size.divide(static_cast<unsigned>(position))));
+  const Indices& table = shape.kv_indices;
+  const int64_t nth = tile.kv_begin + shape.by_page_size.divide(static_cast<unsigned>(position));
+  if (!table.wide) return static_cast<int>(table.at(nth));
+  const int64_t page = table.at(nth);  // no page, where 32 bits don't hold it
+  return page == static_cast<int>(page) ? static_cast<int>(page) : -1;
 }
 FI_INLINE int checked_page(const BatchShape& shape, int page) {
   return page >= 0 && page < shape.num_pages ? page : -1;
