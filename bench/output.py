@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 import sys
 from dataclasses import dataclass, field
@@ -134,13 +135,10 @@ def write_markdown(report: Report, path: Path) -> None:
     text.write(f"# {path.stem}\n\n" + "".join(f"{line}  \n" for line in report.header))
     for plot in report.plots:
         text.write(f"\n![{plot.stem}]({os.path.relpath(plot, path.parent)})\n")
-    last = None
-    for row in report.rows:
-        if (row.bench, row.case) != last:
-            last = (row.bench, row.case)
-            heading = columns(row.unit)
-            text.write(f"\n**{row.bench}: {row.case}**\n\n| {' | '.join(heading)} |\n|{'---|' * len(heading)}\n")
-        text.write(f"| {' | '.join(cells(row))} |\n")
-        if line := target(row):
-            text.write(f"\n{line}\n")
+    for (bench, case), group in itertools.groupby(report.rows, lambda row: (row.bench, row.case)):
+        rows = list(group)
+        heading = columns(rows[0].unit)
+        text.write(f"\n**{bench}: {case}**\n\n| {' | '.join(heading)} |\n|{'---|' * len(heading)}\n")
+        text.writelines(f"| {' | '.join(cells(row))} |\n" for row in rows)
+        text.writelines(f"\n{line}\n" for line in map(target, rows) if line)
     path.write_text(text.getvalue())
