@@ -60,6 +60,14 @@ def check_kv_layout(function: str, kv_layout: str) -> None:
     )
 
 
+def check_heads(function: str, num_qo_heads: int, num_kv_heads: int) -> None:
+    require(
+        function,
+        num_kv_heads >= 1 and num_qo_heads % num_kv_heads == 0,
+        f"num_qo_heads must be a multiple of num_kv_heads, got {num_qo_heads} and {num_kv_heads}; repeat or drop heads",
+    )
+
+
 def check_backend(function: str, backend: str) -> None:
     require(function, backend in _BACKENDS, f"backend must be one of {_BACKENDS}, got {backend!r}; leave it at 'auto'")
 

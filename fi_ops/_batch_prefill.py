@@ -6,7 +6,7 @@ import torch
 
 from ._batch_options import refuse_extra, refuse_given, split_keys
 from ._batch_wrapper import BatchWrapper
-from .page import PagedKVCache, _as_nhd
+from .page import PagedKVCache
 
 _MULTI_ITEM = "multi-item scoring is not there"
 
@@ -169,20 +169,11 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
             `[rows of q, num_qo_heads, head_dim_vo]`, and with return_lse float32 `[rows of q, num_qo_heads]`.
         """
         refuse_extra("BatchPrefillWithPagedKVCacheWrapper.run", args)
-        return self._run(
+        return self._run_paged(
             q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=return_lse,
             enable_pdl=enable_pdl, window_left=window_left, sinks=sinks, kv_cache_sf=kv_cache_sf,
             skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
         )  # fmt: skip
-
-    def _run(self, q, paged_kv_cache, *, kv_cache_sf=None, skip_softmax_threshold_scale_factor=None, **options):
-        function = f"{type(self).__name__}.run"
-        refuse_given(
-            function, "it would change results", kv_cache_sf=kv_cache_sf,
-            skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
-        )  # fmt: skip
-        k, v = _as_nhd(function, paged_kv_cache, self._kv_layout)
-        return self._attend(q, k, v, **options)
 
     def forward(
         self,

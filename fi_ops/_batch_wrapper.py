@@ -34,6 +34,7 @@ from ._batch_masks import check_mask_length, pack_masks, packed_indptr
 from ._batch_options import (
     Settings,
     check_backend,
+    check_heads,
     check_kv_layout,
     cos_sin_table,
     dtypes_of,
@@ -41,7 +42,7 @@ from ._batch_options import (
     scales_of,
     settings_of,
 )
-from .page import get_seq_lens
+from .page import _as_nhd, get_seq_lens
 
 
 def values_known(*tensors: torch.Tensor) -> bool:
@@ -172,11 +173,7 @@ class BatchWrapper:
         new_settings = settings_of(function, **settings)
         self._check_settings(new_settings)
         dtypes = dtypes_of(function, q_data_type, kv_data_type, o_data_type)
-        require(
-            function,
-            num_kv_heads >= 1 and num_qo_heads % num_kv_heads == 0,
-            f"num_qo_heads must be a multiple of num_kv_heads, got {num_qo_heads} and {num_kv_heads}; repeat or drop heads",
-        )
+        check_heads(function, num_qo_heads, num_kv_heads)
         require(function, page_size >= 1, f"page_size must be 1 or more, got {page_size}; pass the cache's")
         batch = qo_indptr.shape[0] - 1
         for name, tensor, size in (("kv_indptr", kv_indptr, batch + 1), ("kv_last_page_len", kv_last_page_len, batch)):
@@ -311,6 +308,16 @@ class BatchWrapper:
         for name, (got, want) in given.items():
             if got != want:
                 refuse(function, f"{name} must be {want}, as planned, got {got}; plan for these tensors")
+
+    def _run_paged(self, q, paged_kv_cache, *, kv_cache_sf=None, skip_softmax_threshold_scale_factor=None, **options):
+        """`_attend` over a cache as users have it, with what all of FlashInfer's paged `run`s take and these refuse."""
+        function = f"{type(self).__name__}.run"
+        refuse_given(
+            function, "it would change results", kv_cache_sf=kv_cache_sf,
+            skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
+        )  # fmt: skip
+        k, v = _as_nhd(function, paged_kv_cache, self._kv_layout)
+        return self._attend(q, k, v, **options)
 
     def _attend(
         self, q, k, v, *, q_scale=None, k_scale=None, v_scale=None, sinks=None, out=None, lse=None, return_lse=False,

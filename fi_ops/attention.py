@@ -308,4 +308,4 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
             sinks = args[0]
         if len(args) == 2:
             options["sm_scale"] = args[1]
-        return self._run(q, paged_kv_cache, sinks=sinks, **options)
+        return self._run_paged(q, paged_kv_cache, sinks=sinks, **options)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from ._arguments import refuse, require
-from ._batch_options import refuse_extra, refuse_given, split_keys, with_data_type
+from ._batch_options import refuse_extra, split_keys, with_data_type
 from ._batch_wrapper import BatchWrapper
-from .page import PagedKVCache, _as_nhd
+from .page import PagedKVCache
 from .prefill import attend_one_request
 
 __all__ = [
@@ -221,10 +221,6 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
         """
         function = f"{type(self).__name__}.run"
         refuse_extra(function, args)
-        refuse_given(
-            function, "it would change results", kv_cache_sf=kv_cache_sf,
-            skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
-        )  # fmt: skip
         planned = self._q_len_per_req
         if q_len_per_req is not None and q_len_per_req != planned:
             refuse(function, f"q_len_per_req must be {planned}, as planned, got {q_len_per_req}; pass it to plan")
@@ -233,10 +229,10 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
                 function,
                 f"q must have batch * q_len_per_req = {self._plan_rows} rows, got {q.shape[0]}; plan for this batch",
             )
-        k, v = _as_nhd(function, paged_kv_cache, self._kv_layout)
-        return self._attend(
-            q, k, v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=return_lse,
-            enable_pdl=enable_pdl, window_left=window_left, sinks=sinks,
+        return self._run_paged(
+            q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=return_lse,
+            enable_pdl=enable_pdl, window_left=window_left, sinks=sinks, kv_cache_sf=kv_cache_sf,
+            skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
         )  # fmt: skip
 
     def forward(

@@ -11,7 +11,7 @@ import torch
 
 from ._arguments import refuse, require, return_in
 from ._batch_masks import indptr_of, pack_masks, packed_indptr
-from ._batch_options import Settings
+from ._batch_options import Settings, check_heads
 from ._batch_wrapper import BatchWrapper, values_known
 
 __all__ = ["BlockSparseAttentionWrapper", "VariableBlockSparseAttentionWrapper", "convert_bsr_mask_layout"]
@@ -271,11 +271,7 @@ class VariableBlockSparseAttentionWrapper(BatchWrapper):
                 tuple(sizes.shape) == want,
                 f"{name} must be {list(want)}, as block_mask_map is {list(block_mask_map.shape)}, got {list(sizes.shape)}",
             )
-        require(
-            function,
-            num_kv_heads >= 1 and num_qo_heads % num_kv_heads == 0,
-            f"num_qo_heads must be a multiple of num_kv_heads, got {num_qo_heads} and {num_kv_heads}; repeat or drop heads",
-        )
+        check_heads(function, num_qo_heads, num_kv_heads)
         if block_mask_map.device != block_col_sz.device:
             block_mask_map, block_col_sz = (
                 t.to(self.device, non_blocking=non_blocking) for t in (block_mask_map, block_col_sz)

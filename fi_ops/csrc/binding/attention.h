@@ -112,6 +112,14 @@ class ScratchArena {
   int64_t left_ = 0;
 };
 
+inline PerHead per_head(const MaybeTensor& t) {
+  return t ? PerHead{static_cast<const float*>(t->const_data_ptr()), t->stride(0)} : PerHead{};
+}
+
+inline float scale_or_default(const std::optional<double>& scale, int64_t head_dim) {
+  return static_cast<float>(scale ? *scale : head_dim ? 1.0 / std::sqrt(double(head_dim)) : 1.0);
+}
+
 // Stride of a dimension that may be broadcast.
 inline int64_t broadcast_stride(const Tensor& t, int64_t d) { return t.size(d) == 1 ? 0 : t.stride(d); }
 
@@ -151,11 +159,8 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& key, 
   }
   p.causal = causal;
   p.window_left = window_left;
-  p.scale = static_cast<float>(scale ? *scale : p.head_dim_qk ? 1.0 / std::sqrt(double(p.head_dim_qk)) : 1.0);
+  p.scale = scale_or_default(scale, p.head_dim_qk);
   p.logits_soft_cap = static_cast<float>(soft_cap);
-  auto per_head = [](const MaybeTensor& t) {
-    return t ? PerHead{static_cast<const float*>(t->const_data_ptr()), t->stride(0)} : PerHead{};
-  };
   p.alibi_slopes = per_head(alibi_slopes);
   p.sinks = per_head(sinks);
   p.scratch = arena.handle();

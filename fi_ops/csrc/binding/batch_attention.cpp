@@ -35,8 +35,7 @@ Outputs paged(const char* op, bool with_lse, const Tensor& query, const Tensor& 
   check_cache(op, query, k_cache, v_cache);
   check_same_device(op, "qo_indptr", qo_indptr, "query", query);
   check_lengths(op, qo_indptr, kv_indptr, kv_last_page_len, k_cache.size(1));
-  check_same_device(op, "kv_indices", kv_indices, "query", query);
-  check_dtype(op, "kv_indices", kv_indices, index_types);
+  check_indices(op, "kv_indices", kv_indices, "query", query);
   check_ndim(op, "kv_indices", kv_indices, 1, "[nnz_pages]");
   check_options(op, o, query, k_cache.size(2), qo_indptr);
 
@@ -145,7 +144,7 @@ Tensor batch_attention_plan_op(const Tensor& qo_indptr, const Tensor& kv_indptr,
       check_last_page_len_values(op, indptr, *values_to_check(*kv_last_page_len), page_size);
   }
   const int64_t batch = qo_indptr.size(0) - 1;
-  Tensor plan = empty({plan_size(batch, nnz_qo, group_size)}, ScalarType::Int, qo_indptr);
+  Tensor plan = empty({PlanParts::size(batch, nnz_qo, group_size)}, ScalarType::Int, qo_indptr);
   BatchPlanParams p{};
   p.qo_indptr = indices_of(qo_indptr);
   p.table = ragged_table(kv_indptr, INT_MAX);  // kv_indices' length is not known here

@@ -22,21 +22,13 @@ inline void check_lengths(const char* op, const Tensor& qo_indptr, const Tensor&
   check_dtype(op, "qo_indptr", qo_indptr, index_types);
   FI_CHECK(op, qo_indptr.dim() == 1 && qo_indptr.size(0) >= 1, "qo_indptr must be [batch + 1], got ",
            shape_of(qo_indptr), "; start it with 0");
-  check_same_device(op, "kv_indptr", kv_indptr, "qo_indptr", qo_indptr);
-  check_dtype(op, "kv_indptr", kv_indptr, index_types);
+  check_indices(op, "kv_indptr", kv_indptr, "qo_indptr", qo_indptr);
   check_shape(op, "kv_indptr", kv_indptr, {qo_indptr.size(0)}, "[batch + 1]");
   if (kv_last_page_len) {
-    check_same_device(op, "kv_last_page_len", *kv_last_page_len, "qo_indptr", qo_indptr);
-    check_dtype(op, "kv_last_page_len", *kv_last_page_len, index_types);
+    check_indices(op, "kv_last_page_len", *kv_last_page_len, "qo_indptr", qo_indptr);
     check_shape(op, "kv_last_page_len", *kv_last_page_len, {qo_indptr.size(0) - 1}, "[batch]");
   }
   FI_CHECK(op, page_size >= 1, "page_size must be 1 or more, got ", page_size, "; pass the cache's");
-}
-
-inline int64_t plan_size(int64_t batch, int64_t nnz_qo, int64_t group_size) {
-  const PlanSizes sizes = plan_sizes(batch, nnz_qo, group_size);
-  return static_cast<int64_t>(sizeof(PlanHeader) / 4 + sizes.max_segments * (sizeof(PlanSegment) / 4) +
-                              sizes.max_tiles * (sizeof(PlanTile) / 4));
 }
 
 // Keys and values [..., num_kv_heads, head_dim], by their names.
@@ -113,7 +105,7 @@ inline void check_plan(const char* op, const MaybeTensor& plan, const Tensor& qu
   if (!plan) return;
   check_same_device(op, "plan", *plan, "query", query);
   check_dtype(op, "plan", *plan, std::array{ScalarType::Int});
-  check_shape(op, "plan", *plan, {plan_size(qo_indptr.size(0) - 1, query.size(0), group_size)},
+  check_shape(op, "plan", *plan, {PlanParts::size(qo_indptr.size(0) - 1, query.size(0), group_size)},
               "what batch_attention_plan returns for these sizes");
   check_last_dim_contiguous(op, "plan", *plan);
 }
@@ -180,13 +172,8 @@ inline BatchAttentionParams batch_params(const Tensor& query, const Tensor& key,
   c.o_stride_n = out.stride(0), c.o_stride_h = out.stride(1);
   c.causal = o.causal;
   c.window_left = o.window_left;
-  c.scale = static_cast<float>(o.scale         ? *o.scale
-                               : c.head_dim_qk ? 1.0 / std::sqrt(double(c.head_dim_qk))
-                                               : 1.0);
+  c.scale = scale_or_default(o.scale, c.head_dim_qk);
   c.logits_soft_cap = static_cast<float>(o.logits_soft_cap);
-  auto per_head = [](const MaybeTensor& t) {
-    return t ? PerHead{static_cast<const float*>(t->const_data_ptr()), t->stride(0)} : PerHead{};
-  };
   c.alibi_slopes = per_head(o.alibi_slopes);
   c.sinks = per_head(o.sinks);
   if (o.cos_sin_cache) {
@@ -257,7 +244,7 @@ inline void check_option_values(const char* op, const BatchOptions& o, BatchAtte
     const Tensor plan = *values_to_check(*o.plan);
     const auto& h = *static_cast<const PlanHeader*>(plan.const_data_ptr());
     const int64_t group_size = p.call.num_kv_heads ? p.call.num_qo_heads / p.call.num_kv_heads : 1;
-    const int64_t unit_keys = p.fixed_split_size ? p.fixed_split_size : kUnitKeys;
+    const int64_t unit_keys = unit_keys_of(p.fixed_split_size);
     FI_CHECK(op,
              h.batch == p.call.batch && h.nnz_qo == p.call.qo_len && h.group_size == group_size &&
                  h.page_size == p.table.page_size && h.causal == int(p.call.causal) &&

@@ -4,13 +4,10 @@
 namespace fi::FI_ISA {
 
 void batch_attention_plan(const BatchPlanParams& p, const Parallel&) {
-  const PlanSizes sizes = plan_sizes(p.batch, p.nnz_qo, p.group_size);
-  auto* header = reinterpret_cast<PlanHeader*>(p.plan);
-  auto* segments = reinterpret_cast<PlanSegment*>(header + 1);
-  auto* tiles = reinterpret_cast<PlanTile*>(segments + sizes.max_segments);
+  const auto [header, segments, tiles, sizes] = PlanParts::of(p.plan, p.batch, p.nnz_qo, p.group_size);
   __builtin_memset(segments, 0,
                    reinterpret_cast<char*>(tiles + sizes.max_tiles) - reinterpret_cast<char*>(segments));
-  const int64_t unit_keys = p.fixed_split_size ? p.fixed_split_size : kUnitKeys;
+  const int64_t unit_keys = unit_keys_of(p.fixed_split_size);
 
   int32_t num_segments = 0, num_units = 0, num_tiles = 0;
   int32_t first_of_class[kTileClasses + 1] = {};  // counts at first

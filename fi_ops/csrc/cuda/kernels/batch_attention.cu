@@ -22,10 +22,8 @@ const int32_t* plan_in_scratch(const BatchAttentionParams& p, int32_t* zeroed, i
   plan.batch = c.batch, plan.nnz_qo = c.qo_len, plan.group_size = c.num_qo_heads / c.num_kv_heads;
   plan.causal = c.causal;
   plan.window_left = c.window_left, plan.fixed_split_size = p.fixed_split_size;
-  const PlanSizes sizes = plan_sizes(plan.batch, plan.nnz_qo, plan.group_size);
-  plan.plan = static_cast<int32_t*>(c.scratch.allocate(
-      c.scratch.context, int64_t(sizeof(PlanHeader)) + sizes.max_segments * int64_t(sizeof(PlanSegment)) +
-                             sizes.max_tiles * int64_t(sizeof(PlanTile))));
+  plan.plan = static_cast<int32_t*>(
+      c.scratch.allocate(c.scratch.context, 4 * PlanParts::size(plan.batch, plan.nnz_qo, plan.group_size)));
   make_plan(plan, zeroed, num_zeroed, gpu);
   return plan.plan;
 }

@@ -53,9 +53,8 @@ class Planner {
       first_query[s] = s * static_cast<int>(kSegmentRows) / static_cast<int>(p.group_size);
       last_query[s] = ((s + 1) * static_cast<int>(kSegmentRows) - 1) / static_cast<int>(p.group_size);
     }
-    header = reinterpret_cast<PlanHeader*>(p.plan);
-    segments = reinterpret_cast<PlanSegment*>(header + 1);
-    tiles = reinterpret_cast<PlanTile*>(segments + sizes.max_segments);
+    const PlanParts parts = PlanParts::of(p.plan, p.batch, p.nnz_qo, p.group_size);
+    header = parts.header, segments = parts.segments, tiles = parts.tiles;
   }
 
   FI_DEVICE_INLINE void run() {

@@ -109,6 +109,10 @@ struct PlanSizes {
   int64_t max_segments, max_tiles;
 };
 
+FI_INLINE int64_t unit_keys_of(int64_t fixed_split_size) {
+  return fixed_split_size ? fixed_split_size : kUnitKeys;
+}
+
 // Bounds that don't depend on data.
 FI_INLINE PlanSizes plan_sizes(int64_t batch, int64_t nnz_qo, int64_t group_size) {
   const int64_t rows = nnz_qo * group_size;
@@ -117,6 +121,28 @@ FI_INLINE PlanSizes plan_sizes(int64_t batch, int64_t nnz_qo, int64_t group_size
 }
 
 inline constexpr int32_t kTileClasses = 256;
+
+// Where the parts of a plan begin; all of it has size() int32s.
+struct PlanParts {
+  PlanHeader* header;
+  PlanSegment* segments;
+  PlanTile* tiles;
+  PlanSizes sizes;
+
+  FI_INLINE PlanParts of(int32_t* plan, int64_t batch, int64_t nnz_qo, int64_t group_size) {
+    const PlanSizes sizes = plan_sizes(batch, nnz_qo, group_size);
+    auto* header = reinterpret_cast<PlanHeader*>(plan);
+    auto* segments = reinterpret_cast<PlanSegment*>(header + 1);
+    return {header, segments, reinterpret_cast<PlanTile*>(segments + sizes.max_segments), sizes};
+  }
+  FI_INLINE int64_t size(int64_t batch, int64_t nnz_qo, int64_t group_size) {
+    const PlanSizes sizes = plan_sizes(batch, nnz_qo, group_size);
+    return (static_cast<int64_t>(sizeof(PlanHeader)) +
+            sizes.max_segments * static_cast<int64_t>(sizeof(PlanSegment)) +
+            sizes.max_tiles * static_cast<int64_t>(sizeof(PlanTile))) /
+           4;
+  }
+};
 
 // Tiles are ordered by this class of the number of keys that they see, largest first: three binary digits of
 // the count of kUnitKeys. Within one class they are in the order of requests, and of a request the last
@@ -187,7 +213,7 @@ FI_INLINE PlanHeader plan_header(const BatchPlanParams& p, int32_t num_segments,
   return {num_segments,
           num_units,
           num_tiles,
-          static_cast<int32_t>(p.fixed_split_size ? p.fixed_split_size : kUnitKeys),
+          static_cast<int32_t>(unit_keys_of(p.fixed_split_size)),
           static_cast<int32_t>(p.batch),
           static_cast<int32_t>(p.nnz_qo),
           static_cast<int32_t>(p.group_size),

@@ -1,4 +1,4 @@
-// fp8 to the 16-bit types, exactly, eight at a time.
+// fp8 to the 16-bit types, exactly: eight at a time to what the call has, or four to f16.
 #pragma once
 
 #include "fi/cuda/ptx.h"
@@ -47,6 +47,25 @@ FI_DEVICE_INLINE uint4 widen_fp8(uint2 x, Fp8 format) {
     mark(y.x, low.x), mark(y.y, low.y), mark(y.z, high.x), mark(y.w, high.y);
   }
   return y;
+}
+
+// Four bytes as pairs of f16, which has room for all of both formats: the lower two values, the upper two.
+template <Fp8 kFormat>
+FI_DEVICE_INLINE uint2 widen_fp8(uint32_t bytes) {
+  if constexpr (kFormat == Fp8::e5m2) {
+    return spread_bytes(bytes);  // the upper halves of f16
+  } else {
+#if __CUDA_ARCH__ >= 900
+    uint2 pairs;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h;}\n"
+        : "=r"(pairs.x), "=r"(pairs.y)
+        : "r"(bytes));
+    return pairs;
+#else
+    const auto value = [&](int n) { return from_e4m3(static_cast<uint8_t>(bytes >> 8 * n)); };
+    return {pack2<f16>(value(0), value(1)), pack2<f16>(value(2), value(3))};
+#endif
+  }
 }
 
 }  // namespace fi::cuda

@@ -396,7 +396,7 @@ int64_t prepare_few(FewArgs& args, int64_t room) {
   args.part_rows = static_cast<int>(most_rows < kSegmentRows ? most_rows : kSegmentRows);
   // Units that there may be: all keys once for each segment of their request, and what is not whole at both
   // ends.
-  const int64_t unit_keys = args.p.fixed_split_size ? args.p.fixed_split_size : kUnitKeys;
+  const int64_t unit_keys = unit_keys_of(args.p.fixed_split_size);
   const int64_t most_units = c.num_kv_heads * ((most_rows + kSegmentRows - 1) / kSegmentRows *
                                                    ((c.kv_len + unit_keys - 1) / unit_keys) +
                                                2 * int64_t{args.plan.max_segments});

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "fi/cuda/decode/warp_tile.h"
-#include "fi/cuda/fp8_pack.h"
+#include "fi/cuda/fp8.h"
 
 namespace fi::cuda::batch {
 

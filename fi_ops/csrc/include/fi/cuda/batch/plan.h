@@ -24,11 +24,10 @@ struct PlanView {
 
   FI_INLINE PlanView of(const BatchAttentionParams& p, const int32_t* plan) {
     const AttentionParams& c = p.call;
-    const PlanSizes sizes = plan_sizes(c.batch, c.qo_len, c.num_qo_heads / c.num_kv_heads);
-    const auto* header = reinterpret_cast<const PlanHeader*>(plan);
-    const auto* segments = reinterpret_cast<const PlanSegment*>(header + 1);
-    return {header, segments, reinterpret_cast<const PlanTile*>(segments + sizes.max_segments),
-            static_cast<int>(sizes.max_segments), static_cast<int>(sizes.max_tiles)};
+    const PlanParts parts =
+        PlanParts::of(const_cast<int32_t*>(plan), c.batch, c.qo_len, c.num_qo_heads / c.num_kv_heads);
+    return {parts.header, parts.segments, parts.tiles, static_cast<int>(parts.sizes.max_segments),
+            static_cast<int>(parts.sizes.max_tiles)};
   }
 
   FI_DEVICE_INLINE int num_segments() const { return min(max(header->num_segments, 0), max_segments); }
