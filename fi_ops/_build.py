@@ -70,6 +70,10 @@ COMMON_FLAGS = [
 ]
 
 
+# The end of a compiler's command: an object has its name only once it is whole, whatever stops the compiler.
+WHOLE_OBJECT = "-o $out.part && mv $out.part $out"
+
+
 class BuildError(RuntimeError):
     """The native library can't be built here; the message says what is missing and what to do."""
 
@@ -248,7 +252,7 @@ def link_command(extra: str = "") -> str:
 
 
 def cpu_plan() -> Plan:
-    compile_command = f"{compiler()[0]} {includes()} $flags -c $source -o $out"
+    compile_command = f"{compiler()[0]} {includes()} $flags -c $source {WHOLE_OBJECT}"
     return Plan("cpu", tuple(cpu_jobs()), {"cxx": compile_command}, link_command())
 
 
@@ -344,6 +348,10 @@ def _run_ninja(root: Path, plan: Plan, library: Path, verbose: bool, progress: C
     for job in plan.jobs:
         out = _quote(str(plan.object_path(job)))
         objects.append(out)
+        if plan.object_path(
+            job
+        ).is_file():  # its name says all: ninja's log, which knows one checkout's paths, isn't asked
+            continue
         lines += [
             f"build {out}: {job.rule}",
             f"  flags = {' '.join(job.flags)}",
@@ -402,7 +410,7 @@ def _prune(root: Path, plan: Plan, keep_days: float = 14) -> None:
     """Drop objects and libraries that no build has used for two weeks."""
     horizon = time.time() - keep_days * 86400
     current = {job.object_name for job in plan.jobs}
-    for path in [*(root / "obj").glob("*.o"), *(root / "obj").glob("*.o.log"), *(root / "lib").glob("*.so")]:
+    for path in [*(root / "obj").glob("*.o*"), *(root / "lib").glob("*.so")]:
         if path.name.removesuffix(".log") in current:
             os.utime(path)
         elif path.stat().st_mtime < horizon:

@@ -154,9 +154,9 @@ def cuda_plan(archs: tuple[CudaArch, ...] | None = None) -> Plan:
         "cuda",
         tuple(jobs),
         rules={
-            "cxx": f"{_build.compiler()[0]} {_build.includes()} {includes} $flags -c $source -o $out",
+            "cxx": f"{_build.compiler()[0]} {_build.includes()} {includes} $flags -c $source {_build.WHOLE_OBJECT}",
             # ptxas's report stays beside the object; nobody wants to read it unless something is wrong.
-            "nvcc": f"{command} -ccbin {_build.compiler()[0]} {own} $flags -c $source -o $out >$out.log 2>&1 "
+            "nvcc": f"({command} -ccbin {_build.compiler()[0]} {own} $flags -c $source {_build.WHOLE_OBJECT}) >$out.log 2>&1 "
             "|| (cat $out.log; exit 1)",
         },
         # The runtime's symbols stay inside: torch's own libcudart, maybe of another version, must not take their place.
