@@ -66,7 +66,7 @@ class PrefillConsumer {
         if constexpr (kBatch) {
           if (batch_tile().k_scale < 0.0f) negate_q();
         }
-        release(smem_.q_empty);
+        release_queries();
       }
       barrier_wait(smem_.k_full[k_at_.stage], k_at_.parity);
       if constexpr (Config::kByRows) fence_for_products();
@@ -113,7 +113,7 @@ class PrefillConsumer {
           for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= rescale[i / 2 % 2];
         }
       }
-      if constexpr (!Config::kQInRegisters) release(smem_.q_empty);
+      if constexpr (!Config::kQInRegisters) release_queries();
       if constexpr (!kBatch) q_at_.advance();
 
       start_output(o, p);
@@ -122,7 +122,7 @@ class PrefillConsumer {
       release(smem_.v_empty[v_at_.stage]);
       v_at_.advance();
     } else if constexpr (kDeviceKeys || kBatch) {
-      release(smem_.q_empty);
+      release_queries();
       if constexpr (!kBatch) q_at_.advance();
     }
     store(o, softmax, work);
@@ -270,6 +270,11 @@ class PrefillConsumer {
   // One arrival a warp: every warp has seen its own part of the products finished.
   FI_DEVICE_INLINE void release(Barrier& empty) {
     if (lane_ == 0) barrier_arrive(empty);
+  }
+  // What the warp read of the query tile before, lane by lane, is read too.
+  FI_DEVICE_INLINE void release_queries() {
+    __syncwarp();
+    release(smem_.q_empty);
   }
 
   // ---- what the softmax takes instead of scores ----
