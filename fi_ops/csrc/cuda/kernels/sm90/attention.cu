@@ -1,6 +1,7 @@
 // Attention of many query rows on Hopper: the predicate, and the choice of a kernel.
 #include "fi/cuda/sm90/attention.h"
 
+#include "fi/cuda/sm90/head_dims.h"
 #include "fi/cuda/sm90/mask_bits.h"
 
 namespace fi::cuda {
@@ -29,9 +30,7 @@ bool sm90_prefill_supports(const AttentionParams& p) {
   const bool mask =
       p.mask == nullptr || (p.mask_dtype == DType::boolean ? sm90::mask_scratch_bytes(p) <= kMaxMaskBytes
                                                            : takes_additive_mask(p));
-  const bool sizes = p.head_dim_qk == p.head_dim_vo &&
-                     (p.head_dim_qk == 64 || p.head_dim_qk == 128 || p.head_dim_qk == 256) && p.batch > 0 &&
-                     p.num_qo_heads > 0 && p.qo_len >= kMinRows && p.qo_len <= kMaxLength && p.kv_len > 0 &&
+  const bool sizes = can_pad(p.head_dim_qk) && can_pad(p.head_dim_vo) && p.batch > 0 && p.num_qo_heads > 0 && p.qo_len >= kMinRows && p.qo_len <= kMaxLength && p.kv_len > 0 &&
                      p.kv_len <= kMaxLength && p.batch * p.num_qo_heads < kMaxLength / (p.qo_len / 128 + 1);
   return (p.dtype == DType::bf16 || p.dtype == DType::f16) && plain && mask && sizes &&
          sm90::tensor_map_takes(sm90::query_rows(p)) && sm90::tensor_map_takes(sm90::key_rows(p)) &&
@@ -42,14 +41,8 @@ namespace {
 
 template <class T>
 void dispatch(const AttentionParams& p, const Gpu& gpu) {
-  switch (p.head_dim_qk) {
-    case 64:
-      return sm90::prefill<T, 64>(p, gpu);
-    case 128:
-      return sm90::prefill<T, 128>(p, gpu);
-    default:
-      return sm90::prefill<T, 256>(p, gpu);
-  }
+  sm90::with_head_dims(p.head_dim_qk, p.head_dim_vo,
+                       [&]<int kDimQK, int kDimVO>() { sm90::prefill<T, kDimQK, kDimVO>(p, gpu); });
 }
 
 }  // namespace

@@ -1,3 +1,3 @@
 #include "fi/cuda/sm90/prefill_launch.h"
 
-template void fi::cuda::sm90::prefill<fi::f16, 256>(const AttentionParams&, const Gpu&);
+template void fi::cuda::sm90::prefill<fi::f16, 256, 256>(const AttentionParams&, const Gpu&);

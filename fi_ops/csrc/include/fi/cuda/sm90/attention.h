@@ -9,9 +9,9 @@
 
 namespace fi::cuda {
 
-// Whether attention_sm90 computes this call: bf16 or fp16 with a head_dim of 64, 128 or 256; causal, window
-// or all keys, query rows at any positions, boolean masks, additive ones of a prompt, soft cap, sinks; no
-// other variant, and RoPE applied already; rows where TMA can read them.
+// Whether attention_sm90 computes this call: bf16 or fp16 with head dims up to 256 that are multiples of 8;
+// causal, window or all keys, query rows at any positions, boolean masks, additive ones of a prompt, soft cap,
+// sinks; no other variant, and RoPE applied already; rows where TMA can read them.
 bool sm90_prefill_supports(const AttentionParams& p);
 void attention_sm90(const AttentionParams& p, const Gpu& gpu);
 
@@ -39,7 +39,7 @@ inline HeadRows out_rows(const AttentionParams& p) {
 }
 
 // One file each in cuda/kernels/sm90/.
-template <class T, int kHeadDim>
+template <class T, int kDimQK, int kDimVO>
 void prefill(const AttentionParams& p, const Gpu& gpu);
 
 }  // namespace sm90

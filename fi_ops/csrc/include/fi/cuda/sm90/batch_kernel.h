@@ -87,9 +87,12 @@ void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, co
     args.values = cache_rows_of(value_rows(p));
   } else {
     args.box_rows = box_rows(p, Config::kBlockN);
-    const int boxes = Config::kBlockN / args.box_rows * Config::kPanels;
-    for (int half = 0; half < 2; ++half)
-      args.box_bytes[half] = static_cast<uint32_t>((boxes + 1 - half) / 2 * args.box_rows * 2 * kBoxColumns);
+    const int panels[2] = {Config::kPanelsQK, Config::kPanelsVO};
+    for (int i = 0; i < 4; ++i) {
+      const int half = i % 2, boxes = Config::kBlockN / args.box_rows * panels[i / 2];
+      args.box_bytes[i / 2][half] =
+          static_cast<uint32_t>((boxes + 1 - half) / 2 * args.box_rows * 2 * kBoxColumns);
+    }
   }
   const float scale_log2 = kLog2e * c.scale;
   if constexpr (Config::kVariant == PrefillVariant::kSoftCap) {
@@ -101,7 +104,7 @@ void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, co
   const int64_t tiles = args.shape.max_tiles * c.num_qo_heads;
   const CUtensorMap q_map = make_tensor_map(c.dtype, query_rows(p), Config::kBlockM);
   args.packed_q_bytes = static_cast<uint32_t>(args.shape.packed_queries * args.shape.group_size *
-                                              Config::kHeadDim * int{sizeof(typename Config::T)});
+                                              Config::kPanelsQK * 2 * kBoxColumns);
   const CUtensorMap packed_q_map =
       args.shape.packed_queries > 0
           ? make_packed_tensor_map(c.dtype, query_rows(p), args.shape.group_size, args.shape.packed_queries)
@@ -124,12 +127,13 @@ void launch_boxes_or_rows(const BatchAttentionParams& p, const batch::PlanView& 
 // The tiles of each head dim, and when which: those of one call whose keys only the device knows
 // (prefill_launch.h). Who starts boxes alone needs few registers: large tiles are then those of other calls,
 // but for the soft cap.
-template <class T, int kHeadDim, PrefillVariant kVariant>
+template <class T, int kDimQK, int kDimVO, PrefillVariant kVariant>
 void batch_tiles_with(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
-  using Tiles = PrefillTiles<T, kHeadDim, true, kVariant>;
+  using Tiles = PrefillTiles<T, kDimQK, kDimVO, true, kVariant>;
   using Narrow = typename Tiles::Narrow;
   if constexpr (requires { typename Tiles::Wide; }) {
-    using Wide = typename PrefillTiles<T, kHeadDim, kVariant == PrefillVariant::kSoftCap, kVariant>::Wide;
+    using Wide =
+        typename PrefillTiles<T, kDimQK, kDimVO, kVariant == PrefillVariant::kSoftCap, kVariant>::Wide;
     // A negative scale of keys joins queries in registers.
     if (!p.k_scale && wide_is_faster<Wide, Narrow>(p, Tiles::kWideSpeed, gpu))
       return launch_boxes_or_rows<Wide, typename Tiles::Wide>(p, plan, gpu);
@@ -137,11 +141,11 @@ void batch_tiles_with(const BatchAttentionParams& p, const batch::PlanView& plan
   launch_boxes_or_rows<Narrow, Narrow>(p, plan, gpu);
 }
 
-template <class T, int kHeadDim>
+template <class T, int kDimQK, int kDimVO>
 void batch_tiles(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
   using enum PrefillVariant;
-  p.call.logits_soft_cap > 0.0f ? batch_tiles_with<T, kHeadDim, kSoftCap>(p, plan, gpu)
-                                : batch_tiles_with<T, kHeadDim, kPlain>(p, plan, gpu);
+  p.call.logits_soft_cap > 0.0f ? batch_tiles_with<T, kDimQK, kDimVO, kSoftCap>(p, plan, gpu)
+                                : batch_tiles_with<T, kDimQK, kDimVO, kPlain>(p, plan, gpu);
 }
 
 }  // namespace fi::cuda::sm90

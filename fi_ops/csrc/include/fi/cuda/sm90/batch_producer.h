@@ -27,6 +27,7 @@ template <class Config, bool kValues>
 class BoxLoader {
  public:
   static constexpr int kArrivals = 2;  // at a tile's barrier: warps
+  static constexpr int kPanels = kValues ? Config::kPanelsVO : Config::kPanelsQK;
 
   // A lane's box of a KV tile: its page.
   using Pages = int;
@@ -42,9 +43,9 @@ class BoxLoader {
   FI_DEVICE_INLINE void load(unsigned char* to, Barrier& full, const BatchTile& tile, int kv_tile,
                              Pages page) {
     constexpr int kPanelBytes = PrefillSmem<Config>::kKvPanelBytes;
-    if (lane_now() == 0) barrier_arrive_expect(full, args_.box_bytes[half_now()]);
+    if (lane_now() == 0) barrier_arrive_expect(full, args_.box_bytes[kValues][half_now()]);
     __syncwarp();
-    const int row = this->row(), panel = box() % Config::kPanels;
+    const int row = this->row(), panel = box() % kPanels;
     if (row < Config::kBlockN)
       load_box(to + panel * kPanelBytes + row * 128, map_, panel * kBoxColumns,
                key_entry(args_.shape, tile, kv_tile * Config::kBlockN + row), tile.kv_head,
@@ -54,7 +55,7 @@ class BoxLoader {
  private:
   // Boxes are counted panel by panel, then by rows; the warps take them in turns.
   FI_DEVICE_INLINE static int box() { return 2 * lane_now() + half_now(); }
-  FI_DEVICE_INLINE int row() const { return box() / Config::kPanels * args_.box_rows; }
+  FI_DEVICE_INLINE int row() const { return box() / kPanels * args_.box_rows; }
 
   const BatchArgs& args_;
   const CUtensorMap& map_;
@@ -67,6 +68,7 @@ template <class Config, bool kValues>
 class RowLoader {
  public:
   static constexpr int kArrivals = 64;  // at a tile's barrier: threads
+  static constexpr int kPanels = kValues ? Config::kPanelsVO : Config::kPanelsQK;
 
   // A lane's rows of a KV tile, lane and lane + 32 of the warp's: their pages.
   static constexpr int kWarpRows = Config::kBlockN / 2, kLaneRows = (kWarpRows + 31) / 32;
@@ -104,16 +106,18 @@ class RowLoader {
         (static_cast<uint32_t>(tile.kv_head) * uint64_t{cache.head_step} + chunk) * sizeof(uint4);
     // Row r of a panel starts at 128 r, its chunk c of 16 bytes lies at c ^ r % 8: the 128-byte swizzle.
     to += (half_now() * kWarpRows + eighth) * 128;
+    // In how many panels a row has this thread's chunk.
+    const int row_panels = (cache.row_chunks + 7 - static_cast<int>(chunk)) / 8;
     unsigned char* const places[2] = {to + (chunk ^ eighth) * 16, to + 512 + (chunk ^ (eighth + 4)) * 16};
 #pragma unroll
     for (int i = 0; i < kWarpRows / 4; ++i) {
       const uint32_t offset = __shfl_sync(kAllLanes, offsets[i / 8], 4 * (i % 8) + eighth);
-      const bool valid = offset != kNowhere;
-      const char* const from = head + uint64_t{valid ? offset : 0} * sizeof(uint4);
+      const int panels = offset != kNowhere ? row_panels : 0;
+      const char* const from = head + uint64_t{offset != kNowhere ? offset : 0} * sizeof(uint4);
 #pragma unroll
-      for (int panel = 0; panel < Config::kPanels; ++panel)
+      for (int panel = 0; panel < kPanels; ++panel)
         cp_async_16(places[i % 2] + i / 2 * 1024 + panel * kPanelBytes, from + panel * 2 * kBoxColumns,
-                    valid);
+                    panel < panels);
     }
     barrier_arrive_after_copies(full);
   }
@@ -137,7 +141,7 @@ class BatchProducer {
 
   FI_DEVICE_INLINE static void run(Smem& smem, const BatchArgs& args, const CUtensorMap& q_map,
                                    const CUtensorMap& packed_q_map, const CUtensorMap& map) {
-    auto& ring = kValues ? smem.v : smem.k;
+    auto& ring = ring_of(smem);
     auto& full = kValues ? smem.v_full : smem.k_full;
     auto& empty = kValues ? smem.v_empty : smem.k_empty;
     BatchTile(&prepared)[2] = smem.prepared[threadIdx.x / 32];
@@ -181,6 +185,14 @@ class BatchProducer {
   }
 
  private:
+  FI_DEVICE_INLINE static auto& ring_of(Smem& smem) {
+    if constexpr (kValues) {
+      return smem.v;
+    } else {
+      return smem.k;
+    }
+  }
+
   // Tells the consumers of a tile, and brings its queries.
   FI_DEVICE_INLINE static void publish(Smem& smem, const BatchArgs& args, uint32_t parity,
                                        const CUtensorMap& q_map, const CUtensorMap& packed_q_map,
@@ -196,10 +208,10 @@ class BatchProducer {
     if (threadIdx.x != 0) return;
     if (!tile.any() || tile.work.tiles.size() == 0) return barrier_arrive(smem.q_full);
     const bool packed = tile.packed;
-    barrier_arrive_expect(smem.q_full, packed ? args.packed_q_bytes : Config::kPanels * Smem::kQPanelBytes);
+    barrier_arrive_expect(smem.q_full, packed ? args.packed_q_bytes : Config::kPanelsQK * Smem::kQPanelBytes);
     const int row = tile.q_begin + tile.work.q_start, head = tile.work.head;
 #pragma unroll
-    for (int panel = 0; panel < Config::kPanels; ++panel)
+    for (int panel = 0; panel < Config::kPanelsQK; ++panel)
       load_box(smem.q + panel * Smem::kQPanelBytes, packed ? packed_q_map : q_map, panel * kBoxColumns,
                packed ? head : row, packed ? row : head, 0, smem.q_full);
   }

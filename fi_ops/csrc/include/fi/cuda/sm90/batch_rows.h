@@ -31,10 +31,11 @@ inline HeadRows value_rows(const BatchAttentionParams& p) {
   return cache_rows(p, c.value, c.head_dim_vo, p.v_stride_page, c.v_stride_h, c.v_stride_n);
 }
 
-// Keys or values, as the copies of rows find them: steps in 16 bytes.
+// Keys or values, as the copies of rows find them, in chunks of 16 bytes.
 struct CacheRows {
   const uint4* base;
   uint32_t page_step, row_step, head_step;
+  int row_chunks;
 };
 
 // Steps of 16 bytes, which the copy engine needs too; counted in 32 bits where cache_rows_fit.
@@ -43,7 +44,7 @@ inline CacheRows cache_rows_of(const HeadRows& x) {
     return extent == 1 ? 0u : static_cast<uint32_t>(stride / 8);
   };
   return {static_cast<const uint4*>(x.base), steps(x.batch, x.stride_b), steps(x.rows, x.stride_n),
-          steps(x.heads, x.stride_h)};
+          steps(x.heads, x.stride_h), static_cast<int>(x.columns / 8)};
 }
 inline bool cache_rows_fit(const HeadRows& x) {
   return ((x.batch - 1) * x.stride_b + (x.rows - 1) * x.stride_n) / 8 < 0xffffffff;

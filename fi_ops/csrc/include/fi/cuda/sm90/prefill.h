@@ -23,7 +23,7 @@ class PrefillConsumer {
       std::conditional_t<kBatch, BatchSmem<Config>,
                          std::conditional_t<kDeviceKeys, DeviceKeysSmem<Config>, PrefillSmem<Config>>>;
   using Args = std::conditional_t<kBatch, BatchArgs, PrefillArgs>;
-  static constexpr int kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
+  static constexpr int kBlockN = Config::kBlockN, kDimQK = Config::kDimQK, kDimVO = Config::kDimVO;
 
   FI_DEVICE_INLINE PrefillConsumer(Smem& smem, const Args& args, int group)
       : smem_(smem),
@@ -52,9 +52,9 @@ class PrefillConsumer {
   using Tile = std::conditional_t<kDeviceKeys, ListedTile, int>;
 
   FI_DEVICE_INLINE void attend(const PrefillWork& work) {
-    float o[kHeadDim / 2];
+    float o[kDimVO / 2];
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
+    for (int i = 0; i < kDimVO / 2; ++i) o[i] = 0.0f;
     OnlineSoftmax softmax(start_scale());
     Tile tile = first_tile(work);
     if (is_tile(tile, work)) {
@@ -110,7 +110,7 @@ class PrefillConsumer {
         pack(p, s);
         if (moved) {
 #pragma unroll
-          for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= rescale[i / 2 % 2];
+          for (int i = 0; i < kDimVO / 2; ++i) o[i] *= rescale[i / 2 % 2];
         }
       }
       if constexpr (!Config::kQInRegisters) release_queries();
@@ -206,7 +206,7 @@ class PrefillConsumer {
   FI_DEVICE_INLINE void load_q() {
     const int row = warp_row_ + lane_ % 16;
 #pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
+    for (int step = 0; step < kDimQK / 16; ++step) {
       const int chunk = (step % 4 * 2 + lane_ / 16) ^ (row % 8);  // the 128-byte swizzle
       uint32_t x[4];
       ldmatrix_x4(x, smem_.q + step / 4 * Smem::kQPanelBytes + row * 128 + chunk * 16);
@@ -231,7 +231,7 @@ class PrefillConsumer {
 
   // Where the assembler keeps all descriptors of q over the loop then, instead of making them between
   // products.
-  static constexpr bool kQIn32Bits = kBatch && kHeadDim <= 128;
+  static constexpr bool kQIn32Bits = kBatch && kDimQK <= 128;
 
   // s = q k^T
   FI_DEVICE_INLINE void start_scores(float (&s)[kBlockN / 2]) {
@@ -241,7 +241,7 @@ class PrefillConsumer {
     if constexpr (Config::kQInRegisters) hold(q_);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
+    for (int step = 0; step < kDimQK / 16; ++step) {
       const int panel = step / 4, inside = step % 4 * 32;
       const uint64_t k_step = at(k, panel * Smem::kKvPanelBytes + inside);
       if constexpr (Config::kQInRegisters) {
@@ -256,14 +256,14 @@ class PrefillConsumer {
   }
 
   // o += p v
-  FI_DEVICE_INLINE void start_output(float (&o)[kHeadDim / 2], uint32_t (&p)[kBlockN / 4]) {
+  FI_DEVICE_INLINE void start_output(float (&o)[kDimVO / 2], uint32_t (&p)[kBlockN / 4]) {
     const uint64_t v = mn_major(smem_address(smem_.v[v_at_.stage]), Smem::kKvPanelBytes);
     hold(o);
     hold(p);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kBlockN / 16; ++step)
-      Wgmma<kHeadDim>::template registers_by_mn<T>(o, p + 4 * step, at(v, step * 2048), true);
+      Wgmma<kDimVO>::template registers_by_mn<T>(o, p + 4 * step, at(v, step * 2048), true);
     wgmma_commit();
   }
 
@@ -365,7 +365,7 @@ class PrefillConsumer {
         continue;
       unsigned char* v = smem_.v[v_at_.stage] + key * 128 + thread % 8 * 16;
 #pragma unroll
-      for (int panel = 0; panel < Config::kPanels; ++panel)
+      for (int panel = 0; panel < Config::kPanelsVO; ++panel)
         *reinterpret_cast<uint4*>(v + panel * Smem::kKvPanelBytes) = {0, 0, 0, 0};
     }
     fence_for_products();
@@ -418,8 +418,9 @@ class PrefillConsumer {
     }
   }
 
-  FI_DEVICE_INLINE void store(const float (&o)[kHeadDim / 2], const OnlineSoftmax& softmax,
+  FI_DEVICE_INLINE void store(const float (&o)[kDimVO / 2], const OnlineSoftmax& softmax,
                               const PrefillWork& work) const {
+    const int head_dim = static_cast<int>(args_.p.head_dim_vo);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = query(work, r), head = this->head(work, r);
@@ -428,7 +429,7 @@ class PrefillConsumer {
       const auto [factor, lse] = finish(head, softmax.origin(r, sum), sum);
       T* out = out_row(work.b, head, row) + lane_ % 4 * 8;
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 32; ++i) {
+      for (int i = 0; i < kDimVO / 32; ++i) {
         uint32_t w[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -436,7 +437,8 @@ class PrefillConsumer {
           w[j] = pack2<T>(x[0] * factor, x[1] * factor);
         }
         gather_quad(w);
-        if (inside) *reinterpret_cast<uint4*>(out + 32 * i) = make_uint4(w[0], w[1], w[2], w[3]);
+        if (inside && lane_ % 4 * 8 + 32 * i < head_dim)
+          *reinterpret_cast<uint4*>(out + 32 * i) = make_uint4(w[0], w[1], w[2], w[3]);
       }
       if (lse_out() != nullptr && inside && lane_ % 4 == 0) lse_out()[lse_index(work.b, head, row)] = lse;
     }
@@ -479,7 +481,7 @@ class PrefillConsumer {
   const Args& args_;
   float to_variant_ = 0.0f;          // with kBatch
   int lane_, group_row_, warp_row_;  // the warpgroup's and the warp's first row in the query tile
-  uint32_t q_[Config::kQInRegisters ? kHeadDim / 4 : 1];
+  uint32_t q_[Config::kQInRegisters ? kDimQK / 4 : 1];
   RingPosition<1> q_at_;
   RingPosition<Config::kStages> k_at_, v_at_;
 };

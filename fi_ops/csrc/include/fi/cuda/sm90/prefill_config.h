@@ -20,27 +20,29 @@ enum class PrefillVariant {
   kMask,  // an additive mask is added
 };
 
-// T: bf16 or f16. A query tile has 64 * kConsumers rows, a KV tile kBlockN. With kQInRegisters the queries
+// T: bf16 or f16. Rows of queries and keys have up to kDimQK elements, of values and the output up to kDimVO:
+// behind a call's head dims zeros arrive, and nothing is stored. A query tile has 64 * kConsumers rows, a KV tile kBlockN. With kQInRegisters the queries
 // are read from shared memory once a tile rather than in every product. With kDeviceKeys positions or a mask
 // say which keys a row sees, else a formula.
-template <class T_, int kHeadDim_, int kConsumers_, int kBlockN_, int kStages_, bool kQInRegisters_,
-          bool kDeviceKeys_ = false, PrefillVariant kVariant_ = PrefillVariant::kPlain>
+template <class T_, int kDimQK_, int kDimVO_, int kConsumers_, int kBlockN_, int kStages_,
+          bool kQInRegisters_, bool kDeviceKeys_ = false, PrefillVariant kVariant_ = PrefillVariant::kPlain>
 struct PrefillConfig {
   using T = T_;
-  static constexpr int kHeadDim = kHeadDim_, kConsumers = kConsumers_, kBlockN = kBlockN_, kStages = kStages_;
+  static constexpr int kDimQK = kDimQK_, kDimVO = kDimVO_;
+  static constexpr int kConsumers = kConsumers_, kBlockN = kBlockN_, kStages = kStages_;
   static constexpr bool kQInRegisters = kQInRegisters_, kDeviceKeys = kDeviceKeys_;
   static constexpr bool kBatch = false, kByRows = false;
   static constexpr PrefillVariant kVariant = kVariant_;
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
-  static constexpr int kPanels = kHeadDim / kBoxColumns;
+  static constexpr int kPanelsQK = panels_of(kDimQK), kPanelsVO = panels_of(kDimVO);
   // What a block starts with is shared out anew: the producer needs few, one that lists tiles a few more.
   // Together they must not ask for more than there was, else the consumers wait for it for ever.
   static constexpr int kProducerRegisters = (kConsumers == 2 ? 24 : 32) + (kDeviceKeys ? 8 * kConsumers : 0);
   static constexpr int kConsumerRegisters = (kConsumers == 2 ? 240 : 160) - (kDeviceKeys ? 8 : 0);
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 65536 / kThreads / 8 * 8 * (1 + kConsumers));
-  static_assert(kHeadDim % kBoxColumns == 0 && kBlockN % 16 == 0);
+  static_assert(kDimQK % 16 == 0 && kDimVO % 32 == 0 && kBlockN % 16 == 0);
   static_assert(kConsumers == 2 || kConsumers == 3);
   static_assert(kStages >= 2, "a consumer holds on to one tile of values while it waits for the next");
 };
@@ -58,9 +60,9 @@ struct PrefillSmem {
   static constexpr int kQPanelBytes = Config::kBlockM * kBoxColumns * 2;
   static constexpr int kKvPanelBytes = Config::kBlockN * kBoxColumns * 2;
 
-  unsigned char q[Config::kPanels * kQPanelBytes];
-  unsigned char k[Config::kStages][Config::kPanels * kKvPanelBytes];
-  unsigned char v[Config::kStages][Config::kPanels * kKvPanelBytes];
+  unsigned char q[Config::kPanelsQK * kQPanelBytes];
+  unsigned char k[Config::kStages][Config::kPanelsQK * kKvPanelBytes];
+  unsigned char v[Config::kStages][Config::kPanelsVO * kKvPanelBytes];
   Barrier q_full, q_empty;
   Barrier k_full[Config::kStages], k_empty[Config::kStages];
   Barrier v_full[Config::kStages], v_empty[Config::kStages];
@@ -94,9 +96,10 @@ struct BatchArgs {
   BatchShape shape;
   AttentionParams p;
   CacheRows keys, values;  // with kByRows
-  // Else: rows of a box, a divisor of the page size, and what the boxes of half a KV tile bring.
+  // Else: rows of a box, a divisor of the page size, and what the boxes of half a KV tile bring: of keys, of
+  // values.
   int box_rows;
-  uint32_t box_bytes[2];
+  uint32_t box_bytes[2][2];
   uint32_t packed_q_bytes;  // of the queries of a packed tile
 };
 

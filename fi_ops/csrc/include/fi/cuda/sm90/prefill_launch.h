@@ -21,7 +21,7 @@ inline PrefillShape prefill_shape(const AttentionParams& p, int num_sms) {
   // A section's keys and values stay in L2 (50 MB), or at least each is read by several blocks at a time.
   constexpr int64_t kSectionBytes = 24 << 20;
   const int64_t section_kv_heads =
-      std::max<int64_t>(kSectionBytes / (4 * p.kv_len * p.head_dim_qk), num_sms / 4);
+      std::max<int64_t>(kSectionBytes / (2 * p.kv_len * (p.head_dim_qk + p.head_dim_vo)), num_sms / 4);
   const auto bounded = [&](int64_t key) { return static_cast<int>(std::clamp(key, -p.qo_len, p.kv_len)); };
   PrefillShape shape;
   shape.batch = static_cast<int>(p.batch);
@@ -94,33 +94,47 @@ void launch_prefill(const AttentionParams& p, const PrefillShape& shape, const G
 // each key for more rows and has a third warpgroup to fill gaps with: kWideSpeed times as fast per row and
 // key, where its coarser rounds don't cost more than that. KV tiles are as long as registers allow;
 // those that a mask's values take too are missing to wide tiles.
-template <class T, int kHeadDim, bool kDeviceKeys, PrefillVariant kVariant>
+template <class T, int kDimQK, int kDimVO, bool kDeviceKeys, PrefillVariant kVariant>
 struct PrefillTiles;
 
 template <class T, bool kDeviceKeys, PrefillVariant kVariant>
-struct PrefillTiles<T, 64, kDeviceKeys, kVariant> {
-  using Narrow = PrefillConfig<T, 64, 2, 128, 3, true, kDeviceKeys, kVariant>;
+struct PrefillTiles<T, 64, 64, kDeviceKeys, kVariant> {
+  using Narrow = PrefillConfig<T, 64, 64, 2, 128, 3, true, kDeviceKeys, kVariant>;
   static constexpr int kWideKeys = !kDeviceKeys ? 128 : kVariant == PrefillVariant::kSoftCap ? 80 : 112;
-  using Wide = PrefillConfig<T, 64, 3, kWideKeys, 2, false, kDeviceKeys, kVariant>;
+  using Wide = PrefillConfig<T, 64, 64, 3, kWideKeys, 2, false, kDeviceKeys, kVariant>;
   static constexpr double kWideSpeed = 1.15;
 };
 template <class T, bool kDeviceKeys, PrefillVariant kVariant>
-struct PrefillTiles<T, 128, kDeviceKeys, kVariant> {
+struct PrefillTiles<T, 96, 96, kDeviceKeys, kVariant> {
+  using Narrow = PrefillConfig<T, 96, 96, 2, 128, 3, true, kDeviceKeys, kVariant>;
+  static constexpr int kWideKeys = kDeviceKeys && kVariant == PrefillVariant::kSoftCap ? 80 : 96;
+  using Wide = PrefillConfig<T, 96, 96, 3, kWideKeys, 3, false, kDeviceKeys, kVariant>;
+  static constexpr double kWideSpeed = 1.1;
+};
+template <class T, bool kDeviceKeys, PrefillVariant kVariant>
+struct PrefillTiles<T, 128, 128, kDeviceKeys, kVariant> {
   static constexpr bool kShort = kDeviceKeys && kVariant == PrefillVariant::kSoftCap;
   static constexpr bool kQInRegisters = kVariant != PrefillVariant::kMask;
-  using Narrow = PrefillConfig<T, 128, 2, kShort ? 112 : 128, 2, kQInRegisters, kDeviceKeys, kVariant>;
-  using Wide = PrefillConfig<T, 128, 3, kShort ? 64 : 80, 3, false, kDeviceKeys, kVariant>;
+  using Narrow = PrefillConfig<T, 128, 128, 2, kShort ? 112 : 128, 2, kQInRegisters, kDeviceKeys, kVariant>;
+  using Wide = PrefillConfig<T, 128, 128, 3, kShort ? 64 : 80, 3, false, kDeviceKeys, kVariant>;
   static constexpr double kWideSpeed = 1.06;
 };
 template <class T, bool kDeviceKeys, PrefillVariant kVariant>
-struct PrefillTiles<T, 256, kDeviceKeys, kVariant> {
+struct PrefillTiles<T, 192, 128, kDeviceKeys, kVariant> {
+  static constexpr bool kShort = kDeviceKeys && kVariant == PrefillVariant::kSoftCap;
+  using Narrow = PrefillConfig<T, 192, 128, 2, kShort ? 112 : 128, 2, false, kDeviceKeys, kVariant>;
+  using Wide = PrefillConfig<T, 192, 128, 3, kShort ? 64 : 80, 3, false, kDeviceKeys, kVariant>;
+  static constexpr double kWideSpeed = 1.06;
+};
+template <class T, bool kDeviceKeys, PrefillVariant kVariant>
+struct PrefillTiles<T, 256, 256, kDeviceKeys, kVariant> {
   static constexpr int kKeys = kDeviceKeys && kVariant == PrefillVariant::kSoftCap ? 64 : 80;
-  using Narrow = PrefillConfig<T, 256, 2, kKeys, 2, false, kDeviceKeys, kVariant>;
+  using Narrow = PrefillConfig<T, 256, 256, 2, kKeys, 2, false, kDeviceKeys, kVariant>;
 };
 
-template <class T, int kHeadDim, bool kDeviceKeys, PrefillVariant kVariant>
+template <class T, int kDimQK, int kDimVO, bool kDeviceKeys, PrefillVariant kVariant>
 void prefill_with(const AttentionParams& p, const Gpu& gpu) {
-  using Tiles = PrefillTiles<T, kHeadDim, kDeviceKeys, kVariant>;
+  using Tiles = PrefillTiles<T, kDimQK, kDimVO, kDeviceKeys, kVariant>;
   const PrefillShape shape = prefill_shape(p, gpu.num_sms);
   if constexpr (kVariant != PrefillVariant::kMask && requires { typename Tiles::Wide; }) {
     using Wide = typename Tiles::Wide;
@@ -131,13 +145,13 @@ void prefill_with(const AttentionParams& p, const Gpu& gpu) {
   launch_prefill<typename Tiles::Narrow>(p, shape, gpu);
 }
 
-template <class T, int kHeadDim>
+template <class T, int kDimQK, int kDimVO>
 void prefill(const AttentionParams& p, const Gpu& gpu) {
   using enum PrefillVariant;
-  if (p.mask && p.mask_dtype != DType::boolean) return prefill_with<T, kHeadDim, false, kMask>(p, gpu);
+  if (p.mask && p.mask_dtype != DType::boolean) return prefill_with<T, kDimQK, kDimVO, false, kMask>(p, gpu);
   const auto with = [&]<bool kDeviceKeys>() {
-    p.logits_soft_cap > 0.0f ? prefill_with<T, kHeadDim, kDeviceKeys, kSoftCap>(p, gpu)
-                             : prefill_with<T, kHeadDim, kDeviceKeys, kPlain>(p, gpu);
+    p.logits_soft_cap > 0.0f ? prefill_with<T, kDimQK, kDimVO, kDeviceKeys, kSoftCap>(p, gpu)
+                             : prefill_with<T, kDimQK, kDimVO, kDeviceKeys, kPlain>(p, gpu);
   };
   keys_on_device(p) ? with.template operator()<true>() : with.template operator()<false>();
 }

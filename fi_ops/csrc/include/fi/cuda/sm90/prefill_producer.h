@@ -8,20 +8,20 @@
 namespace fi::cuda::sm90 {
 
 // Starts the copy of a tile into an empty place.
-template <class Config>
+template <int kPanels>
 FI_DEVICE_INLINE void start_load(unsigned char* tile, Barrier& full, const CUtensorMap& map, int row,
                                  int head, int b, int panel_bytes) {
-  barrier_arrive_expect(full, Config::kPanels * panel_bytes);
+  barrier_arrive_expect(full, kPanels * panel_bytes);
 #pragma unroll
-  for (int panel = 0; panel < Config::kPanels; ++panel)
+  for (int panel = 0; panel < kPanels; ++panel)
     load_box(tile + panel * panel_bytes, map, panel * kBoxColumns, row, head, b, full);
 }
 // The same, once the place is empty.
-template <class Config>
+template <int kPanels>
 FI_DEVICE_INLINE void load_tile(unsigned char* tile, Barrier& full, Barrier& empty, uint32_t parity,
                                 const CUtensorMap& map, int row, int head, int b, int panel_bytes) {
   barrier_wait(empty, parity ^ 1);
-  start_load<Config>(tile, full, map, row, head, b, panel_bytes);
+  start_load<kPanels>(tile, full, map, row, head, b, panel_bytes);
 }
 
 template <class Config>
@@ -40,17 +40,17 @@ class PrefillProducer {
       if (work.tiles.size() == 0) continue;
       const int kv_head = work.head / shape.group_size;
       const auto load_k = [&](int tile) {
-        load_tile<Config>(smem.k[k_at.stage], smem.k_full[k_at.stage], smem.k_empty[k_at.stage], k_at.parity,
+        load_tile<Config::kPanelsQK>(smem.k[k_at.stage], smem.k_full[k_at.stage], smem.k_empty[k_at.stage], k_at.parity,
                           k_map, tile * Config::kBlockN, kv_head, work.b, Smem::kKvPanelBytes);
         k_at.advance();
       };
-      load_tile<Config>(smem.q, smem.q_full, smem.q_empty, q_at.parity, q_map, work.q_start, work.head,
+      load_tile<Config::kPanelsQK>(smem.q, smem.q_full, smem.q_empty, q_at.parity, q_map, work.q_start, work.head,
                         work.b, Smem::kQPanelBytes);
       q_at.advance();
       load_k(work.tiles.end - 1);
       for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; --tile) {
         if (tile > work.tiles.begin) load_k(tile - 1);  // in the order in which they are needed
-        load_tile<Config>(smem.v[v_at.stage], smem.v_full[v_at.stage], smem.v_empty[v_at.stage], v_at.parity,
+        load_tile<Config::kPanelsVO>(smem.v[v_at.stage], smem.v_full[v_at.stage], smem.v_empty[v_at.stage], v_at.parity,
                           v_map, tile * Config::kBlockN, kv_head, work.b, Smem::kKvPanelBytes);
         v_at.advance();
       }
@@ -98,13 +98,13 @@ class DeviceKeysProducer {
         if (leader) {
           barrier_wait(smem.k_empty[k_at.stage], k_at.parity ^ 1);
           smem.tiles[k_at.stage] = next.word();
-          start_load<Config>(smem.k[k_at.stage], smem.k_full[k_at.stage], k_map, tile.index() * kBlockN,
+          start_load<Config::kPanelsQK>(smem.k[k_at.stage], smem.k_full[k_at.stage], k_map, tile.index() * kBlockN,
                              kv_head, work.b, Smem::kKvPanelBytes);
         }
         k_at.advance();
       };
       if (leader)
-        start_load<Config>(smem.q, smem.q_full, q_map, work.q_start, work.head, work.b, Smem::kQPanelBytes);
+        start_load<Config::kPanelsQK>(smem.q, smem.q_full, q_map, work.q_start, work.head, work.b, Smem::kQPanelBytes);
       ListedTile next = live.next();
       load_k(tile, next);
       while (tile) {
@@ -115,7 +115,7 @@ class DeviceKeysProducer {
         }
         if (leader) {
           barrier_wait(smem.v_empty[v_at.stage], v_at.parity ^ 1);
-          start_load<Config>(smem.v[v_at.stage], smem.v_full[v_at.stage], v_map, tile.index() * kBlockN,
+          start_load<Config::kPanelsVO>(smem.v[v_at.stage], smem.v_full[v_at.stage], v_map, tile.index() * kBlockN,
                              kv_head, work.b, Smem::kKvPanelBytes);
         }
         v_at.advance();

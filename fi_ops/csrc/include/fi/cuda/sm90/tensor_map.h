@@ -15,6 +15,8 @@ namespace fi::cuda::sm90 {
 
 // 128 bytes of a 16-bit type: the widest box that the 128-byte swizzle takes.
 inline constexpr int kBoxColumns = 64;
+// How many boxes are as wide as a row: the last one may reach over its end, where zeros arrive.
+constexpr int panels_of(int columns) { return (columns + kBoxColumns - 1) / kBoxColumns; }
 
 // [batch, heads, rows, columns] of a 16-bit type, columns contiguous.
 struct HeadRows {
@@ -28,7 +30,7 @@ inline bool tensor_map_takes(const HeadRows& x) {
   const auto fits = [](int64_t extent, int64_t stride) {
     return extent == 1 || (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 38));
   };
-  return reinterpret_cast<uintptr_t>(x.base) % 16 == 0 && x.columns % kBoxColumns == 0 &&
+  return reinterpret_cast<uintptr_t>(x.base) % 16 == 0 && x.columns % 8 == 0 &&
          fits(x.batch, x.stride_b) && fits(x.heads, x.stride_h) && fits(x.rows, x.stride_n);
 }
 
