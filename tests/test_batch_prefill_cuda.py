@@ -15,6 +15,20 @@ import torch
 from fi_ops.library import SPECS, Sample
 from fi_ops.testing import assert_op_matches_reference
 
+COMPILED_DIMS = [(64, 64), (128, 128), (256, 256)]
+# (head_dim_qk, head_dim_vo) of every other kind on Hopper: compiled, padded to each of those that are, alike or not.
+OTHER_DIMS = [
+    (192, 128),
+    (96, 96),
+    (80, 80),
+    (112, 112),
+    (40, 64),
+    (72, 96),
+    (120, 40),
+    (136, 104),
+    (192, 192),
+    (64, 200),
+]
 PAGE_SIZES = [1, 3, 8, 16, 24, 32, 40, 48, 64, 80, 100, 112, 128, 256]
 
 
@@ -28,42 +42,49 @@ def _rows(draw, num_rows, heads, dim, device, dtype):
     return wide[:, :heads]
 
 
-def _caches(draw, num_pages, page_size, kv_heads, dim, device, dtype):
+def _caches(draw, num_pages, page_size, kv_heads, dims, device, dtype):
     """Two caches `[num_pages, page_size, kv_heads, dim]`, all NaN: NHD, HND, or the halves of one tensor."""
-    layout = draw.choice(["NHD", "HND", "one tensor"])
-    shape = (num_pages, kv_heads, page_size, dim) if layout == "HND" else (num_pages, page_size, kv_heads, dim)
+    layout, widest = draw.choice(["NHD", "HND", "one tensor"]), max(dims)
+    shape = (num_pages, kv_heads, page_size, widest) if layout == "HND" else (num_pages, page_size, kv_heads, widest)
     both = torch.full((2, *shape) if layout != "one tensor" else (num_pages, 2, *shape[1:]), torch.nan, device=device)
     both = both.to(dtype)
-    k, v = both.unbind(0 if layout != "one tensor" else 1)
+    k, v = (x[..., :dim] for x, dim in zip(both.unbind(0 if layout != "one tensor" else 1), dims, strict=True))
     return (k.transpose(1, 2), v.transpose(1, 2)) if layout == "HND" else (k, v)
 
 
-def _paged(draw, kv_lens, page_size, kv_heads, dim, device, dtype, index):
+def _paged(draw, kv_lens, page_size, kv_heads, dims, device, dtype, index):
     counts = [-(-n // page_size) for n in kv_lens]
     num_pages = sum(counts) + draw.choice([1, 7])
-    caches = _caches(draw, num_pages, page_size, kv_heads, dim, device, dtype)
+    caches = _caches(draw, num_pages, page_size, kv_heads, dims, device, dtype)
     order = torch.randperm(num_pages)[: sum(counts)]
     pages = iter(order.tolist())
     for n in kv_lens:
         for first in range(0, n, page_size):
             page, used = next(pages), min(page_size, n - first)
             for cache in caches:
-                cache[page, :used] = torch.randn(used, kv_heads, dim, device=device).to(dtype)
+                cache[page, :used] = torch.randn(used, kv_heads, cache.shape[-1], device=device).to(dtype)
     last = [n - max(c - 1, 0) * page_size for n, c in zip(kv_lens, counts, strict=True)]
     table = order.to(device, index), _indptr(counts, device, index), torch.tensor(last, device=device, dtype=index)
     return caches, table
 
 
-def batch_call(seed, device, page_size=None, heads=(1, 2, 4, 7), lengths=(0, 1, 20, 65, 100, 128, 129, 200, 300)):
+def batch_call(
+    seed,
+    device,
+    page_size=None,
+    heads=(1, 2, 4, 7),
+    lengths=(0, 1, 20, 65, 100, 128, 129, 200, 300),
+    head_dims=COMPILED_DIMS,
+):
     """(op, arguments, keyword arguments): what Hopper's kernel takes, beside requests with few rows or none."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     dtype, index = draw.choice([torch.bfloat16, torch.float16]), draw.choice([torch.int32, torch.int64])
-    dim, kv_heads = draw.choice([64, 128, 256]), draw.choice([1, 2])
+    dims, kv_heads = draw.choice(head_dims), draw.choice([1, 2])
     num_heads = kv_heads * draw.choice(heads)
     qo_lens = [draw.choice(lengths) for _ in range(draw.choice([1, 2, 5]))]
     kv_lens = [draw.choice([n, n, n + 1, n + 63, n + 200, n + 511, n // 2, 0]) for n in qo_lens]
-    query = _rows(draw, sum(qo_lens) + draw.choice([0, 0, 5]), num_heads, dim, device, dtype)
+    query = _rows(draw, sum(qo_lens) + draw.choice([0, 0, 5]), num_heads, dims[0], device, dtype)
     qo_indptr = _indptr(qo_lens, device, index)
 
     options: dict = {}
@@ -82,10 +103,10 @@ def batch_call(seed, device, page_size=None, heads=(1, 2, 4, 7), lengths=(0, 1, 
     if draw.random() < 0.2:
         options["v_scale"] = torch.rand(draw.choice([1, kv_heads]), device=device) + 0.5
     if page_size is None:
-        key, value = (_rows(draw, sum(kv_lens) + 9, kv_heads, dim, device, dtype) for _ in range(2))
+        key, value = (_rows(draw, sum(kv_lens) + 9, kv_heads, dim, device, dtype) for dim in dims)
         key[sum(kv_lens) :] = value[sum(kv_lens) :] = torch.nan
         return "ragged_attention_with_lse", (query, key, value, qo_indptr, _indptr(kv_lens, device, index)), options
-    caches, table = _paged(draw, kv_lens, page_size, kv_heads, dim, device, dtype, index)
+    caches, table = _paged(draw, kv_lens, page_size, kv_heads, dims, device, dtype, index)
     return "paged_attention_with_lse", (query, *caches, qo_indptr, *table), options
 
 
@@ -119,13 +140,36 @@ def test_long_requests(page_size, seed):
     assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"page_size {page_size}, seed {seed}"))
 
 
+OTHER_CALLS = [("cpu", page_size, seed) for page_size in (None, 3) for seed in range(2)] + [
+    pytest.param("cuda", page_size, seed, marks=pytest.mark.gpu)
+    for page_size in (None, 1, 3, 16, 48, 64, 128)
+    for seed in range(12)
+]
+
+
+@pytest.mark.parametrize(("device", "page_size", "seed"), OTHER_CALLS)
+def test_other_head_dims(device, page_size, seed):
+    op, args, kwargs = batch_call(1000 * (page_size or 0) + seed, device, page_size, head_dims=OTHER_DIMS)
+    assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"page_size {page_size}, seed {seed}"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [None, 1, 16, 128])
+@pytest.mark.parametrize("seed", range(7000, 7008))
+def test_long_requests_of_other_head_dims(page_size, seed):
+    op, args, kwargs = batch_call(seed, "cuda", page_size, (8, 16), (1100, 1500), OTHER_DIMS[:5])
+    assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"page_size {page_size}, seed {seed}"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("page_size", [1, 16, 128])
 def test_pages_that_are_not_there(page_size):
     """Nothing is read for them, and requests beside them don't notice."""
     draw = random.Random(page_size)
     torch.manual_seed(0)
-    caches, (pages, kv_indptr, last) = _paged(draw, [300, 300], page_size, 2, 128, "cuda", torch.bfloat16, torch.int64)
+    caches, (pages, kv_indptr, last) = _paged(
+        draw, [300, 300], page_size, 2, (128, 128), "cuda", torch.bfloat16, torch.int64
+    )
     query = torch.randn(400, 4, 128, device="cuda").bfloat16()
     qo_indptr = torch.tensor([0, 200, 400], device="cuda")
     hostile = pages.clone()

@@ -50,7 +50,25 @@ def test_long_keys_with_values_that_only_count_alone(options, device):
     assert_op_matches_reference(SPECS["attention_with_lse"], Sample((q, k, v, mask), options, "finfo.min"))
 
 
-def prompt_call(seed, device, batches=(1, 2, 3), heads=(2, 4, 6), lengths=(64, 100, 129, 192, 300)):
+COMPILED_DIMS = [(64, 64), (128, 128), (256, 256)]
+# (head_dim_qk, head_dim_vo) of every other kind on Hopper: compiled, padded to each of those that are, alike or not.
+OTHER_DIMS = [
+    (192, 128),
+    (96, 96),
+    (80, 80),
+    (112, 112),
+    (40, 64),
+    (72, 96),
+    (120, 40),
+    (136, 104),
+    (192, 192),
+    (64, 200),
+]
+
+
+def prompt_call(
+    seed, device, batches=(1, 2, 3), heads=(2, 4, 6), lengths=(64, 100, 129, 192, 300), head_dims=COMPILED_DIMS
+):
     """A prompt over a static cache as models call it, (op, arguments, keyword arguments): what Hopper's kernel takes.
 
     Positions that ascend or don't, shared or each entry's; masks that padding, causality and chance make; windows; soft caps;
@@ -59,11 +77,11 @@ def prompt_call(seed, device, batches=(1, 2, 3), heads=(2, 4, 6), lengths=(64, 1
     draw = random.Random(seed)
     torch.manual_seed(seed)
     dtype = draw.choice([torch.bfloat16, torch.float16])
-    dim, kv_heads, batch = draw.choice([64, 128, 256]), draw.choice([1, 2]), draw.choice(batches)
+    (dim, dim_vo), kv_heads, batch = draw.choice(head_dims), draw.choice([1, 2]), draw.choice(batches)
     num_heads, qo_len = draw.choice(heads), draw.choice(lengths)
     max_len = qo_len + draw.choice([0, 1, 28, 200, 700])
 
-    def rand(num, length):
+    def rand(num, length, dim=dim):
         return torch.randn(batch, num, length, dim, device=device).to(dtype)
 
     options: dict = {}
@@ -81,7 +99,7 @@ def prompt_call(seed, device, batches=(1, 2, 3), heads=(2, 4, 6), lengths=(64, 1
     elif "causal" not in options:
         mask = (torch.arange(max_len) <= at[:, None, :, None]).to(device)
     positions = (at if len(at) > 1 else at[0]).to(device, draw.choice([torch.int32, torch.int64]))
-    q, k_cache, v_cache = rand(num_heads, qo_len), rand(kv_heads, max_len), rand(kv_heads, max_len)
+    q, k_cache, v_cache = rand(num_heads, qo_len), rand(kv_heads, max_len), rand(kv_heads, max_len, dim_vo)
     if draw.random() < 0.3:
         options["logits_soft_cap"] = draw.choice([2.0, 50.0])
     if draw.random() < 0.3:
@@ -95,10 +113,10 @@ def prompt_call(seed, device, batches=(1, 2, 3), heads=(2, 4, 6), lengths=(64, 1
         where = torch.randint(-5, max_len + 20, (draw.choice([1, batch]), qo_len), device=device)
         options["query_positions"] = where if len(where) > 1 else where[0]
     if kind == "append_attention":
-        return kind, (q, rand(kv_heads, qo_len), rand(kv_heads, qo_len), *cache), options
+        return kind, (q, rand(kv_heads, qo_len), rand(kv_heads, qo_len, dim_vo), *cache), options
     angles = torch.rand(1, qo_len, dim // 2, device=device) * 6.3
     tables = angles.cos(), angles.sin()
-    return kind, (q, rand(kv_heads, qo_len), rand(kv_heads, qo_len), *tables, *cache), options
+    return kind, (q, rand(kv_heads, qo_len), rand(kv_heads, qo_len, dim_vo), *tables, *cache), options
 
 
 PROMPTS = [("cpu", seed) for seed in range(6)] + [
@@ -120,15 +138,35 @@ def test_prompt_of_many_heads(seed):
     assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"prompt of many heads {seed}"))
 
 
-def biased_call(seed, device):
+@pytest.mark.parametrize(
+    ("device", "seed"),
+    [("cpu", seed) for seed in range(200, 204)]
+    + [pytest.param("cuda", s, marks=pytest.mark.gpu) for s in range(200, 260)],
+)
+def test_prompt_of_other_head_dims(device, seed):
+    op, args, kwargs = prompt_call(seed, device, head_dims=OTHER_DIMS)
+    assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"prompt {seed}"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(300, 330))
+def test_prompt_of_many_heads_and_other_head_dims(seed):
+    op, args, kwargs = prompt_call(seed, "cuda", (3, 4), (16, 48), (384, 500), OTHER_DIMS[:5])
+    assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"prompt of many heads {seed}"))
+
+
+def biased_call(seed, device, head_dims=COMPILED_DIMS):
     """A prompt without a cache under a mask of numbers: biases of every broadcast, keys and whole rows that are excluded, by
     -inf or by finfo.min; (arguments, keyword arguments)."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     dtype = draw.choice([torch.bfloat16, torch.float16])
-    dim, kv_heads, batch = draw.choice([64, 128, 256]), draw.choice([1, 2]), draw.choice([1, 2])
+    (dim, dim_vo), kv_heads, batch = draw.choice(head_dims), draw.choice([1, 2]), draw.choice([1, 2])
     heads, length = kv_heads * draw.choice([1, 3, 16]), draw.choice([64, 100, 126, 192, 258, 301, 400])
-    q, k, v = (torch.randn(batch, h, length, dim, device=device).to(dtype) for h in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(batch, h, length, d, device=device).to(dtype)
+        for h, d in ((heads, dim), (kv_heads, dim), (kv_heads, dim_vo))
+    )
     sizes = [size if draw.random() < 0.6 else 1 for size in (batch, heads, length)]
     mask = torch.randn(*sizes, length, device=device).to(draw.choice([dtype, torch.float32]))
     low = draw.choice([-float("inf"), torch.finfo(mask.dtype).min])
@@ -155,6 +193,13 @@ def test_biased_prompt(device, seed):
     assert_op_matches_reference(SPECS["attention_with_lse"], Sample(args, options, f"biased prompt {seed}"))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(200, 230))
+def test_biased_prompt_of_other_head_dims(seed):
+    args, options = biased_call(seed, "cuda", OTHER_DIMS)
+    assert_op_matches_reference(SPECS["attention_with_lse"], Sample(args, options, f"biased prompt {seed}"))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("level", [-float("inf"), -300.0, 300.0])
 def test_sinks_far_from_the_logits(level, device):
@@ -169,12 +214,18 @@ def test_sinks_far_from_the_logits(level, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("qo_len", "head_dim"), [(100, 64), (100, 256), (256, 128)])
-def test_slots_after_the_last_position_do_not_count(qo_len, head_dim, device):
+@pytest.mark.parametrize(
+    ("qo_len", "head_dim", "dim_vo"),
+    [(100, 64, 64), (100, 256, 256), (256, 128, 128), (100, 96, 96), (256, 192, 128), (100, 80, 80)],
+)
+def test_slots_after_the_last_position_do_not_count(qo_len, head_dim, dim_vo, device):
     """A cache whose unused slots are NaN: a weight of 0 never meets them."""
     torch.manual_seed(0)
-    q, new_k, new_v = (torch.randn(2, heads, qo_len, head_dim, device=device).bfloat16() for heads in (4, 2, 2))
-    k, v = torch.full((2, 2, 2, 700, head_dim), float("nan"), device=device).bfloat16()
+    q, new_k, new_v = (
+        torch.randn(2, heads, qo_len, dim, device=device).bfloat16()
+        for heads, dim in ((4, head_dim), (2, head_dim), (2, dim_vo))
+    )
+    k, v = (torch.full((2, 2, 700, dim), float("nan"), device=device).bfloat16() for dim in (head_dim, dim_vo))
     positions = torch.arange(qo_len, device=device)
     got = torch.ops.fi.append_attention(q, new_k, new_v, k, v, positions, causal=True)
     expected = torch.ops.fi.attention(q, new_k, new_v, causal=True)

@@ -30,7 +30,8 @@ bool sm90_prefill_supports(const AttentionParams& p) {
   const bool mask =
       p.mask == nullptr || (p.mask_dtype == DType::boolean ? sm90::mask_scratch_bytes(p) <= kMaxMaskBytes
                                                            : takes_additive_mask(p));
-  const bool sizes = can_pad(p.head_dim_qk) && can_pad(p.head_dim_vo) && p.batch > 0 && p.num_qo_heads > 0 && p.qo_len >= kMinRows && p.qo_len <= kMaxLength && p.kv_len > 0 &&
+  const bool sizes = can_pad(p.head_dim_qk) && can_pad(p.head_dim_vo) && p.batch > 0 && p.num_qo_heads > 0 &&
+                     p.qo_len >= kMinRows && p.qo_len <= kMaxLength && p.kv_len > 0 &&
                      p.kv_len <= kMaxLength && p.batch * p.num_qo_heads < kMaxLength / (p.qo_len / 128 + 1);
   return (p.dtype == DType::bf16 || p.dtype == DType::f16) && plain && mask && sizes &&
          sm90::tensor_map_takes(sm90::query_rows(p)) && sm90::tensor_map_takes(sm90::key_rows(p)) &&

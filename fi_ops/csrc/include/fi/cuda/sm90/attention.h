@@ -10,8 +10,8 @@
 namespace fi::cuda {
 
 // Whether attention_sm90 computes this call: bf16 or fp16 with head dims up to 256 that are multiples of 8;
-// causal, window or all keys, query rows at any positions, boolean masks, additive ones of a prompt, soft cap,
-// sinks; no other variant, and RoPE applied already; rows where TMA can read them.
+// causal, window or all keys, query rows at any positions, boolean masks, additive ones of a prompt, soft
+// cap, sinks; no other variant, and RoPE applied already; rows where TMA can read them.
 bool sm90_prefill_supports(const AttentionParams& p);
 void attention_sm90(const AttentionParams& p, const Gpu& gpu);
 

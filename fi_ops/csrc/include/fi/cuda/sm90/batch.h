@@ -8,8 +8,8 @@
 namespace fi::cuda {
 
 // Whether batch_tiles_sm90 computes the tiles of this call: bf16 or fp16, keys too, with head dims up to 256
-// that are multiples of 8; causal, window or all keys, soft cap, sinks, scales of KV heads (of keys: head dims
-// up to 128); no other variant; rows at 16-byte boundaries.
+// that are multiples of 8; causal, window or all keys, soft cap, sinks, scales of KV heads (of keys: head
+// dims up to 128); no other variant; rows at 16-byte boundaries.
 bool sm90_batch_supports(const BatchAttentionParams& p);
 
 // The requests that `plan` cut into tiles. Rows of other requests and of

@@ -1,8 +1,8 @@
 // The head dims that Hopper's kernels are compiled for.
 //
 // Others are padded: the copy engine brings zeros in place of columns that a row hasn't got, and the output's
-// are not stored. 96 is one and a half panels of 64 columns. Its second panel is padded like any other: half of
-// it takes room in shared memory, but no product reads it.
+// are not stored. 96 is one and a half panels of 64 columns. Its second panel is padded like any other: half
+// of it takes room in shared memory, but no product reads it.
 #pragma once
 
 #include "fi/cuda/sm80/padded_dims.h"

@@ -21,9 +21,9 @@ enum class PrefillVariant {
 };
 
 // T: bf16 or f16. Rows of queries and keys have up to kDimQK elements, of values and the output up to kDimVO:
-// behind a call's head dims zeros arrive, and nothing is stored. A query tile has 64 * kConsumers rows, a KV tile kBlockN. With kQInRegisters the queries
-// are read from shared memory once a tile rather than in every product. With kDeviceKeys positions or a mask
-// say which keys a row sees, else a formula.
+// behind a call's head dims zeros arrive, and nothing is stored. A query tile has 64 * kConsumers rows, a KV
+// tile kBlockN. With kQInRegisters the queries are read from shared memory once a tile rather than in every
+// product. With kDeviceKeys positions or a mask say which keys a row sees, else a formula.
 template <class T_, int kDimQK_, int kDimVO_, int kConsumers_, int kBlockN_, int kStages_,
           bool kQInRegisters_, bool kDeviceKeys_ = false, PrefillVariant kVariant_ = PrefillVariant::kPlain>
 struct PrefillConfig {

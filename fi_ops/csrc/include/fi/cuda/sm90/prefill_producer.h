@@ -40,18 +40,20 @@ class PrefillProducer {
       if (work.tiles.size() == 0) continue;
       const int kv_head = work.head / shape.group_size;
       const auto load_k = [&](int tile) {
-        load_tile<Config::kPanelsQK>(smem.k[k_at.stage], smem.k_full[k_at.stage], smem.k_empty[k_at.stage], k_at.parity,
-                          k_map, tile * Config::kBlockN, kv_head, work.b, Smem::kKvPanelBytes);
+        load_tile<Config::kPanelsQK>(smem.k[k_at.stage], smem.k_full[k_at.stage], smem.k_empty[k_at.stage],
+                                     k_at.parity, k_map, tile * Config::kBlockN, kv_head, work.b,
+                                     Smem::kKvPanelBytes);
         k_at.advance();
       };
-      load_tile<Config::kPanelsQK>(smem.q, smem.q_full, smem.q_empty, q_at.parity, q_map, work.q_start, work.head,
-                        work.b, Smem::kQPanelBytes);
+      load_tile<Config::kPanelsQK>(smem.q, smem.q_full, smem.q_empty, q_at.parity, q_map, work.q_start,
+                                   work.head, work.b, Smem::kQPanelBytes);
       q_at.advance();
       load_k(work.tiles.end - 1);
       for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; --tile) {
         if (tile > work.tiles.begin) load_k(tile - 1);  // in the order in which they are needed
-        load_tile<Config::kPanelsVO>(smem.v[v_at.stage], smem.v_full[v_at.stage], smem.v_empty[v_at.stage], v_at.parity,
-                          v_map, tile * Config::kBlockN, kv_head, work.b, Smem::kKvPanelBytes);
+        load_tile<Config::kPanelsVO>(smem.v[v_at.stage], smem.v_full[v_at.stage], smem.v_empty[v_at.stage],
+                                     v_at.parity, v_map, tile * Config::kBlockN, kv_head, work.b,
+                                     Smem::kKvPanelBytes);
         v_at.advance();
       }
     }
@@ -98,13 +100,14 @@ class DeviceKeysProducer {
         if (leader) {
           barrier_wait(smem.k_empty[k_at.stage], k_at.parity ^ 1);
           smem.tiles[k_at.stage] = next.word();
-          start_load<Config::kPanelsQK>(smem.k[k_at.stage], smem.k_full[k_at.stage], k_map, tile.index() * kBlockN,
-                             kv_head, work.b, Smem::kKvPanelBytes);
+          start_load<Config::kPanelsQK>(smem.k[k_at.stage], smem.k_full[k_at.stage], k_map,
+                                        tile.index() * kBlockN, kv_head, work.b, Smem::kKvPanelBytes);
         }
         k_at.advance();
       };
       if (leader)
-        start_load<Config::kPanelsQK>(smem.q, smem.q_full, q_map, work.q_start, work.head, work.b, Smem::kQPanelBytes);
+        start_load<Config::kPanelsQK>(smem.q, smem.q_full, q_map, work.q_start, work.head, work.b,
+                                      Smem::kQPanelBytes);
       ListedTile next = live.next();
       load_k(tile, next);
       while (tile) {
@@ -115,8 +118,8 @@ class DeviceKeysProducer {
         }
         if (leader) {
           barrier_wait(smem.v_empty[v_at.stage], v_at.parity ^ 1);
-          start_load<Config::kPanelsVO>(smem.v[v_at.stage], smem.v_full[v_at.stage], v_map, tile.index() * kBlockN,
-                             kv_head, work.b, Smem::kKvPanelBytes);
+          start_load<Config::kPanelsVO>(smem.v[v_at.stage], smem.v_full[v_at.stage], v_map,
+                                        tile.index() * kBlockN, kv_head, work.b, Smem::kKvPanelBytes);
         }
         v_at.advance();
         tile = next, next = after;

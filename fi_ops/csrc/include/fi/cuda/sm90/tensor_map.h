@@ -30,8 +30,8 @@ inline bool tensor_map_takes(const HeadRows& x) {
   const auto fits = [](int64_t extent, int64_t stride) {
     return extent == 1 || (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 38));
   };
-  return reinterpret_cast<uintptr_t>(x.base) % 16 == 0 && x.columns % 8 == 0 &&
-         fits(x.batch, x.stride_b) && fits(x.heads, x.stride_h) && fits(x.rows, x.stride_n);
+  return reinterpret_cast<uintptr_t>(x.base) % 16 == 0 && x.columns % 8 == 0 && fits(x.batch, x.stride_b) &&
+         fits(x.heads, x.stride_h) && fits(x.rows, x.stride_n);
 }
 
 // The driver's function, asked for at run time: nothing links against the driver.
