@@ -13,25 +13,28 @@ python -m bench pages --length 4096            # paged caches: append, copies, i
 python -m bench single_prefill --dtype float32
 python -m bench models --quick                 # whole decode steps, stock torch.compile against fi_ops
 python -m bench families --only gemma          # forward, prefill and decode of Hugging Face families
+python -m bench peers                          # attention against everybody who is here, a line a case, a page and plots
+python -m bench peers --family prefill --device cuda --seconds 60   # one of its families, in a minute
 python -m bench ops                            # every op of the registry on its typical sample
 python -m bench models --device cuda --kernels     # which kernels a step spends its time in
 python -m bench all --quick --markdown bench/results/mine.md
 python -m bench all --device cuda --csv rows.csv --plot plots/
-python -m bench decline --device cuda --csv decline.csv     # where is stock attention faster? (not part of `all`)
+python -m bench decline --device cuda --csv decline.csv     # where is stock attention faster? (not part of `all`, nor is `peers`)
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import sys
 from pathlib import Path
 
 import torch
 
-from . import harness, plot
+from . import comparison, harness, plot
 from .clock import clock_of
-from .machine import Ceilings, describe
+from .machine import Ceilings, describe, slug
 from .output import Report
 
 BENCHES = {
@@ -49,8 +52,10 @@ BENCHES = {
     "families": "bench_families",
     "ops": "bench_ops",
     "decline": "bench_decline",
+    "peers": "bench_peers",
 }
-ALL = [name for name in BENCHES if name != "decline"]
+ALL = [name for name in BENCHES if name not in ("decline", "peers")]
+RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TURN = {"cpu": 0.03, "cuda": 0.002}
 
@@ -67,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, help="only this length (prefill, decode, pages, batches, sparse)")
     parser.add_argument("--vocab", type=int, help="sampling, filters: this vocabulary (default 128256)")
     parser.add_argument("--only", metavar="TEXT", help="families: those whose name has this in it")
+    parser.add_argument("--family", metavar="NAME", help="peers: only prefill, batch or decode")
+    parser.add_argument("--seconds", type=float, help="peers: time for everything; what it does not reach is left out")
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and turns")
     parser.add_argument(
@@ -80,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--csv", type=Path, help="write all rows to this file")
     parser.add_argument("--markdown", type=Path, help="write a page for bench/results/")
-    parser.add_argument("--plot", type=Path, help="write PNGs of time against length to this folder (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="write SVGs of the rate against length to this folder")
     return parser
 
 
@@ -89,25 +96,31 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("bench: torch sees no CUDA device; leave --device out to measure the CPU", file=sys.stderr)
         return 2
-    if args.plot:
-        plot.check_available()
     if args.threads:
         torch.set_num_threads(args.threads)
     options = harness.Options(
         device=args.device, dtype=DTYPES.get(args.dtype), threads=args.threads, quick=args.quick, full=args.full,
-        batch=args.batch, length=args.length, vocab=args.vocab, only=args.only, compiled=not args.no_compile, turns=args.turns,
+        batch=args.batch, length=args.length, vocab=args.vocab, only=args.only, family=args.family, seconds=args.seconds,
+        compiled=not args.no_compile, turns=args.turns,
         turn=TURN[args.device] if args.turn is None else args.turn, warm=args.warm, kernels=args.kernels,
     )  # fmt: skip
     torch.manual_seed(0)
-    report = Report(csv=args.csv, markdown=args.markdown)
+    report, prefix = Report(csv=args.csv, markdown=args.markdown), ""
+    if args.bench == "peers":
+        report.show, report.tables = comparison.show, comparison.tables
+        if not args.markdown and not args.warm:
+            prefix = f"{datetime.date.today()}-{slug(args.device)}-"
+            report.markdown, args.plot = RESULTS / f"{prefix}peers.md", args.plot or RESULTS
     _write_header(report, options, sys.argv[1:] if argv is None else argv)
     with torch.no_grad():
         for name in ALL if args.bench == "all" else [args.bench]:
             module = importlib.import_module(f".{BENCHES[name]}", __package__)
             harness.run(name, module.cases(options), options, report)
     if args.plot:
-        report.plots = plot.write_plots(report, args.plot)
+        report.plots = plot.write_plots(report, args.plot, prefix)
+    report.header += options.left_out
     report.save()
+    print("\n".join([*options.left_out, *(f"wrote {path}" for path in (report.markdown, *report.plots) if path)]))
     return _verdict(report)
 
 

@@ -150,12 +150,18 @@ def same_work(copies: list[tuple], name: str = "fi.attention, same work") -> Can
 
 
 def flashinfer_peers(copies: list[tuple], causal: bool, decode: bool) -> list[Candidate]:
-    """Its wrapper for the batch, planned here; nothing where it is not installed."""
+    """Its wrappers for the batch, planned in the first, untimed call; nothing where it is not installed."""
     library = stock.flashinfer()
     if library is None or copies[0][0].device.type != "cuda":
         return []
-    run = _flashinfer_planned(library, copies[0], causal, decode)()
-    return [Candidate("FlashInfer", run, inputs=copies)]
+
+    def peer(name: str, backend: str) -> Candidate:
+        planned = functools.cache(_flashinfer_planned(library, copies[0], causal, decode, backend))
+        return Candidate(name, lambda *arguments: planned()(*arguments), inputs=copies)
+
+    if decode:
+        return [peer("FlashInfer", "auto")]
+    return [peer(f"FlashInfer {backend.upper()}", backend) for backend in stock.flashinfer_backends()]
 
 
 def flashinfer_plan(arguments: tuple, causal: bool, decode: bool) -> list[Candidate]:
@@ -171,14 +177,14 @@ def flashinfer_plan(arguments: tuple, causal: bool, decode: bool) -> list[Candid
     return [Candidate("FlashInfer's plan()", plan, capture=False)]
 
 
-def _flashinfer_planned(library, arguments: tuple, causal: bool, decode: bool) -> Callable:
+def _flashinfer_planned(library, arguments: tuple, causal: bool, decode: bool, backend: str = "auto") -> Callable:
     """What plans, and returns the call over inputs like `arguments`."""
     query, key, _, qo_indptr, *table = arguments
     workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=query.device)
     sizes = (QUERY_HEADS, KV_HEADS, HEAD_DIM)
     dtypes = dict(q_data_type=query.dtype, kv_data_type=key.dtype)
     if not is_paged(arguments):
-        wrapper = library.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
+        wrapper = library.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend=backend)
 
         def plan():
             wrapper.plan(qo_indptr, table[0], *sizes, causal=causal, q_data_type=query.dtype)
@@ -194,7 +200,7 @@ def _flashinfer_planned(library, arguments: tuple, causal: bool, decode: bool) -
             return lambda q, k, v, *_: wrapper.run(q, (k, v))
 
     else:
-        wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+        wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
 
         def plan():
             wrapper.plan(qo_indptr, kv_indptr, pages, last, *sizes, key.shape[1], causal=causal, **dtypes)

@@ -22,6 +22,7 @@ from .harness import NAN, Candidate, Case, Options, copies_beyond_caches
 
 SPEC = SPECS["paged_attention"]
 FP8 = torch.float8_e4m3fn
+DTYPE = torch.bfloat16
 # On an H100; those of decode are dense decode's.
 PLAN_TARGET_US = 5.0
 TARGET_US = {(1, 2048): 8.0, (1, 32768): 49.7, (16, 4096): 94.2, (128, 1024): 185.1, (64, 8192): 715.8}
@@ -77,7 +78,7 @@ def _same_work(total: int, batch: int, dtype: torch.dtype, device: str) -> Candi
     return batches.same_work(copies_beyond_caches((query, key, value, False), key.nbytes + value.nbytes))
 
 
-def _attention(kind, kv_lens, page_size, kv_dtype, dtype, device) -> Case:
+def attention(kind, kv_lens, page_size, kv_dtype, dtype, device) -> Case:
     batch, ones = len(kv_lens), [1] * len(kv_lens)
     arguments = batches.paged(ones, kv_lens, dtype, device, page_size, kv_dtype)
     cost = SPEC.cost(*arguments)
@@ -186,11 +187,11 @@ def _plan(kv_lens: list[int], dtype: torch.dtype, device: str) -> Case:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    dtype, device = options.pick(torch.bfloat16), options.device
+    dtype, device = options.pick(DTYPE), options.device
     for batch, length, page_size, kv_dtype in equal_shapes(options):
-        yield _attention("decode", [length] * batch, page_size, kv_dtype, dtype, device)
+        yield attention("decode", [length] * batch, page_size, kv_dtype, dtype, device)
     for kind, batch, length in mixed_shapes(options):
-        yield _attention(kind, lengths(kind, batch, length), PAGE_SIZE, None, dtype, device)
+        yield attention(kind, lengths(kind, batch, length), PAGE_SIZE, None, dtype, device)
     for batch, prefix, own in prefix_shapes(options):
         yield _shared_prefix(batch, prefix // PAGE_SIZE * PAGE_SIZE, own, dtype, device)
     for kind, batch, length in mixed_shapes(options)[-1:]:

@@ -15,7 +15,7 @@ from fi_ops.library import SPECS
 
 from . import batches
 from .batches import HEAD_DIM, KV_HEADS, QUERY_HEADS
-from .harness import Candidate, Case, Options, copies_beyond_caches
+from .harness import NAN, Candidate, Case, Options, copies_beyond_caches
 
 PAGED, RAGGED = SPECS["paged_attention"], SPECS["ragged_attention"]
 
@@ -55,7 +55,9 @@ def _dense(batch: int, length: int, dtype: torch.dtype, device: str) -> Candidat
     return batches.same_work([(*tensors, True)])
 
 
-def _case(op: str, name: str, qo_lens, kv_lens, dtype, device, peers: list[Candidate]) -> Case:
+def _case(
+    op: str, name: str, qo_lens, kv_lens, dtype, device, peers: list[Candidate], series: str = "", length: float = NAN
+) -> Case:
     make = batches.paged if op == "paged_attention" else batches.ragged
     arguments = make(qo_lens, kv_lens, dtype, device)
     cost = SPECS[op].cost(*arguments, causal=True)
@@ -71,28 +73,51 @@ def _case(op: str, name: str, qo_lens, kv_lens, dtype, device, peers: list[Candi
         cost,
         batches.check_requests(arguments, qo_lens, kv_lens, causal=True),
         dtype,
+        series=series,
+        length=length,
     )
 
 
-def _mixed_lengths(batch: int, length: int) -> list[int]:
-    return torch.randint(1, 2 * length, (batch,)).tolist()
+def prompts(op: str, batch: int, length: int, options: Options) -> Case:
+    """`batch` prompts of one length; beside it our dense op on the same work."""
+    dtype, device, lens = options.pick(torch.bfloat16), options.device, [length] * batch
+    series = f"{op.partition('_')[0]}, B={batch}"
+    dense = [_dense(batch, length, dtype, device)]
+    return _case(op, f"B={batch} n={length} causal", lens, lens, dtype, device, dense, series, length)
+
+
+def mixed_prompts(op: str, batch: int, length: int, options: Options) -> Case:
+    """Lengths at random, `length` on average."""
+    dtype, device = options.pick(torch.bfloat16), options.device
+    lens = torch.randint(1, 2 * length, (batch,), generator=torch.Generator().manual_seed(batch)).tolist()
+    # prompts of the root mean square of the lengths have as many pairs of a query and a key
+    even = round((sum(n * n for n in lens) / batch) ** 0.5)
+    name = f"B={batch}, {min(lens)} to {max(lens)} tokens, causal"
+    return _case(op, name, lens, lens, dtype, device, [_dense(batch, even, dtype, device)])
+
+
+def appended(op: str, batch: int, rows: int, length: int, options: Options) -> Case:
+    """The last `rows` tokens of `length`, of each request."""
+    dtype, device = options.pick(torch.bfloat16), options.device
+    name = f"B={batch}, the last {rows} of {length} tokens"
+    return _case(op, name, [rows] * batch, [length] * batch, dtype, device, [])
+
+
+def chunked(decodes: int, length: int, chunk: int, before: int, options: Options) -> Case:
+    """A step of chunked prefill."""
+    dtype, device = options.pick(torch.bfloat16), options.device
+    qo_lens, kv_lens = [1] * decodes + [chunk], [length] * decodes + [before + chunk]
+    name = f"a chunk of {chunk} behind {before}, and {decodes} decodes of {length}"
+    return _case("paged_attention", name, qo_lens, kv_lens, dtype, device, [])
 
 
 def cases(options: Options) -> Iterator[Case]:
-    dtype, device = options.pick(torch.bfloat16), options.device
     ops = ("paged_attention", "ragged_attention")
     for batch, length in equal_shapes(options):
         for op in ops:
-            lens, dense = [length] * batch, _dense(batch, length, dtype, device)
-            yield _case(op, f"B={batch} n={length} causal", lens, lens, dtype, device, [dense])
+            yield prompts(op, batch, length, options)
     for batch, length in mixed_shapes(options):
-        lens = _mixed_lengths(batch, length)
         for op in ops:
-            name = f"B={batch}, {min(lens)} to {max(lens)} tokens, causal"
-            # prompts of the root mean square of the lengths have as many pairs of a query and a key
-            even = round((sum(n * n for n in lens) / batch) ** 0.5)
-            yield _case(op, name, lens, lens, dtype, device, [_dense(batch, even, dtype, device)])
-    for decodes, length, chunk, before in chunked_shapes(options):
-        qo_lens, kv_lens = [1] * decodes + [chunk], [length] * decodes + [before + chunk]
-        name = f"a chunk of {chunk} behind {before}, and {decodes} decodes of {length}"
-        yield _case("paged_attention", name, qo_lens, kv_lens, dtype, device, [])
+            yield mixed_prompts(op, batch, length, options)
+    for shape in chunked_shapes(options):
+        yield chunked(*shape, options)

@@ -95,26 +95,30 @@ def _check(query, key, value, mask=None):
     return within_budget(expected, same, lambda out: out[rows])
 
 
+def dense(batch: int, length: int, kv_heads: int, options: Options, with_flex: bool = False) -> Case:
+    dtype = options.pick(torch.bfloat16)
+    query, key, value = _tensors(batch, length, kv_heads, dtype, options.device)
+    copies = copies_beyond_caches((query, key, value), key.nbytes + value.nbytes)
+    kind = "dense" if kv_heads == KV_HEADS else "dense MHA"
+    return Case(
+        f"{kind}, B={batch} n={length}, {str(dtype).removeprefix('torch.')}",
+        [
+            *stock.dense_peers(copies, options, with_flex),
+            Candidate("fi_ops", torch.ops.fi.attention.default, ours=True, inputs=copies),
+        ],
+        _cost(query, key, batch * length),
+        _check(query, key, value),
+        dtype,
+        series=f"{kind}, B={batch}",
+        length=length,
+    )
+
+
 def cases(options: Options) -> Iterator[Case]:
     dtype, device = options.pick(torch.bfloat16), options.device
     label, on_cuda = str(dtype).removeprefix("torch."), device == "cuda"
-    for batch, length, kv_heads in dense_shapes(options):
-        query, key, value = _tensors(batch, length, kv_heads, dtype, device)
-        copies = copies_beyond_caches((query, key, value), key.nbytes + value.nbytes)
-        with_flex = on_cuda and (options.full or (batch, length, kv_heads) in WITH_FLEX)
-        kind = "dense" if kv_heads == KV_HEADS else "dense MHA"
-        yield Case(
-            f"{kind}, B={batch} n={length}, {label}",
-            [
-                *stock.dense_peers(copies, options, with_flex),
-                Candidate("fi_ops", torch.ops.fi.attention.default, ours=True, inputs=copies),
-            ],
-            _cost(query, key, batch * length),
-            _check(query, key, value),
-            dtype,
-            series=f"{kind}, B={batch}",
-            length=length,
-        )
+    for shape in dense_shapes(options):
+        yield dense(*shape, options, on_cuda and (options.full or shape in WITH_FLEX))
     for kind, batch, length, slots in masked_shapes(options):
         query, key, value = _tensors(batch, slots, KV_HEADS, dtype, device)
         mask = live_slots(kind, batch, length, slots).to(device)

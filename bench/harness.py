@@ -1,13 +1,13 @@
 """One way to time: candidates take turns in one process, each is checked first, and the machine's ceiling stands beside.
 
 A bench yields `Case`s: the same job done by several `Candidate`s, its least cost (`fi_ops.library.Cost`), and a check of
-an output against a reference of higher precision. `run` checks every candidate, then times them in turns: a turn calls one
-candidate for about `turn` seconds (`clock.py` says how), so that drift of the machine (clocks, neighbours) falls on all
-alike. Reported: the median over turns, the spread (half the distance between the quartiles), and the percentage of what
-this machine reached between the same turns for reading memory or multiplying matrices in torch, whichever bounds the job
-("x floor" is its inverse). The best turn stands there too: on a machine that others use it says more than the median, and
-the header says how loaded it was. Ours is marked SLOWER where the best peer's median is lower by more than the spread (and
-by more than 1%: replays of a graph hardly spread at all).
+an output against a reference of higher precision. `run` checks every candidate, says what is wrong, which is not timed, and times
+the others in turns: a turn calls one candidate for about `turn` seconds (`clock.py` says how), so that drift of the machine
+(clocks, neighbours) falls on all alike. Reported: the median over turns, the spread (half the distance between the quartiles),
+and the percentage of what this machine reached between the same turns for reading memory or multiplying matrices in torch,
+whichever bounds the job ("x floor" is its inverse). The best turn stands there too: on a machine that others use it says more
+than the median, and the header says how loaded it was. Ours is marked SLOWER where the best peer's median is lower by more than
+the spread (and by more than 1%: replays of a graph hardly spread at all).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -58,6 +58,7 @@ class Case:
     series: str = ""
     length: float = NAN
     brief: bool = False  # one line on the screen
+    family: str = ""  # of a bench with several tables: which
     target_us: float = NAN  # what ours is to take at the most
 
 
@@ -74,11 +75,14 @@ class Options:
     length: int | None = None
     vocab: int | None = None
     only: str | None = None
+    family: str | None = None
+    seconds: float | None = None
     compiled: bool = True
     turns: int = 15
     turn: float = 0.03
     warm: bool = False
     kernels: bool = False
+    left_out: list[str] = field(default_factory=list)  # what a bench had no time for
 
     def pick(self, default: torch.dtype) -> torch.dtype:
         return self.dtype or default
@@ -128,9 +132,10 @@ def run(bench: str, cases: Iterable[Case], options: Options, report: Report) -> 
             for c in case.candidates:
                 print_kernels(f"{case.name}, {c.name}", lambda c=c: c.fn(*c.inputs[0]), c.rewind or (lambda: None))
             continue
-        rows = _timed(bench, case, checks, clock, options)
+        name = f"{bench}_{case.family}" if case.family else bench
+        rows = _timed(name, case, checks, clock, options)
         report.rows += rows
-        (print_brief if case.brief else print_rows)(rows)
+        (report.show or (print_brief if case.brief else print_rows))(rows)
         report.save()
 
 
@@ -156,7 +161,7 @@ def _timed(bench: str, case: Case, checks: dict[int, str], clock: HostClock | Cu
     )
     take_turn, times = {}, {}
     for candidate in case.candidates:
-        if checks[id(candidate)].startswith("fails"):
+        if checks[id(candidate)] not in ("ok", "-"):
             continue
         try:
             take_turn[id(candidate)] = clock.prepare(candidate, seconds)
@@ -181,7 +186,7 @@ def _timed(bench: str, case: Case, checks: dict[int, str], clock: HostClock | Cu
     rows = []
     for candidate in case.candidates:
         row = Row(
-            bench, case.name, candidate.name, checks[id(candidate)], *[NAN] * 7, series=case.series, length=case.length,
+            bench, case.name, candidate.name, checks[id(candidate)], *[NAN] * 9, series=case.series, length=case.length,
             unit=case.unit, ours=candidate.ours, target_us=case.target_us if candidate.ours else NAN,
         )  # fmt: skip
         if id(candidate) in times:
@@ -206,5 +211,6 @@ def _fill(row: Row, case: Case, times: list[float], ceilings: Ceilings) -> None:
     row.best_us, row.median_us, row.spread_us = min(times) * 1e6, median * 1e6, _spread(times) * 1e6
     if case.cost:
         row.gb_s, row.gflop_s = case.cost.bytes / median / 1e9, case.cost.flops / median / 1e9
+        row.percent_gemm, row.percent_read = (100 * least / median for least in ceilings.least(case.cost))
         row.bound, least = ceilings.bound(case.cost)
         row.percent = 100 * least / median

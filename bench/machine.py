@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -33,6 +34,12 @@ def describe(device: str) -> list[str]:
         f"L2 {gpu.L2_cache_size / 2**20:.0f} MiB, driver {_driver()}; host {_cpu_model()}, {load}",
         f"{versions}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}",
     ]
+
+
+def slug(device: str) -> str:
+    """The machine's name in a file's: `nvidia-h100-80gb-hbm3`, `intel-r-xeon-r-platinum-8480c-4-cores`."""
+    name = torch.cuda.get_device_name(0) if device == "cuda" else f"{_cpu_model()} {os.cpu_count()} cores"
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def _cpu_model() -> str:
@@ -121,9 +128,13 @@ class Ceilings:
         """Units a second, by the median probe."""
         return self.probes[name].units / statistics.median(self.times[name])
 
+    def least(self, cost: Cost) -> tuple[float, float]:
+        """The seconds that its products take at the ceiling, and those that its bytes take."""
+        return cost.flops / self.rate("gemm"), cost.bytes / self.rate("read")
+
     def bound(self, cost: Cost) -> tuple[str, float]:
         """(which ceiling bounds the job, its least seconds)."""
-        by_bytes, by_flops = cost.bytes / self.rate("read"), cost.flops / self.rate("gemm")
+        by_flops, by_bytes = self.least(cost)
         return ("read", by_bytes) if by_bytes >= by_flops else ("gemm", by_flops)
 
     def __str__(self) -> str:

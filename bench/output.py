@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class Row:
     gb_s: float
     gflop_s: float
     percent: float  # of the ceiling that bounds the job
+    percent_gemm: float
+    percent_read: float
     bound: str = ""
     slower_than: str = ""  # ours alone: the best peer, where ours takes longer by more than the spread
     series: str = ""  # of a plot of time against length
@@ -42,6 +45,8 @@ class Report:
     csv: Path | None = None
     markdown: Path | None = None
     plots: list[Path] = field(default_factory=list)
+    show: Callable[[list[Row]], None] | None = None  # a case on the screen, where a bench has its own way
+    tables: Callable[[Report], str] | None = None  # the page's body, likewise
 
     def save(self) -> None:
         """After every case, so that a run that is cut off leaves what it has."""
@@ -130,15 +135,22 @@ def write_csv(report: Report, path: Path) -> None:
 
 
 def write_markdown(report: Report, path: Path) -> None:
-    """A page for `bench/results/`: hardware, versions, command, plots, one table a case."""
+    """A page for `bench/results/`: hardware, versions, command, plots, tables."""
     text = io.StringIO()
     text.write(f"# {path.stem}\n\n" + "".join(f"{line}  \n" for line in report.header))
     for plot in report.plots:
         text.write(f"\n![{plot.stem}]({os.path.relpath(plot, path.parent)})\n")
+    text.write((report.tables or tables_by_case)(report))
+    path.write_text(text.getvalue())
+
+
+def tables_by_case(report: Report) -> str:
+    """A table a case, a row a candidate."""
+    text = io.StringIO()
     for (bench, case), group in itertools.groupby(report.rows, lambda row: (row.bench, row.case)):
         rows = list(group)
         heading = columns(rows[0].unit)
         text.write(f"\n**{bench}: {case}**\n\n| {' | '.join(heading)} |\n|{'---|' * len(heading)}\n")
         text.writelines(f"| {' | '.join(cells(row))} |\n" for row in rows)
         text.writelines(f"\n{line}\n" for line in map(target, rows) if line)
-    path.write_text(text.getvalue())
+    return text.getvalue()

@@ -103,6 +103,12 @@ def sdpa(query, key, value, causal: bool = False) -> torch.Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
 
 
+def sdpa_padded_value(query, key, value, causal: bool = False) -> torch.Tensor:
+    """`sdpa` where value is narrower than query and key, for kernels that need one width: what models of 192/128 do."""
+    padded = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
+    return sdpa(query, key, padded, causal)[..., : value.shape[-1]]
+
+
 def sdpa_masked(query, key, value, mask) -> torch.Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
@@ -155,14 +161,16 @@ def dense_peers(copies: list[tuple], options: Options, with_flex: bool = False) 
     if options.device == "cpu":
         return eager_and_compiled("torch SDPA", sdpa, copies, options)
     causal = len(copies[0]) > 3 and copies[0][3]
+    narrow = copies[0][2].shape[-1] < copies[0][0].shape[-1]
+    flash = ("torch flash, value padded", sdpa_padded_value) if narrow else ("torch flash", sdpa)
     peers = [
-        eager("torch flash", with_backend(SDPBackend.FLASH_ATTENTION, sdpa), copies),
+        eager(flash[0], with_backend(SDPBackend.FLASH_ATTENTION, flash[1]), copies),
         eager("torch cuDNN", with_backend(SDPBackend.CUDNN_ATTENTION, sdpa), copies),
     ]
     if with_flex and options.compiled:
         peers.append(flex_peer(copies, causal_rule if causal else None))
     if flashinfer() and copies[0][0].shape[0] == 1:
-        peers.append(flashinfer_peer(copies, causal))
+        peers += flashinfer_peers(copies, causal)
     return peers
 
 
@@ -194,7 +202,12 @@ def flashinfer() -> Any:
     return flashinfer
 
 
-def flashinfer_peer(copies: list[tuple], causal: bool = False) -> Candidate:
+def flashinfer_backends() -> tuple[str, ...]:
+    """Its templates for prompts that this card runs: FA3 is for Hopper."""
+    return ("fa2", "fa3") if torch.cuda.get_device_capability()[0] == 9 else ("fa2",)
+
+
+def flashinfer_peers(copies: list[tuple], causal: bool = False) -> list[Candidate]:
     """Its kernels for one sequence, on its own layout (query `[len, heads, head_dim]`), made outside the timing."""
     library = flashinfer()
     own = [(q[0].transpose(0, 1).contiguous(), k[0], v[0]) for q, k, v, *_ in copies]
@@ -202,8 +215,21 @@ def flashinfer_peer(copies: list[tuple], causal: bool = False) -> Candidate:
     def decode(query, key, value):
         return library.single_decode_with_kv_cache(query[0], key, value, kv_layout="HND")[None, :, None]
 
-    def prefill(query, key, value):
-        out = library.single_prefill_with_kv_cache(query, key, value, causal=causal, kv_layout="HND")
-        return out.transpose(0, 1)[None]
+    def prefill(backend: str, options: dict) -> Callable:
+        def attend(query, key, value):
+            out = library.single_prefill_with_kv_cache(
+                query, key, value, causal=causal, kv_layout="HND", backend=backend, **options
+            )
+            return out.transpose(0, 1)[None]
 
-    return Candidate("FlashInfer", decode if own[0][0].shape[0] == 1 else prefill, inputs=own)
+        return attend
+
+    query, key, value = own[0]
+    if query.shape[0] == 1:
+        return [Candidate("FlashInfer", decode, inputs=own)]
+    if query.dtype.itemsize > 1:
+        return [Candidate(f"FlashInfer {b.upper()}", prefill(b, {}), inputs=own) for b in flashinfer_backends()]
+    heads = query.shape[1], key.shape[0], value.shape[0]
+    scales = {f"scale_{x}": torch.ones(n, device=query.device) for x, n in zip("qkv", heads, strict=True)}
+    options = dict(scales, o_dtype=torch.bfloat16)
+    return [Candidate(f"FlashInfer {b.upper()}", prefill(b, options), inputs=own) for b in flashinfer_backends()[1:]]

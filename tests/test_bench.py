@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import types
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import __main__ as command_line
 from bench import bench_families, harness, output, plot, stock
 from bench.clock import HostClock
+from fi_ops.library import Cost
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +42,7 @@ def _small(monkeypatch):
         ["pages", "--length", "70", "--batch", "2"],
         ["ops"],
         ["decline"],
+        ["peers", "--length", "70", "--batch", "2"],
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -72,27 +77,29 @@ def test_families(family, device, tmp_path, monkeypatch, capsys):
 
 
 def test_plot(tmp_path):
-    """Time against length, in the folder and on the page; one clear line where matplotlib is missing."""
+    """The rate against length, in the folder and on the page: what is drawn is where its number says."""
     page, folder = tmp_path / "page.md", tmp_path / "plots"
     report = output.Report(header=["A machine, 4 threads"], markdown=page)
     for length, median in ((1024, 10.0), (4096, 35.0)):
         for name in ("torch SDPA", "fi_ops"):
-            numbers = [median, median, 0.1, 1.0, 100.0, 10.0, 50.0]
+            numbers = [median, median, 0.1, 1.0, 8000 / median, 10.0, 50.0, 5.0, 50.0]
             report.rows.append(
                 output.Row(
-                    "single_decode", f"n={length}", name, "ok", *numbers, "read", series="B=1", length=length,
+                    "single_decode", f"n={length}", name, "ok", *numbers, "read", series="B=1 & more", length=length,
                     ours=name == "fi_ops",
                 )
             )  # fmt: skip
-    try:
-        plot.check_available()
-    except RuntimeError as error:
-        assert "pip install" in str(error)
-        pytest.skip("no matplotlib")
-    report.plots = plot.write_plots(report, folder)
+    report.plots = plot.write_plots(report, folder, "2026-01-01-")
     report.save()
-    assert (folder / "single_decode.png").read_bytes().startswith(b"\x89PNG")
-    assert "![single_decode](plots/single_decode.png)" in page.read_text()
+    assert "![2026-01-01-single_decode](plots/2026-01-01-single_decode.svg)" in page.read_text()
+    drawing = ElementTree.fromstring((folder / "2026-01-01-single_decode.svg").read_text())
+    texts = [element.text for element in drawing.iter(SVG + "text")]
+    assert {"B=1 & more", "1024", "4096", "fi_ops", "torch SDPA", "GB/s against length"} <= set(texts)
+    ours = [tuple(map(float, (dot.get("cx"), dot.get("cy")))) for dot in drawing.iter(SVG + "circle")][-2:]
+    ticks = {element.text: float(element.get("y")) - 4 for element in drawing.iter(SVG + "text")}
+    for (_, y), rate in zip(ours, (800.0, 8000 / 35.0), strict=True):
+        assert y == pytest.approx(ticks["0"] + (ticks["500"] - ticks["0"]) * rate / 500, abs=0.2)
+    assert ours[0][0] < ours[1][0]
 
 
 @pytest.mark.parametrize(("ours", "marked"), [(1.2e-3, True), (1.005e-3, False), (0.8e-3, False)])
@@ -173,6 +180,75 @@ def test_a_wrong_answer_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(bench_sampling, "cases", wrong)
     assert command_line.main(["sampling", "--turns", "1", "--quick"]) == 1
     assert "WRONG sampling: wrong: a" in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path, capsys):
+    """Neither on the screen nor on the page of the peers; the rest of the case is."""
+    from bench import bench_peers
+
+    def maker(options):
+        def right():
+            return 1
+
+        names = ("torch flash", "torch cuDNN", "fi_ops")
+        fns = (right, lambda: 2, right)
+        candidates = [harness.Candidate(n, fn, n == "fi_ops") for n, fn in zip(names, fns, strict=True)]
+        check = {1: "ok", 2: "error 1 over budget 0"}.get
+        return [lambda: harness.Case("a job", candidates, Cost(1000, 1000), check)]
+
+    monkeypatch.setattr(bench_peers, "FAMILIES", {"prefill": bench_peers.Family(maker, 1)})
+    page = tmp_path / "page.md"
+    assert command_line.main(["peers", "--quick", "--turn", "0", "--markdown", str(page)]) == 1
+    screen = capsys.readouterr()
+    assert (
+        "WRONG peers_prefill: a job: torch cuDNN" in screen.err and "torch cuDNN: error 1 over budget 0" in screen.out
+    )
+    heading, _, row = (line.split(" | ") for line in page.read_text().splitlines() if line.startswith("|"))
+    cells = dict(zip(heading, row, strict=True))
+    assert cells["torch cuDNN |"] == "wrong: error 1 over budget 0 |" and "±" in cells["torch flash"]
+    assert "torch flash" in cells["best peer / fi_ops"]
+
+
+def test_peers_keep_their_time(monkeypatch, tmp_path, capsys):
+    """Each family has its share of what is left; what it does not reach is said, on the page too. By a clock that cases move."""
+    from bench import bench_peers
+
+    now = [0.0]
+
+    def taking(seconds):
+        def make():
+            now[0] += seconds
+            return harness.Case("a job", [harness.Candidate("fi_ops", lambda: None, ours=True)])
+
+        return lambda options: [make] * 10
+
+    families = {"prefill": bench_peers.Family(taking(2.0), 3), "decode": bench_peers.Family(taking(0.5), 1)}
+    monkeypatch.setattr(bench_peers, "FAMILIES", families)
+    monkeypatch.setattr(bench_peers, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    cases = bench_peers.cases(options := harness.Options(seconds=8.0))
+    assert [case.family for case in cases] == ["prefill"] * 3 + ["decode"] * 4
+    assert options.left_out == [
+        "prefill: 7 of 10 cases were left out: no time",
+        "decode: 6 of 10 cases were left out: no time",
+    ]
+    with pytest.raises(SystemExit, match="no family 'mlb' of peers; pass one of prefill, decode"):
+        next(bench_peers.cases(harness.Options(family="mlb")))
+
+
+def test_prefill_is_checked_row_by_row():
+    """A wrong row of any head among those compared is seen, in short prompts every row is; so is a wrong mask."""
+    from bench import bench_single_prefill as prefill
+
+    query, key, value = (torch.randn(1, heads, 100, 64) for heads in (4, 2, 2))
+    right = torch.ops.fi.attention(query, key, value, causal=True)
+    check = prefill.check(query, key, value, True)
+    assert check(right) == "ok" and "over budget" in check(torch.ops.fi.attention(query, key, value))
+    for head in range(4):
+        wrong = right.clone()
+        wrong[0, head, 50] += 0.1
+        assert "over budget" in check(wrong)
+    rows = prefill.some_rows(5000)
+    assert rows.numel() == prefill.CHECKED_ROWS == rows.unique().numel() and {0, 31, 4968, 4999} <= set(rows.tolist())
 
 
 @pytest.mark.parametrize("likeness", [0.1, 3.0])
