@@ -385,26 +385,24 @@ def _run_ninja(root: Path, plan: Plan, library: Path, verbose: bool, progress: C
     staging.with_suffix(staging.suffix + ".rsp").unlink(missing_ok=True)
     os.replace(staging, library)  # atomic: a reader sees all of it or nothing
     progress(f"fi_ops: built {what} in {time.monotonic() - started:.0f} s")
-    if sys.stderr.isatty() and not verbose:
-        print(file=sys.stderr)
 
 
 def report(line: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-    elif "building" not in line or re.search(r" (1|\d+0)/", line):  # a log gets a tenth of the lines
+    """Progress rewrites one line of a terminal, and a log gets a tenth of it; everything else is there to stay."""
+    terminal, is_progress = sys.stderr.isatty(), line.startswith("fi_ops: building ")
+    if terminal:
+        print(f"\r\033[K{line}", end="" if is_progress else "\n", file=sys.stderr, flush=True)
+    elif not is_progress or re.search(r" (1|\d+0)/", line):
         print(line, file=sys.stderr, flush=True)
 
 
-def seconds_by_object() -> dict[str, float]:
-    """How long each object in the cache took to compile when it was last compiled, from ninja's own log."""
-    log = cache_root() / "obj" / ".ninja_log"
-    seconds = {}
-    for entry in log.read_text().splitlines() if log.is_file() else []:
-        if not entry.startswith("#"):
-            start, end, _, output, *_ = entry.split("\t")
-            seconds[Path(output).name] = (int(end) - int(start)) / 1000
-    return seconds
+def cpu_seconds(built: Path) -> float | None:
+    """What the compiler took of one core for an object, user and system together; None where that was not kept."""
+    times = built.with_suffix(".o.times")
+    if not times.is_file():
+        return None
+    children = times.read_text().splitlines()[1]  # `0m12.340000s 0m0.560000s`, of what the shell started
+    return sum(60 * int(minutes) + float(seconds) for minutes, seconds in re.findall(r"(\d+)m([\d.]+)s", children))
 
 
 def _prune(root: Path, plan: Plan, keep_days: float = 14) -> None:
@@ -412,7 +410,7 @@ def _prune(root: Path, plan: Plan, keep_days: float = 14) -> None:
     horizon = time.time() - keep_days * 86400
     current = {job.object_name for job in plan.jobs}
     for path in [*(root / "obj").glob("*.o*"), *(root / "lib").glob("*.so")]:
-        if path.name.removesuffix(".log") in current:
+        if path.name.removesuffix(".log").removesuffix(".times") in current:
             os.utime(path)
         elif path.stat().st_mtime < horizon:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The CUDA library: which architectures, which files, how nvcc compiles them, and what ptxas says about each kernel.
+"""The CUDA library: which architectures, which files, how nvcc compiles them. (`_build_report.py`: what ptxas says of each kernel.)
 
 Built by `_build.py`'s machinery. The bindings (`csrc/binding/`, the same sources as the CPU library's) and `csrc/cuda/*.cpp` are
 plain C++; `csrc/cuda/kernels/*.cu` are compiled by nvcc for every architecture asked for; a folder inside, such as `sm90/`, only
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from . import _build
 from ._build import BuildError, Job, Plan
+from ._build_report import kernel_lines, summary
 
 Capability = tuple[int, int]
 OLDEST_TOOLKIT = (12, 4)
@@ -155,7 +156,7 @@ def cuda_plan(archs: tuple[CudaArch, ...] | None = None) -> Plan:
         tuple(jobs),
         rules={
             "cxx": f"{_build.compiler()[0]} {_build.includes()} {includes} $flags -c $source {_build.WHOLE_OBJECT}",
-            # ptxas's report stays beside the object; nobody wants to read it unless something is wrong.
+            # ptxas's report stays beside the object; `_build_report.py` reads it.
             "nvcc": f"({command} -ccbin {_build.compiler()[0]} {own} $flags -c $source {_build.WHOLE_OBJECT}) >$out.log 2>&1 "
             "|| (cat $out.log; exit 1)",
         },
@@ -170,16 +171,18 @@ def build_cuda(
     verbose: bool = False,
     progress: Callable[[str], None] | None = None,
     archs: tuple[CudaArch, ...] | None = None,
+    every_kernel: bool = False,
 ) -> Path:
     """Build the CUDA library for `archs` (default: `selected_archs()`), or find it in the cache; see `_build.build`.
 
-    What was compiled is summed up at the end: the slowest files, and every kernel that spills registers.
+    What was compiled is summed up at the end: the slowest files, and every kernel that spills registers. `every_kernel`: a line
+    for each kernel that was compiled stands before that.
     """
     plan = cuda_plan(archs)
     absent = [job for job in plan.jobs if job.rule == "nvcc" and not plan.object_path(job).is_file()]
     library = _build.build(plan, verbose, progress)
     compiled = [job for job in absent if plan.object_path(job).is_file()]
-    for line in _summary(plan, compiled):
+    for line in [*(kernel_lines(plan, compiled) if every_kernel else []), *summary(plan, compiled)]:
         (progress or _build.report)(line)
     return library
 
@@ -197,80 +200,3 @@ def prebuilt_library(capabilities: Iterable[Capability]) -> Path | None:
         if all(any(arch.runs_on(card) for arch in archs) for card in cards):
             return path
     return None
-
-
-# ------------------------------------------------------------------------------------------------ what ptxas says
-
-
-@dataclass(frozen=True)
-class KernelUse:
-    """What one kernel takes on one architecture, as ptxas reports it."""
-
-    source: Path
-    kernel: str
-    arch: str
-    registers: int
-    stack: int
-    spill_stores: int
-    spill_loads: int
-
-    @property
-    def spills(self) -> bool:
-        return self.spill_stores + self.spill_loads > 0
-
-
-_PTXAS_KERNEL = re.compile(
-    r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'\n"
-    r".*Function properties for (?P=kernel)\n"
-    r"\s*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
-    r".*Used (?P<registers>\d+) registers"
-)
-
-
-def kernel_uses(source: Path, log: str) -> list[KernelUse]:
-    """The report of `nvcc -Xptxas -v` on `source`, one entry a kernel and architecture."""
-    return [
-        KernelUse(
-            source, m["kernel"], m["arch"], int(m["registers"]), int(m["stack"]), int(m["stores"]), int(m["loads"])
-        )
-        for m in _PTXAS_KERNEL.finditer(log)
-    ]
-
-
-def plan_uses(plan: Plan) -> list[KernelUse]:
-    """What every kernel of a plan that has been built takes."""
-    uses = []
-    for job in plan.jobs:
-        log = plan.object_path(job).with_suffix(".o.log")
-        if job.rule == "nvcc" and log.is_file():
-            uses += kernel_uses(job.source, log.read_text())
-    return uses
-
-
-def _demangled(names: list[str]) -> list[str]:
-    tool = shutil.which("c++filt")
-    if tool is None or not names:
-        return names
-    return subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
-
-
-def _summary(plan: Plan, compiled: list[Job], slowest: int = 5) -> list[str]:
-    seconds = _build.seconds_by_object()
-    timed = sorted(((seconds.get(job.object_name, 0.0), job.source.name) for job in compiled), reverse=True)
-    lines = []
-    if timed:
-        lines.append("fi_ops: slowest files: " + ", ".join(f"{name} {took:.1f} s" for took, name in timed[:slowest]))
-    for job in compiled:
-        log = plan.object_path(job).with_suffix(".o.log").read_text()
-        found = dict.fromkeys(
-            line.strip() for line in log.splitlines() if re.search(r"\bwarning\b|Potential Performance", line)
-        )
-        lines += [f"fi_ops: {job.source.name}: {line}" for line in found]
-    sources = {job.source for job in compiled}
-    heavy = [use for use in plan_uses(plan) if use.source in sources and (use.spills or use.stack)]
-    for use, name in zip(heavy, _demangled([use.kernel for use in heavy]), strict=True):
-        what = f"warning: spills {use.spill_stores} + {use.spill_loads} bytes" if use.spills else "has a stack frame"
-        lines.append(
-            f"fi_ops: {use.source.name} ({use.arch}): {what} ({use.stack} bytes of stack, {use.registers} registers): {name}"
-        )
-    return lines

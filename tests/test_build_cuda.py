@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fi_ops import _build, _build_cuda, _load
+from fi_ops import _build, _build_cuda, _build_report, _load
 from fi_ops import build as build_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,16 +68,35 @@ def test_builds_once_and_reports(one_kernel_file, monkeypatch):
     lines: list[str] = []
     first = _build_cuda.build_cuda(progress=lines.append)
     assert first.is_file() and any("built the CUDA kernels" in line for line in lines)
-    assert any("slowest files: some_kernel.cu" in line for line in lines), lines
+    slowest = next(line for line in lines if "slowest files: some_kernel.cu" in line)
+    assert float(slowest.split()[-2]) > 0.1, "seconds of the compiler's own time"
     note = next(line for line in lines if "some_kernel.cu (sm_80)" in line)
     assert "has a stack frame (2048 bytes of stack" in note
     lines.clear()
     assert _build_cuda.build_cuda(progress=lines.append) == first and not lines, "a second build must do nothing"
 
+    plan = _build_cuda.cuda_plan()
+    (_, heading, row) = _build_report.kernel_lines(plan, plan.jobs)
+    cells = dict(zip(re.split("  +", heading), row.split(), strict=False))
+    assert (cells["stack B"], cells["kernel"]) == ("2048", "some_kernel") and row.startswith("sm_80 "), row
+
     one_kernel_file.write_text(KERNEL.replace("BODY", "x[0] += n;"))
     _build._closure.cache_clear()
     assert _build_cuda.build_cuda(progress=lines.append) != first
     assert not any("some_kernel.cu (sm_80)" in line for line in lines)
+
+
+@needs_nvcc
+def test_the_command_prints_every_kernel(one_kernel_file, monkeypatch, capsys):
+    """What it compiles, and with --report what was compiled before too; the path alone is on stdout."""
+    monkeypatch.setenv("FI_OPS_CUDA_ARCHS", "sm_80")
+    printed = []
+    for arguments in ([], [], ["--report"]):
+        assert build_command.main(["--device", "cuda", *arguments]) == 0
+        out, err = capsys.readouterr()
+        assert len(out.splitlines()) == 1 and out.strip().endswith(".so")
+        printed.append([line for line in err.splitlines() if line.endswith("  some_kernel")])
+    assert len(printed[0]) == 1 and not printed[1] and printed[2] == printed[0]
 
 
 @needs_nvcc
@@ -95,13 +115,22 @@ def allowed_spill(kernel: str) -> int:
     return 96 if keeps_a_part else 16
 
 
+# Of one core, a file and architecture; the slowest take 15. The compiler's own time, so that other load hardly counts.
+COMPILE_SECONDS = 45
+
+
 @needs_nvcc
 def test_whole_library():
-    """Every CUDA source compiles for every architecture, no kernel spills to speak of, and the library has every op."""
+    """Every CUDA source compiles for every architecture in reasonable time, no kernel spills to speak of, and the library has
+    every op."""
     library = _build_cuda.build_cuda()
-    uses = _build_cuda.plan_uses(_build_cuda.cuda_plan())
+    plan = _build_cuda.cuda_plan()
+    uses = _build_report.plan_uses(plan)
     spills = [use for use in uses if use.spill_stores > allowed_spill(use.kernel)]
     assert uses and not spills, "\n".join(map(str, spills))
+    taken = {job.object_name: (_build.cpu_seconds(plan.object_path(job)) or 0.0, job.label) for job in plan.jobs}
+    slow = {name: took for name, (took, label) in taken.items() if took > COMPILE_SECONDS * (label.count("+") + 1)}
+    assert not slow, f"these take too long to compile; spread their instantiations over files: {slow}"
     script = f"""
 import torch, fi_ops
 torch.ops.load_library({str(library)!r})
@@ -123,9 +152,12 @@ ptxas info    : Used 255 registers, used 1 barriers, 40 bytes cumulative stack s
 ptxas info    : Compiling entry function '_Z1bv' for 'sm_90a'
 ptxas info    : Function properties for _Z1bv
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 4 registers, used 0 barriers
+ptxas info    : Used 4 registers, used 0 barriers, 8324 bytes smem, 588 bytes cmem[0]
+ptxas info    : Compile time = 277.420 ms
+ptxas info    : Function properties for _Z6calledv
+    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
 """
-    a, b = _build_cuda.kernel_uses(Path("x.cu"), log)
+    a, b = _build_report.kernel_uses(Path("x.cu"), log)
     assert (a.kernel, a.arch, a.registers, a.stack, a.spill_stores, a.spill_loads) == (
         "_Z1av",
         "sm_80",
@@ -134,7 +166,30 @@ ptxas info    : Used 4 registers, used 0 barriers
         36,
         32,
     )
-    assert a.spills and not b.spills and (b.kernel, b.arch, b.registers) == ("_Z1bv", "sm_90a", 4)
+    assert (b.kernel, b.arch, b.registers, b.shared, b.ptxas_seconds) == ("_Z1bv", "sm_90a", 4, 8324, 0.27742)
+    assert a.spills and a.shared == 0 and (b.stack, b.spill_stores, b.called_spills) == (0, 0, 12)
+    with pytest.raises(ValueError, match=r"x\.cu: ptxas says nothing of _Z1cv for sm_80"):
+        _build_report.kernel_uses(Path("x.cu"), "Compiling entry function '_Z1cv' for 'sm_80'\nptxas fatal\n")
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
+def test_kernels_have_readable_names():
+    names = [
+        "_ZN2fi4cuda44_GLOBAL__N__a6a0663e_11_sampling_cu_2d73e84a6sampleINS_3f16ELb0EEEvNS_14SamplingParamsEi",
+        "_ZN2fi4cuda18batch_tiles_kernelINS0_16BatchTilesConfigINS_4bf16ELi192ELi128ELb1ELNS0_13BatchFeaturesE2EEEEEvPi",
+        "some_kernel",
+    ]
+    assert _build_report.readable(names) == [
+        "sample<f16, false>",
+        "batch_tiles_kernel<BatchTilesConfig<bf16, 192, 128, true, (BatchFeatures)2>>",
+        "some_kernel",
+    ]
+
+
+def test_compile_times_are_read(tmp_path):
+    assert _build.cpu_seconds(tmp_path / "a.o") is None
+    (tmp_path / "a.o.times").write_text("0m0.000000s 0m0.010000s\n1m12.500000s 0m1.250000s\n")
+    assert _build.cpu_seconds(tmp_path / "a.o") == 73.75
 
 
 def test_arch_table():
