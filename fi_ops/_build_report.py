@@ -51,17 +51,19 @@ def kernel_uses(source: Path, log: str) -> list[KernelUse]:
         frames = [tuple(map(int, frame)) for frame in _FRAME.findall(text)]
         registers, shared = re.search(r"Used (\d+) registers", text), re.search(r"(\d+) bytes smem", text)
         took = re.search(r"Compile time = ([\d.]+) ms", text)
-        (own, *called) = frames or [None]
-        if registers is None or own is None:
+        if registers is None or not frames:
             raise ValueError(f"{source.name}: ptxas says nothing of {kernel} for {arch}: {text[:300]}")
+        (stack, stores, loads), *called = frames
         uses.append(
             KernelUse(
                 source,
                 kernel,
                 arch,
                 int(registers[1]),
-                *own,
-                called_spills=sum(s + l for _, s, l in called),
+                stack,
+                stores,
+                loads,
+                called_spills=sum(saved + restored for _, saved, restored in called),
                 shared=int(shared[1]) if shared else 0,
                 ptxas_seconds=float(took[1]) / 1000 if took else 0.0,
             )
