@@ -1,6 +1,8 @@
 """Everything that needs a GPU, by one command: tests, compute-sanitizer, benches; logs and tables into one folder.
 
-    python bench/gpu_suite.py --out results/                          # all stages: about 10 minutes on one H100
+    python bench/gpu_suite.py --out results/                          # all stages: about 11 minutes on one H100
+    python bench/gpu_suite.py --out results/ --quick                  # tests, then the peers: 330 seconds at most
+    python bench/gpu_suite.py --out results/ --stages bench --benches peers --peers-seconds 150    # the peers' long run
     python bench/gpu_suite.py --out results/ --stages tests,sanitize
     python bench/gpu_suite.py --out results/ --stages bench --benches single_decode,models --bench-args=--full
     python bench/gpu_suite.py --out results/ --limit 570              # everything that fits in 570 seconds
@@ -9,7 +11,7 @@ Stages: `tests` (pytest -m gpu, in parallel where pytest-xdist is installed), `s
 sample of every op), `bench` (each bench in a process of its own, so that one that breaks the device's context doesn't
 take the others along). Each stage has its own time limit. The CUDA library is used as it was built.
 
-Written to the folder: tests.log, sanitize.log, bench.log, bench.csv, bench.md, decline.csv, one PNG a bench with a plot.
+Written to the folder: tests.log, sanitize.log, bench.log, bench.csv, bench.md, decline.csv, one SVG a bench with a plot.
 Short tables come last on the screen. Exit code 0: no stage failed.
 """
 
@@ -37,6 +39,8 @@ BENCHES = {
     "single_prefill": 120,
     "batch_decode": 120,
     "batch_prefill": 120,
+    "sparse": 60,
+    "peers": 240,
     "sampling": 120,
     "filters": 60,
     "generate": 60,
@@ -47,6 +51,8 @@ BENCHES = {
     "linear": 60,
     "pages": 60,
 }
+PLOTTED = ("single_decode", "single_prefill", "peers")
+QUICK = {"stages": "tests,bench", "benches": "peers", "bench_args": "--quick", "workers": 15, "limit": 330.0}
 LIMITS = {"tests": 420, "sanitize": 240}
 SANITIZERS = {
     "memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -162,14 +168,19 @@ def run_benches(out: Path, args: argparse.Namespace, parts: Path) -> list[Result
         table, page, log = parts / f"{name}.csv", parts / f"{name}.md", parts / f"{name}.log"
         command = [sys.executable, "-m", "bench", name, "--device", "cuda"]
         command += ["--csv", str(table), "--markdown", str(page)]
-        if name.startswith("single_") and importlib.util.find_spec("matplotlib"):
+        if name in PLOTTED:
             command += ["--plot", str(out)]
+        if name == "peers":
+            command += ["--seconds", str(args.peers_seconds), "--turns", "9"]
         if name == "decline":
             command += ["--turns", "7", "--turn", "0.0005"]
         result = Process(name, [*command, *shlex.split(args.bench_args)], log, BENCHES[name] * args.patience).wait()
         text = log.read_text(errors="replace")
         wrong = text.count("\nWRONG ")
-        result.note = f"{wrong} wrong, {text.count(chr(10) + 'slower than ')} slower than a peer"
+        missed = len(re.findall(r"^ *target: .*: missed", text, re.M))
+        result.note = (
+            f"{wrong} wrong, {text.count(chr(10) + 'slower than ')} slower than a peer, {missed} targets missed"
+        )
         if result.verdict != "ok":
             result.details = re.findall(r"^WRONG [^\n]{,240}", text, re.M)[:8] or text.splitlines()[-4:]
         results.append(result)
@@ -187,7 +198,7 @@ def merge(out: Path, names: list[str], parts: Path) -> list[dict[str, str]]:
         page, table = parts / f"{name}.md", parts / f"{name}.csv"
         if page.exists() and name != "decline":
             body = page.read_text().split("\n", 1)[1]
-            pages.append(f"## {name}\n" + re.sub(r"\]\([^)]*?([^/)]+\.png)\)", r"](\1)", body))
+            pages.append(f"## {name}\n" + re.sub(r"\]\([^)]*?([^/)]+\.svg)\)", r"](\1)", body))
         if not table.exists():
             continue
         with table.open(newline="") as text:
@@ -245,6 +256,12 @@ def print_bench(rows: list[dict[str, str]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_results"), help="folder of logs and tables")
+    parser.add_argument(
+        "--quick", action="store_true", help="the tests and a short run of the peers, 330 seconds at most"
+    )
+    parser.add_argument(
+        "--peers-seconds", type=float, default=60, help="of the peers' bench (default 60; all of it: 150)"
+    )
     parser.add_argument("--stages", default=",".join(STAGES), help=f"default: {','.join(STAGES)}")
     parser.add_argument("--benches", default=",".join(BENCHES), help=f"default: {','.join(BENCHES)}")
     parser.add_argument("--bench-args", default="", help="more arguments for every bench")
@@ -255,6 +272,8 @@ def main() -> int:
     parser.add_argument("--sanitize-limit", type=float, default=LIMITS["sanitize"], help="seconds, all tools together")
     parser.add_argument("--patience", type=float, default=1.0, help="multiplies the benches' time limits")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for everything")
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**QUICK)
     args = parser.parse_args()
     Process.end_of_suite = time.monotonic() + args.limit
     args.stages, args.benches = args.stages.split(","), [name for name in args.benches.split(",") if name]
