@@ -12,6 +12,7 @@ import torch
 from ._alibi import get_alibi_slopes
 from ._arguments import require
 from ._batch_prefill import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
+from .library._spec import FP8
 
 __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
@@ -48,7 +49,7 @@ def _per_head(scale: torch.Tensor, num_qo_heads: int) -> torch.Tensor:
 
 def attend_one_request(
     function: str, q, k, v, *, mask, causal, kv_layout, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale,
-    rope_theta, q_scale, k_scale, v_scale, return_lse,
+    rope_theta, q_scale, k_scale, v_scale, return_lse, o_dtype=None,
 ):  # fmt: skip
     """What decode and prefill share: q `[qo_len, num_qo_heads, head_dim]` -> (output like q, LSE `[qo_len, num_qo_heads]`)."""
     require(
@@ -73,12 +74,20 @@ def attend_one_request(
 
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
     output_scale = None
-    for factor in (q_scale, k_scale):
+    fp8_options: dict = {}
+    if q.dtype in FP8:
+        fp8_options["out_dtype"] = o_dtype
+        for name, factor in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)):
+            if isinstance(factor, torch.Tensor):
+                fp8_options[name] = factor.flatten().float()
+    for name, factor in (("q_scale", q_scale), ("k_scale", k_scale)):
+        if name in fp8_options:
+            continue
         if isinstance(factor, torch.Tensor):
             query = (query.transpose(1, 2) * _per_head(factor, num_qo_heads)).to(q.dtype).transpose(1, 2)
         elif factor is not None:
             scale = scale * factor
-    if v_scale is not None:
+    if v_scale is not None and "v_scale" not in fp8_options:
         output_scale = _per_head(v_scale, num_qo_heads) if isinstance(v_scale, torch.Tensor) else v_scale
 
     options = {
@@ -107,11 +116,11 @@ def attend_one_request(
     else:
         inputs = (query, key, value, mask)
         op = torch.ops.fi.attention_with_lse if return_lse else torch.ops.fi.attention
-    result = op(*inputs, **options)
+    result = op(*inputs, **options, **fp8_options)
     output, lse = result if return_lse else (result, None)
     output = output[0].transpose(0, 1)
     if output_scale is not None:
-        output = (output * output_scale).to(q.dtype)
+        output = (output * output_scale).to(output.dtype)
     return output, None if lse is None else lse[0].transpose(0, 1)
 
 
@@ -140,12 +149,12 @@ def single_prefill_with_kv_cache(
     """Prefill or append attention of one request: its last `qo_len` tokens over its whole KV cache.
 
     Args:
-        q: `[qo_len, num_qo_heads, head_dim]`, float32, bfloat16 or float16.
+        q: `[qo_len, num_qo_heads, head_dim]`, float32, bfloat16, float16, float8_e4m3fn or float8_e5m2 (then not with ROPE_LLAMA).
         k: `[kv_len, num_kv_heads, head_dim]` (`kv_layout="NHD"`) or `[num_kv_heads, kv_len, head_dim]` ("HND"), q's dtype.
         v: like k, with its own `head_dim_vo`.
         scale_q, scale_k, scale_v: dequantisation scales, a number or a tensor of one element or one a head; q's and k's
             multiply the logits, v's the output.
-        o_dtype: the output's dtype; default q's.
+        o_dtype: the output's dtype; default q's, bfloat16 where that has 8 bits.
         custom_mask: bool `[qo_len, kv_len]`, True = attend. Replaces `causal`.
         packed_custom_mask: the same as packed little-endian bits, uint8 (`packbits(mask.flatten(), "little")`).
         causal: query i sees key j when `j <= i + kv_len - qo_len` (bottom-right aligned).
@@ -184,7 +193,7 @@ def single_prefill_with_kv_cache(
     output, lse = attend_one_request(
         name, q, k, v, mask=mask, causal=causal, kv_layout=kv_layout, pos_encoding_mode=pos_encoding_mode, sm_scale=sm_scale,
         window_left=window_left, logits_soft_cap=logits_soft_cap, rope_scale=rope_scale, rope_theta=rope_theta, q_scale=scale_q,
-        k_scale=scale_k, v_scale=scale_v, return_lse=return_lse,
+        k_scale=scale_k, v_scale=scale_v, return_lse=return_lse, o_dtype=o_dtype,
     )  # fmt: skip
     output = output if o_dtype is None else output.to(o_dtype)
     return output if lse is None else (output, lse)

@@ -14,24 +14,32 @@ from ._checks import (
     check_same_device,
     check_same_dtype,
     check_shape,
+    dtype_name,
     shape_of,
 )
 from ._spec import FLOATS, FP8
 
 
 def _check_operand(op: str, name: str, t: torch.Tensor, query: torch.Tensor, takes_fp8: bool) -> None:
-    """Keys or values: query's dtype or, where the op takes it, one of 8 bits."""
+    """Keys or values: query's dtype or, where the op takes it and query has more, one of 8 bits."""
     check_same_device(op, name, t, "query", query)
-    if not takes_fp8 or t.dtype not in FP8:
+    if not takes_fp8 or query.dtype in FP8 or t.dtype not in FP8:
         check_same_dtype(op, name, t, "query", query)
     check_ndim(op, name, t, 4, "[batch, num_kv_heads, kv_len, head_dim]")
     check_last_dim_contiguous(op, name, t)
 
 
 def check_query_key_value(
-    op: str, query, key, value, key_name: str = "key", value_name: str = "value", takes_fp8: bool = False
+    op: str,
+    query,
+    key,
+    value,
+    key_name: str = "key",
+    value_name: str = "value",
+    takes_fp8: bool = False,
+    query_dtypes=FLOATS,
 ) -> None:
-    check_dtype(op, "query", query, FLOATS)
+    check_dtype(op, "query", query, query_dtypes)
     check_ndim(op, "query", query, 4, "[batch, num_qo_heads, qo_len, head_dim]")
     check_last_dim_contiguous(op, "query", query)
     _check_operand(op, key_name, key, query, takes_fp8)
@@ -58,11 +66,12 @@ def check_query_key_value(
     )
 
 
-def check_mask(op: str, mask, query, kv_len) -> None:
+def check_mask(op: str, mask, query, kv_len, dtype: torch.dtype | None = None) -> None:
+    """`dtype`: of additive masks besides float32; None: query's."""
     if mask is None:
         return
     check_same_device(op, "mask", mask, "query", query)
-    check_dtype(op, "mask", mask, tuple(dict.fromkeys((torch.bool, torch.float32, query.dtype))))
+    check_dtype(op, "mask", mask, tuple(dict.fromkeys((torch.bool, torch.float32, dtype or query.dtype))))
     batch, heads, qo_len, _ = query.shape
     ok = mask.dim() == 4
     if ok:
@@ -81,6 +90,19 @@ def check_per_head(op: str, name: str, t, query) -> None:
         check_same_device(op, name, t, "query", query)
         check_dtype(op, name, t, (torch.float32,))
         check_shape(op, name, t, (query.shape[1],), "[num_qo_heads]")
+
+
+def check_scale(op: str, name: str, t, query, heads, heads_name: str = "num_kv_heads", head: str = "KV head") -> None:
+    """What 8-bit values are to be multiplied by: float32, one or one a head."""
+    if t is not None:
+        check_same_device(op, name, t, "query", query)
+        check_dtype(op, name, t, (torch.float32,))
+        ok = t.dim() == 1 and any_of(t.shape[0] == 1, t.shape[0] == heads)
+        check(
+            op,
+            ok,
+            lambda: f"{name} must be [1 or {heads_name} {heads}], got {shape_of(t)}; pass one scale, or one a {head}",
+        )
 
 
 def check_numbers(op: str, window_left, scale, logits_soft_cap, suffix: str = "") -> None:
@@ -107,9 +129,59 @@ def number(value: float) -> str:
     return f"{value:g}"
 
 
-def check_attention(op, query, key, value, mask, window_left, scale, logits_soft_cap, alibi_slopes, sinks) -> None:
-    check_query_key_value(op, query, key, value, takes_fp8=True)
-    check_mask(op, mask, query, key.shape[2])
+def output_dtype(query: torch.Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    """What attention of `query` returns."""
+    return query.dtype if query.dtype not in FP8 else out_dtype or torch.bfloat16
+
+
+def _check_8_bits(op: str, scales: str, given: bool, name: str, t: torch.Tensor) -> None:
+    check(
+        op,
+        not given or t.dtype in FP8,
+        lambda: (
+            f"{scales} must be left out where {name} is not of 8 bits, got {name} in {dtype_name(t.dtype)}; fold them into "
+            f"scale and the output"
+        ),
+    )
+
+
+def check_fp8_options(op: str, query, key, q_scale, k_scale, v_scale, out_dtype) -> None:
+    """The scales of 8-bit tensors, and the dtype that an output of 8-bit queries has."""
+    check_scale(op, "q_scale", q_scale, query, query.shape[1], "num_qo_heads", "head")
+    check_scale(op, "k_scale", k_scale, query, key.shape[1])
+    check_scale(op, "v_scale", v_scale, query, key.shape[1])
+    _check_8_bits(op, "q_scale", q_scale is not None, "query", query)
+    _check_8_bits(op, "k_scale and v_scale", k_scale is not None or v_scale is not None, "key", key)
+    if query.dtype in FP8:
+        check(
+            op,
+            out_dtype is None or out_dtype in FLOATS,
+            lambda: (
+                f"out_dtype must be float32, bfloat16 or float16, got {dtype_name(out_dtype)}; leave it out for bfloat16"
+            ),
+        )
+    else:
+        check(
+            op,
+            out_dtype is None or out_dtype == query.dtype,
+            lambda: (
+                f"out_dtype must be query's dtype {dtype_name(query.dtype)}, got {dtype_name(out_dtype)}; leave it out and "
+                f"convert the output"
+            ),
+        )
+
+
+def check_attention(
+    op, query, key, value, mask, window_left, scale, logits_soft_cap, alibi_slopes, sinks, fp8_options=None
+) -> None:
+    """fp8_options: `(q_scale, k_scale, v_scale, out_dtype)` of an op that takes them, and 8-bit queries."""
+    query_dtypes = FLOATS if fp8_options is None else (*FLOATS, *FP8)
+    check_query_key_value(op, query, key, value, takes_fp8=True, query_dtypes=query_dtypes)
+    dtype = None
+    if fp8_options is not None:
+        check_fp8_options(op, query, key, *fp8_options)
+        dtype = output_dtype(query, fp8_options[3])
+    check_mask(op, mask, query, key.shape[2], dtype)
     check_per_head(op, "alibi_slopes", alibi_slopes, query)
     check_per_head(op, "sinks", sinks, query)
     check_numbers(op, window_left, scale, logits_soft_cap)
@@ -156,9 +228,10 @@ def check_rows_in_table(op: str, qo_len, kv_len, q_offset) -> None:
     )
 
 
-def empty_output(query, head_dim_vo) -> torch.Tensor:
+def empty_output(query, head_dim_vo, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     batch, heads, qo_len, _ = query.shape
-    return torch.empty((batch, qo_len, heads, head_dim_vo), dtype=query.dtype, device=query.device).transpose(1, 2)
+    dtype = output_dtype(query, out_dtype)
+    return torch.empty((batch, qo_len, heads, head_dim_vo), dtype=dtype, device=query.device).transpose(1, 2)
 
 
 def empty_lse(query) -> torch.Tensor:

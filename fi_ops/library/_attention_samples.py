@@ -92,9 +92,43 @@ def attention_samples(device, dtype):
     )
     odd = (t.to(FP8[1])[..., :9] for t in (k, v))
     yield Sample((q[..., :9], *odd, mask), name="fp8, head_dim 9, unaligned, mask")
+    yield from _fp8_query_samples(device, dtype)
     yield Sample((q[:, :, :0], k, v), name="no query rows")
     yield Sample((q, k[:, :, :0], v[:, :, :0]), name="no keys")
     yield Sample((q, k[:, :, :3], v[:, :, :3]), {"causal": True}, "more queries than keys")
+
+
+def _fp8_query_samples(device, dtype):
+    """Scales of 8-bit tensors, queries among them. `dtype` is the output's."""
+
+    def scale(count):
+        return torch.rand(count, device=device) + 0.5
+
+    q, k, v = _qkv(device, dtype)
+    scales = {"k_scale": scale(2), "v_scale": scale(1)}
+    yield Sample((q, k.to(FP8[0]), v.to(FP8[0])), scales | {"causal": True}, "fp8 keys, scales")
+    mask = torch.rand(2, 1, 5, 70, device=device) > 0.3
+    yield Sample((q, k.to(FP8[1]), v.to(FP8[1]), mask), scales | {"out_dtype": dtype}, "fp8 keys, scales, mask")
+    heads = {"q_scale": scale(4), "k_scale": scale(2), "v_scale": scale(2)}
+    for fp8 in FP8:
+        eight = [t.to(fp8) for t in (q, k, v)]
+        as_dtype = {"out_dtype": dtype}
+        yield Sample(tuple(eight), as_dtype, f"{fp8}")
+        yield Sample(tuple(eight), {"causal": True}, f"{fp8}, bfloat16 by default")
+        yield Sample((eight[0][:, :, :1], *eight[1:]), heads | as_dtype, f"{fp8}, decode, scales a head")
+        yield Sample(
+            (*eight, mask), heads | as_dtype | {"logits_soft_cap": 9.0}, f"{fp8}, mask, scales a head, soft cap"
+        )
+    additive = torch.zeros(2, 1, 5, 70, device=device).masked_fill(~mask, -math.inf).to(dtype)
+    one = {"q_scale": scale(1), "k_scale": scale(1), "v_scale": scale(1), "out_dtype": dtype}
+    by_token = [t.transpose(1, 2).contiguous().transpose(1, 2).to(FP8[0]) for t in (q, k, v)]
+    yield Sample((*by_token, additive), one, "fp8 queries, one scale each, additive mask")
+    for sizes in ((1, 4, 2, 80, 80, 80), (1, 2, 1, 70, 200, 192, 128)):
+        many = (t.to(FP8[0]) for t in _qkv(device, dtype, *sizes))
+        yield Sample(tuple(many), one | {"causal": True}, f"fp8 queries, head_dim {sizes[5]}")
+    none = (t.to(FP8[0]) for t in (q[:, :, :0], k, v))
+    yield Sample(tuple(none), as_dtype, "no fp8 query rows")
+    yield Sample((eight[0], eight[1][:, :, :0], eight[2][:, :, :0]), as_dtype, "fp8 queries, no keys")
 
 
 def _long_mask_samples(device, dtype):
@@ -250,7 +284,10 @@ def rope_append_attention_samples(device, dtype):
 
 def attention_errors(device):
     q, k, v = _qkv(device, torch.float32)
-    yield ErrorSample((q.double(), k, v), r"query must be float32, bfloat16 or float16, got float64; convert")
+    yield ErrorSample(
+        (q.double(), k, v),
+        r"query must be float32, bfloat16, float16, float8_e4m3fn or float8_e5m2, got float64; convert",
+    )
     yield ErrorSample(
         (q[0], k, v), r"query must be \[batch, num_qo_heads, qo_len, head_dim\], got \[4, 5, 64\]; reshape"
     )
@@ -287,11 +324,43 @@ def attention_errors(device):
     yield ErrorSample(
         (q.clone().requires_grad_(), k, v), r"has no backward, got an input that requires grad; call it under"
     )
+    yield from _fp8_errors(q, k, v)
+
+
+def _fp8_errors(q, k, v):
+    """Of 8-bit operands, their scales, the dtype of what they give."""
+    eight = [t.to(FP8[0]) for t in (q, k, v)]
+    yield ErrorSample((eight[0], k, v), r"key must have query's dtype float8_e4m3fn, got float32; convert")
+    yield ErrorSample(
+        (eight[0], k.to(FP8[1]), v), r"key must have query's dtype float8_e4m3fn, got float8_e5m2; convert"
+    )
+    one = torch.ones(1, device=q.device)
+    wrong = r"must be left out where {} is not of 8 bits, got {} in float32; fold them into scale and the output"
+    yield ErrorSample((q, *eight[1:]), "q_scale " + wrong.format("query", "query"), {"q_scale": one})
+    for name in ("k_scale", "v_scale"):
+        yield ErrorSample((q, k, v), "k_scale and v_scale " + wrong.format("key", "key"), {name: one})
+    three = torch.ones(3, device=q.device)
+    heads = r"q_scale must be \[1 or num_qo_heads 4\], got \[3\]; pass one scale, or one a head"
+    yield ErrorSample(tuple(eight), heads, {"q_scale": three})
+    heads = r"k_scale must be \[1 or num_kv_heads 2\], got \[3\]; pass one scale, or one a KV head"
+    yield ErrorSample(tuple(eight), heads, {"k_scale": three})
+    yield ErrorSample(tuple(eight), r"v_scale must be float32, got float16", {"v_scale": one.half()})
+    yield ErrorSample(
+        (q, k, v), r"out_dtype must be query's dtype float32, got bfloat16", {"out_dtype": torch.bfloat16}
+    )
+    floats = r"out_dtype must be float32, bfloat16 or float16, got {}; leave it out for bfloat16"
+    yield ErrorSample(tuple(eight), floats.format("float64"), {"out_dtype": torch.float64})
+    yield ErrorSample(tuple(eight), floats.format("float8_e4m3fn"), {"out_dtype": FP8[0]})
+    mask = torch.ones(2, 1, 5, 70, device=q.device).half()
+    yield ErrorSample((*eight, mask), r"mask must be bool, float32 or bfloat16, got float16; convert")
 
 
 def rope_attention_errors(device):
     q, k, v = _qkv(device, torch.float32)
     cos, sin = _tables(device, torch.float32, 70, 32)
+    yield ErrorSample(
+        (q.to(FP8[0]), k, v, cos, sin), r"query must be float32, bfloat16 or float16, got float8_e4m3fn; convert"
+    )
     want = r"\[1 or batch, kv_len, R or 2R\] = \[1 or 2, 70, 32 or 64\]"
     yield ErrorSample((q, k, v, cos[:, :9], sin[:, :9]), rf"cos must be {want}, got \[1, 9, 64\]; check rotary_dim")
     yield ErrorSample((q, k, v, cos, sin[..., :40]), rf"sin must be {want}, got \[1, 70, 40\]; check rotary_dim")

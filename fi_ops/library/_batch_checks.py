@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ._attention_checks import check_numbers, check_per_head
+from ._attention_checks import check_numbers, check_per_head, check_scale
 from ._checks import (
-    any_of,
     check,
     check_dtype,
     check_last_dim_contiguous,
@@ -102,20 +101,6 @@ def check_ragged(op, query, key, value, qo_indptr, kv_indptr) -> None:
     check_lengths(op, qo_indptr, kv_indptr, None, 1)
 
 
-def _check_scale(op: str, name: str, t, query, kv_heads) -> None:
-    if t is not None:
-        check_same_device(op, name, t, "query", query)
-        check_dtype(op, name, t, (torch.float32,))
-        ok = t.dim() == 1 and any_of(t.shape[0] == 1, t.shape[0] == kv_heads)
-        check(
-            op,
-            ok,
-            lambda: (
-                f"{name} must be [1 or num_kv_heads {kv_heads}], got {shape_of(t)}; pass one scale, or one a KV head"
-            ),
-        )
-
-
 def _check_custom_mask(op: str, custom_mask, mask_indptr, query, qo_indptr) -> None:
     check(
         op,
@@ -162,7 +147,7 @@ def check_batch(op: str, query, kv_heads, qo_indptr, options) -> None:
     """What paged and ragged attention share, in the order of the arguments."""
     _check_custom_mask(op, options["custom_mask"], options["mask_indptr"], query, qo_indptr)
     for name in ("k_scale", "v_scale"):
-        _check_scale(op, name, options[name], query, kv_heads)
+        check_scale(op, name, options[name], query, kv_heads)
     for name in ("alibi_slopes", "sinks"):
         check_per_head(op, name, options[name], query)
     _check_table(op, options["cos_sin_cache"], query)

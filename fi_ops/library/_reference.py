@@ -13,9 +13,23 @@ def accumulate_dtype(t: torch.Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def attend(query, key, value, mask, positions, causal, window_left, scale, logits_soft_cap, alibi_slopes, sinks):
+def attend(
+    query,
+    key,
+    value,
+    mask,
+    positions,
+    causal,
+    window_left,
+    scale,
+    logits_soft_cap,
+    alibi_slopes,
+    sinks,
+    weights_dtype=None,
+):
     """The definition of attention: (output, LSE base 2). `positions` `[batch or 1, qo_len]` places the query rows.
 
+    `weights_dtype`: the 8-bit one to which 256 times the weights are rounded before they meet the values; not in float64.
     Arguments otherwise as `fi::attention` (see `attention.py`).
     """
     dtype = accumulate_dtype(query)
@@ -50,6 +64,8 @@ def attend(query, key, value, mask, positions, causal, window_left, scale, logit
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sink - top)
+    if weights_dtype is not None and dtype != torch.float64:
+        weights = (weights * 256).to(weights_dtype).to(dtype) / 256
     output = (weights @ v) / total.masked_fill(total == 0, 1)
     lse = (torch.log2(total) + top * LOG2E).squeeze(-1)
     return output.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()

@@ -13,25 +13,30 @@ namespace fi::binding {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// float32 and, where it is another one, query's dtype.
-inline std::vector<ScalarType> float32_or(const Tensor& query) {
-  if (query.scalar_type() == ScalarType::Float) return {ScalarType::Float};
-  return {ScalarType::Float, query.scalar_type()};
+inline constexpr std::initializer_list<ScalarType> floats_and_fp8 = {
+    ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Float8_e4m3fn,
+    ScalarType::Float8_e5m2};
+
+// float32 and, where it is another one, `dtype`.
+inline std::vector<ScalarType> float32_or(ScalarType dtype) {
+  if (dtype == ScalarType::Float) return {ScalarType::Float};
+  return {ScalarType::Float, dtype};
 }
 
-// Keys and values: query's dtype or, where the op takes it, one of 8 bits.
+// Keys and values: query's dtype or, where the op takes it and query has more, one of 8 bits.
 inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& query,
                           bool takes_fp8) {
   check_same_device(op, name, t, "query", query);
-  if (!takes_fp8 || fp8_of(t) == Fp8::none) check_same_dtype(op, name, t, "query", query);
+  if (!takes_fp8 || fp8_of(query) != Fp8::none || fp8_of(t) == Fp8::none)
+    check_same_dtype(op, name, t, "query", query);
   check_ndim(op, name, t, 4, "[batch, num_kv_heads, kv_len, head_dim]");
   check_last_dim_contiguous(op, name, t);
 }
 
 inline void check_query_key_value(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
                                   const char* key_name = "key", const char* value_name = "value",
-                                  bool takes_fp8 = false) {
-  check_dtype(op, "query", query, floats);
+                                  bool takes_fp8 = false, bool takes_fp8_query = false) {
+  takes_fp8_query ? check_dtype(op, "query", query, floats_and_fp8) : check_dtype(op, "query", query, floats);
   check_ndim(op, "query", query, 4, "[batch, num_qo_heads, qo_len, head_dim]");
   check_last_dim_contiguous(op, "query", query);
   check_operand(op, key_name, key, query, takes_fp8);
@@ -46,10 +51,12 @@ inline void check_query_key_value(const char* op, const Tensor& query, const Ten
            "'s ", kv_heads, " heads, got ", heads, "; repeat or drop heads so that they divide");
 }
 
-inline void check_mask(const char* op, const MaybeTensor& mask, const Tensor& query, int64_t kv_len) {
+// `dtype`: of additive masks besides float32.
+inline void check_mask(const char* op, const MaybeTensor& mask, const Tensor& query, int64_t kv_len,
+                       ScalarType dtype) {
   if (!mask) return;
   check_same_device(op, "mask", *mask, "query", query);
-  std::vector<ScalarType> allowed = float32_or(query);
+  std::vector<ScalarType> allowed = float32_or(dtype);
   allowed.insert(allowed.begin(), ScalarType::Bool);
   check_dtype(op, "mask", *mask, allowed);
   const std::array<int64_t, 4> want{query.size(0), query.size(1), query.size(2), kv_len};
@@ -64,6 +71,17 @@ inline void check_per_head(const char* op, const char* name, const MaybeTensor& 
   check_same_device(op, name, *t, "query", query);
   check_dtype(op, name, *t, std::array{ScalarType::Float});
   check_shape(op, name, *t, {query.size(1)}, "[num_qo_heads]");
+}
+
+// What 8-bit values are to be multiplied by: one or one a head.
+inline void check_scale(const char* op, const char* name, const MaybeTensor& t, const Tensor& query,
+                        int64_t heads, const char* heads_name = "num_kv_heads",
+                        const char* head = "KV head") {
+  if (!t) return;
+  check_same_device(op, name, *t, "query", query);
+  check_dtype(op, name, *t, std::array{ScalarType::Float});
+  FI_CHECK(op, t->dim() == 1 && (t->size(0) == 1 || t->size(0) == heads), name, " must be [1 or ", heads_name,
+           " ", heads, "], got ", shape_of(*t), "; pass one scale, or one a ", head);
 }
 
 // `suffix`: of the arguments' names.
@@ -116,6 +134,11 @@ inline PerHead per_head(const MaybeTensor& t) {
   return t ? PerHead{static_cast<const float*>(t->const_data_ptr()), t->stride(0)} : PerHead{};
 }
 
+inline PerHead scale_of_heads(const MaybeTensor& t) {
+  if (!t) return {};
+  return {static_cast<const float*>(t->const_data_ptr()), t->size(0) == 1 ? 0 : t->stride(0)};
+}
+
 inline float scale_or_default(const std::optional<double>& scale, int64_t head_dim) {
   return static_cast<float>(scale ? *scale : head_dim ? 1.0 / std::sqrt(double(head_dim)) : 1.0);
 }
@@ -124,8 +147,8 @@ inline float scale_or_default(const std::optional<double>& scale, int64_t head_d
 inline int64_t broadcast_stride(const Tensor& t, int64_t d) { return t.size(d) == 1 ? 0 : t.stride(d); }
 
 // [batch, qo_len, num_qo_heads, head_dim_vo] in memory, seen as [batch, num_qo_heads, qo_len, head_dim_vo].
-inline Tensor empty_attention_output(const Tensor& query, int64_t head_dim_vo) {
-  Tensor out = empty({query.size(0), query.size(2), query.size(1), head_dim_vo}, query.scalar_type(), query);
+inline Tensor empty_attention_output(const Tensor& query, int64_t head_dim_vo, ScalarType dtype) {
+  Tensor out = empty({query.size(0), query.size(2), query.size(1), head_dim_vo}, dtype, query);
   return torch::stable::transpose(out, 1, 2);
 }
 
@@ -135,7 +158,7 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& key, 
                                         double soft_cap, const MaybeTensor& alibi_slopes,
                                         const MaybeTensor& sinks, ScratchArena& arena) {
   AttentionParams p{};
-  p.dtype = dtype_of(query);
+  p.dtype = dtype_of(out);
   p.batch = query.size(0);
   p.num_qo_heads = query.size(1);
   p.num_kv_heads = key.size(1);

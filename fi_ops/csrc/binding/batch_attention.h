@@ -90,16 +90,6 @@ struct BatchOptions {
   int64_t fixed_split_size;
 };
 
-inline void check_scale(const char* op, const char* name, const MaybeTensor& t, const Tensor& query,
-                        int64_t kv_heads) {
-  if (!t) return;
-  check_same_device(op, name, *t, "query", query);
-  check_dtype(op, name, *t, std::array{ScalarType::Float});
-  FI_CHECK(op, t->dim() == 1 && (t->size(0) == 1 || t->size(0) == kv_heads), name,
-           " must be [1 or num_kv_heads ", kv_heads, "], got ", shape_of(*t),
-           "; pass one scale, or one a KV head");
-}
-
 inline void check_plan(const char* op, const MaybeTensor& plan, const Tensor& query, int64_t group_size,
                        const Tensor& qo_indptr) {
   if (!plan) return;
@@ -141,11 +131,6 @@ inline void check_options(const char* op, const BatchOptions& o, const Tensor& q
   check_plan(op, o.plan, query, kv_heads ? query.size(1) / kv_heads : 1, qo_indptr);
   check_numbers(op, o.window_left, o.scale, o.logits_soft_cap);
   check_fixed_split(op, o.fixed_split_size);
-}
-
-inline PerHead scale_of_heads(const MaybeTensor& t) {
-  if (!t) return {};
-  return {static_cast<const float*>(t->const_data_ptr()), t->size(0) == 1 ? 0 : t->stride(0)};
 }
 
 // Everything but where keys and values lie. kv_heads: a dimension of both.

@@ -113,7 +113,7 @@ Tensor append_and_attend(const char* op, const Tensor& query, const Tensor& key,
   if (query_positions)
     check_positions(op, "query_positions", *query_positions, k_cache, qo_len,
                     "the position of each query row");
-  check_mask(op, mask, query, max_len);
+  check_mask(op, mask, query, max_len, query.scalar_type());
   check_per_head(op, "alibi_slopes", alibi_slopes, query);
   check_per_head(op, "sinks", sinks, query);
   check_numbers(op, window_left, scale, logits_soft_cap);
@@ -122,7 +122,7 @@ Tensor append_and_attend(const char* op, const Tensor& query, const Tensor& key,
   ScratchArena arena(query);
   const Positions slots = read_positions(op, positions, batch, qo_len, max_len);
   AppendParams append = append_params(k_cache, v_cache, key, value, slots);
-  Tensor output = empty_attention_output(query, value.size(3));
+  Tensor output = empty_attention_output(query, value.size(3), query.scalar_type());
   AttentionParams attention = attention_params(query, k_cache, v_cache, output, mask, causal, window_left,
                                                scale, logits_soft_cap, alibi_slopes, sinks, arena);
   attention.query_positions = query_positions ? positions_of(*query_positions) : slots;

@@ -21,8 +21,9 @@ __global__ void __launch_bounds__(256) widen_fp8_kernel(const __grid_constant__ 
     const int64_t row = at / packs, i = (at - row * packs) * N;
     const auto* x = static_cast<const uint8_t*>(p.input) + p.rows.offset(row) + i;
     T* y = static_cast<T*>(p.output) + row * p.dim + i;
+    const float scale = p.scale_of_row(row);
     if constexpr (N == 1) {
-      *y = from_float<T>(widen(*x, p.format));
+      *y = from_float<T>(widen(*x, p.format) * scale);
     } else {
       const uint2 bytes = *reinterpret_cast<const uint2*>(x);
 #pragma unroll
@@ -30,7 +31,8 @@ __global__ void __launch_bounds__(256) widen_fp8_kernel(const __grid_constant__ 
         float values[kPackSize<T>];
 #pragma unroll
         for (int e = 0; e < kPackSize<T>; ++e)
-          values[e] = widen((half + e < 4 ? bytes.x : bytes.y) >> (half + e) % 4 * 8 & 0xff, p.format);
+          values[e] =
+              widen((half + e < 4 ? bytes.x : bytes.y) >> (half + e) % 4 * 8 & 0xff, p.format) * scale;
         store_pack(y + half, values);
       }
     }

@@ -92,7 +92,9 @@ FI_DEVICE_INLINE void add_mask(float (&s)[N], float scale_log2, const M* const (
 // the same quotient, and one that stays spares the rescaling of everything summed so far.
 class OnlineSoftmax {
  public:
-  FI_DEVICE_INLINE explicit OnlineSoftmax(float scale_log2) : scale_log2_(scale_log2) {}
+  // `lag`: in place of kLag; `top`: weights at the origin are 2^top.
+  FI_DEVICE_INLINE explicit OnlineSoftmax(float scale_log2, float top = 0.0f, float lag = kLag)
+      : scale_log2_(scale_log2), top_(top), lag_(lag) {}
 
   // Scores become weights. True where an origin of this warp's rows moved: earlier weights are then to be
   // multiplied by rescale[r].
@@ -102,7 +104,7 @@ class OnlineSoftmax {
 #pragma unroll
     for (int i = 0; i < N; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
     const bool moves = __any_sync(
-        0xffffffff, (top[0] - origin_[0]) * scale_log2_ > kLag || (top[1] - origin_[1]) * scale_log2_ > kLag);
+        0xffffffff, (top[0] - origin_[0]) * scale_log2_ > lag_ || (top[1] - origin_[1]) * scale_log2_ > lag_);
     if (moves) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -111,7 +113,7 @@ class OnlineSoftmax {
         rescale[r] = exp2_approx((origin_[r] - finite) * scale_log2_);
         sum_[r] *= rescale[r];
         origin_[r] = origin;
-        base_[r] = finite * scale_log2_;
+        base_[r] = finite * scale_log2_ - top_;
       }
     }
 #pragma unroll
@@ -136,9 +138,9 @@ class OnlineSoftmax {
  private:
   static constexpr float kLag = 8.0f;  // weights up to 2^8: far from the end of fp16
 
-  float scale_log2_;
+  float scale_log2_, top_, lag_;
   float origin_[2] = {-INFINITY, -INFINITY};
-  float base_[2] = {0.0f, 0.0f};  // origin * scale_log2
+  float base_[2] = {0.0f, 0.0f};  // origin * scale_log2 - top
   float sum_[2] = {0.0f, 0.0f};   // this thread's part
 };
 
