@@ -31,7 +31,7 @@ bool cache_fits(const MlaParams& p, const void* data, int64_t width, int64_t str
 }  // namespace
 
 bool sm90_mla_supports(const MlaParams& p) {
-  constexpr int64_t kMost = INT_MAX - 128;
+  constexpr int64_t kMost = INT_MAX - 512;  // keys are looked up some tiles ahead
   const BatchAttentionParams& b = p.batch;
   const AttentionParams& c = b.call;
   return (c.dtype == DType::bf16 || c.dtype == DType::f16) && c.head_dim_qk == kCkvDim &&

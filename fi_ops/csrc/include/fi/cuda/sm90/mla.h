@@ -7,7 +7,7 @@
 namespace fi::cuda {
 
 // Whether sm90_mla computes this call: bf16 and fp16, ckv 512 and kpe 64 wide, a cache of the queries' dtype
-// or of fp8; rows at 16-byte boundaries; a scale above 0.
+// or of fp8; rows at 16-byte boundaries.
 bool sm90_mla_supports(const MlaParams& p);
 
 // The whole call: every request, and zeros and -inf for the tokens of none.

@@ -16,16 +16,11 @@
 #pragma once
 
 #include "fi/cuda/sm90/mla_config.h"
+#include "fi/cuda/sm90/mla_ptx.h"
 #include "fi/cuda/sm90/prefill_softmax.h"
 #include "fi/cuda/sm90/wgmma.h"
 
 namespace fi::cuda::sm90 {
-
-FI_DEVICE_INLINE void stmatrix_x4(void* row, const uint32_t* r) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(smem_address(row)),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-}
 
 // Softmax of a thread's two rows over the tiles of both warpgroups; sums are of this one's.
 class MlaSoftmax {
@@ -81,18 +76,6 @@ class MlaSoftmax {
   float base_[2] = {0.0f, 0.0f};  // origin * scale_log2
   float sum_[2] = {0.0f, 0.0f};   // this thread's part
 };
-
-// Arrives at the same barrier of block `rank` of the cluster.
-FI_DEVICE_INLINE void barrier_arrive_at(Barrier& barrier, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
-      "}\n" ::"r"(smem_address(&barrier)),
-      "r"(rank)
-      : "memory");
-}
 
 template <class T, MlaCopies kCopies>
 class MlaConsumer {

@@ -119,8 +119,8 @@ template <class T>
 void mla(const MlaParams& p, const Gpu& gpu) {
   if (p.batch.kv_dtype != Fp8::none) return launch_mla<T, MlaCopies::kFp8>(p, gpu);
   if (std::gcd(p.batch.table.page_size, int64_t{kMlaKeys}) >= kMlaMinBoxRows)
-    return mla_ranks(p) > 1 && !getenv("MLA_UNSHARED") ? launch_mla<T, MlaCopies::kSharedBoxes>(p, gpu)
-                                                       : launch_mla<T, MlaCopies::kBoxes>(p, gpu);
+    return mla_ranks(p) > 1 ? launch_mla<T, MlaCopies::kSharedBoxes>(p, gpu)
+                            : launch_mla<T, MlaCopies::kBoxes>(p, gpu);
   launch_mla<T, MlaCopies::kRows>(p, gpu);
 }
 

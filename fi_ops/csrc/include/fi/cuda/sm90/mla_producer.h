@@ -8,18 +8,11 @@
 
 #include "fi/cuda/cluster.h"
 #include "fi/cuda/fp8.h"
+#include "fi/cuda/sm90/mla_ptx.h"
 #include "fi/cuda/sm90/mla_schedule.h"
-#include "fi/cuda/sm90/tma.h"
 #include "fi/cuda/sm90/wgmma.h"
 
 namespace fi::cuda::sm90 {
-
-// Brings a box into L2, later.
-FI_DEVICE_INLINE void prefetch_box(const CUtensorMap& map, int x, int y, int z, int w) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];\n" ::"l"(&map),
-               "r"(x), "r"(y), "r"(z), "r"(w)
-               : "memory");
-}
 
 // Where a key lies: page -1 is nowhere.
 struct MlaKey {
@@ -33,16 +26,6 @@ FI_DEVICE_INLINE MlaKey mla_key(const MlaArgs& args, const MlaPiece& piece, int 
   const int64_t page = table.kv_indices.at(int64_t{piece.kv_begin} + nth);
   const bool exists = page >= 0 && page < table.num_pages;
   return {exists ? static_cast<int>(page) : -1, position - nth * static_cast<int>(table.page_size)};
-}
-
-// As load_box, to the same place of both blocks of a cluster, each of whose barriers counts the bytes.
-FI_DEVICE_INLINE void load_box_for_both(void* smem, const CUtensorMap& map, int x, int y, int z, int w,
-                                        Barrier& barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n" ::"r"(smem_address(smem)),
-      "l"(&map), "r"(smem_address(&barrier)), "r"(x), "r"(y), "r"(z), "r"(w), "h"(static_cast<uint16_t>(3))
-      : "memory");
 }
 
 // Boxes of box_rows keys and 64 columns, one a lane. Those of pages that are nowhere lie outside of the
@@ -70,6 +53,7 @@ class MlaBoxes {
     const bool mine = !kShared || half == static_cast<int>(cluster_rank());
     // What the other block brings is expected once what it brought before is there.
     mine ? barrier_wait(empty, parity ^ 1) : barrier_wait(full, parity ^ 1);
+    __syncwarp();  // the other block's boxes may end the phase as soon as it is expected
     if (threadIdx.x == 0) barrier_arrive_expect(full, kPanels * kMlaPanelBytes);
     __syncwarp();
     if (!mine) return;
