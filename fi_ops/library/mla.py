@@ -7,11 +7,11 @@ head whose keys are 576 wide and whose values are the first 512 of them, so that
 
 Requests, the page table, index tensors, LSE, empty rows, padding and unchecked tables are as in `paged_attention` (see
 `batch_attention.py`): request b has the queries `qo_indptr[b]:qo_indptr[b + 1]`, the last of its keys. Caches are known by strides
-with a contiguous last dimension: both may be views of one tensor `[num_pages, page_size, 576]`. They have the query's dtype, or both
-are float8_e4m3fn or float8_e5m2, with kv_scale (float32 `[1]`) over both. scale is required: the head_dim before absorption is
+with a contiguous last dimension: both may be views of one tensor `[num_pages, page_size, 576]`. They have q_nope's dtype, or
+both are float8_e4m3fn or float8_e5m2, with kv_scale (float32 `[1]`) over both. scale is required: the head_dim before absorption is
 not known here (DeepSeek-V3: 1 / sqrt(128 + 64), times YaRN's).
 
-There is no plan to pass: the kernels find the schedule themselves, on the device and inside their launch, from the same index tensors.
+There is no plan to pass: the kernels find the schedule themselves, on the device and inside their launch, from these index tensors.
 
 Sources: DeepSeek-V2 (2024), FlashMLA, FlashInfer `BatchMLAPagedAttentionWrapper`.
 """

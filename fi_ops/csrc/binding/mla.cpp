@@ -81,8 +81,8 @@ Outputs attend(const char* op, bool with_lse, const MlaInputs& in) {
   check_inputs(op, in);
   const Tensor& q_nope = in.q_nope;
   const MaybeTensor none;
-  const BatchOptions options{none,      none, in.kv_scale, in.kv_scale, none, none,  none, none,
-                             in.causal, -1,   in.scale,    0.0,         false, 0};
+  const BatchOptions options{none, none,      in.kv_scale, in.kv_scale, none, none,  none,
+                             none, in.causal, -1,          in.scale,    0.0,  false, 0};
   ScratchArena arena(q_nope);
   Outputs outputs{empty({q_nope.size(0), q_nope.size(1), q_nope.size(2)}, q_nope.scalar_type(), q_nope), {}};
   MlaParams p = mla_params(in, options, outputs.output, arena);
@@ -106,10 +106,12 @@ Tensor mla_paged_attention_op(const Tensor& q_nope, const Tensor& q_pe, const Te
       .output;
 }
 
-std::tuple<Tensor, Tensor> mla_paged_attention_with_lse_op(
-    const Tensor& q_nope, const Tensor& q_pe, const Tensor& ckv_cache, const Tensor& kpe_cache,
-    const Tensor& qo_indptr, const Tensor& kv_indices, const Tensor& kv_indptr,
-    const Tensor& kv_last_page_len, double scale, const MaybeTensor& kv_scale, bool causal) {
+std::tuple<Tensor, Tensor> mla_paged_attention_with_lse_op(const Tensor& q_nope, const Tensor& q_pe,
+                                                           const Tensor& ckv_cache, const Tensor& kpe_cache,
+                                                           const Tensor& qo_indptr, const Tensor& kv_indices,
+                                                           const Tensor& kv_indptr,
+                                                           const Tensor& kv_last_page_len, double scale,
+                                                           const MaybeTensor& kv_scale, bool causal) {
   Outputs r = attend("mla_paged_attention_with_lse", true,
                      {q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len,
                       scale, kv_scale, causal});

@@ -118,10 +118,11 @@ void launch_mla(const MlaParams& p, const Gpu& gpu) {
 template <class T>
 void mla(const MlaParams& p, const Gpu& gpu) {
   if (p.batch.kv_dtype != Fp8::none) return launch_mla<T, MlaCopies::kFp8>(p, gpu);
-  if (std::gcd(p.batch.table.page_size, int64_t{kMlaKeys}) >= kMlaMinBoxRows)
-    return mla_ranks(p) > 1 ? launch_mla<T, MlaCopies::kSharedBoxes>(p, gpu)
-                            : launch_mla<T, MlaCopies::kBoxes>(p, gpu);
-  launch_mla<T, MlaCopies::kRows>(p, gpu);
+  const int64_t box_rows = std::gcd(p.batch.table.page_size, int64_t{kMlaKeys});
+  if (box_rows < kMlaMinBoxRows) return launch_mla<T, MlaCopies::kRows>(p, gpu);
+  // Waiting for each other costs two blocks more than one read of L2 saves, unless boxes are many and small.
+  mla_ranks(p) > 1 && box_rows < kMlaKeys ? launch_mla<T, MlaCopies::kSharedBoxes>(p, gpu)
+                                          : launch_mla<T, MlaCopies::kBoxes>(p, gpu);
 }
 
 }  // namespace fi::cuda::sm90
