@@ -5,6 +5,7 @@ python -m bench sampling --full --device cuda  # the same at vocabularies of 320
 python -m bench single_decode --batch 8        # attention of one new token
 python -m bench batch_decode --batch 16        # decode over a paged cache: lengths, pages, fp8, a shared prefix, the plan
 python -m bench batch_prefill --length 4096    # prompts of a batch, paged and ragged; chunked prefill
+python -m bench mla                            # DeepSeek's latent attention: decode over a compressed paged cache
 python -m bench sparse                         # block-sparse attention, vector-sparse, by head
 python -m bench filters                        # softmax, renorm, top-k, log-probabilities, penalties, draft chains
 python -m bench generate                       # the sampling step of Hugging Face's generate
@@ -42,6 +43,7 @@ BENCHES = {
     "single_decode": "bench_single_decode",
     "batch_prefill": "bench_batch_prefill",
     "batch_decode": "bench_batch_decode",
+    "mla": "bench_mla",
     "sparse": "bench_sparse",
     "sampling": "bench_sampling",
     "filters": "bench_filters",
@@ -72,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, help="only this length (prefill, decode, pages, batches, sparse)")
     parser.add_argument("--vocab", type=int, help="sampling, filters: this vocabulary (default 128256)")
     parser.add_argument("--only", metavar="TEXT", help="families: those whose name has this in it")
-    parser.add_argument("--family", metavar="NAME", help="peers: only prefill, batch or decode")
+    parser.add_argument("--family", metavar="NAME", help="peers: only prefill, batch, decode or mla")
     parser.add_argument("--seconds", type=float, help="peers: time for everything; what it does not reach is left out")
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and turns")

@@ -1,9 +1,9 @@
 """Attention against everybody who is here, one line a case: torch's flash and cuDNN kernels, FlexAttention compiled, FlashInfer.
 
 Families (`--family`): `prefill`, one dense sequence over head widths, head counts and lengths; `batch`, ragged and paged prompts,
-appends and chunks; `decode`, dense and over pages. FlashInfer's FA2 and FA3 templates take part where it is installed (what it has
-to compile it compiles in the check: a first run with `--warm` keeps that out of the budget). Every result is checked against
-float64 first; a wrong one is reported and not timed.
+appends and chunks; `decode`, dense and over pages; `mla`, decode over a compressed cache. FlashInfer's FA2 and FA3 templates take
+part where it is installed (what it has to compile it compiles in the check: a first run with `--warm` keeps that out of the
+budget). Every result is checked against float64 first; a wrong one is reported and not timed.
 
 `--seconds` is the time for everything, compilation included. Each family gets its share of what is left when it starts and runs
 its cases in order of weight; what was left out is said. The page and its plots go to `bench/results/`, named after the day and the
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from . import bench_batch_decode, bench_batch_prefill, bench_single_decode, bench_single_prefill
+from . import bench_batch_decode, bench_batch_prefill, bench_mla, bench_single_decode, bench_single_prefill
 from .batches import PAGE_SIZE
 from .bench_single_prefill import Shape
 from .harness import Case, Options
@@ -93,13 +93,22 @@ def decode(options: Options) -> Makers:
     return makers
 
 
+def mla(options: Options) -> Makers:
+    return [partial(bench_mla.case, shape, options) for shape in bench_mla.shapes(options)]
+
+
 @dataclass(frozen=True)
 class Family:
     makers: Callable[[Options], Makers]
     weight: float  # of the time
 
 
-FAMILIES = {"prefill": Family(prefill, 5), "batch": Family(batch, 2), "decode": Family(decode, 1)}
+FAMILIES = {
+    "prefill": Family(prefill, 5),
+    "batch": Family(batch, 2),
+    "decode": Family(decode, 1),
+    "mla": Family(mla, 2),
+}
 
 
 def cases(options: Options) -> Iterator[Case]:

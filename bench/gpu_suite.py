@@ -40,6 +40,7 @@ BENCHES = {
     "batch_decode": 120,
     "batch_prefill": 120,
     "sparse": 60,
+    "mla": 60,
     "peers": 240,
     "sampling": 120,
     "filters": 60,

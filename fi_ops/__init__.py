@@ -22,6 +22,7 @@ from .cascade import *  # noqa: F403
 from .decode import *  # noqa: F403
 from .gemm import *  # noqa: F403
 from .logits import *  # noqa: F403
+from .mla import *  # noqa: F403
 from .norm import *  # noqa: F403
 from .page import *  # noqa: F403
 from .pod import *  # noqa: F403

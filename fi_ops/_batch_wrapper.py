@@ -115,7 +115,8 @@ class BatchWrapper:
                     name,
                     f"use_cuda_graph needs a buffer for {attribute[1:]}, got {buffer}; pass the constructor's buffers",
                 )
-            sizes = {"_kv_last_page_len": batch_size, "_kv_indices": buffer.shape[0], "_custom_mask": buffer.shape[0]}
+            sizes = dict.fromkeys(("_kv_last_page_len", "_kv_len_arr"), batch_size)
+            sizes |= dict.fromkeys(("_kv_indices", "_custom_mask"), buffer.shape[0])
             want = sizes.get(attribute, batch_size + 1)
             require(
                 name,

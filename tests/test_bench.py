@@ -38,6 +38,7 @@ def _small(monkeypatch):
         ["batch_decode", "--length", "100", "--batch", "2"],
         ["batch_prefill", "--length", "70", "--batch", "2"],
         ["sparse", "--length", "128"],
+        ["mla", "--length", "70", "--batch", "2"],
         ["linear", "--batch", "2"],
         ["pages", "--length", "70", "--batch", "2"],
         ["ops"],

@@ -123,6 +123,13 @@ SIGNATURES = {
         "sm_scale logits_soft_cap q_data_type=torch.bfloat16 kv_data_type=torch.bfloat16 use_profiler=False",
         "run": "q! kv_cache! out lse k_scale v_scale logits_soft_cap=0.0 profiler_buffer kv_cache_sf",
     },
+    "BatchMLAPagedAttentionWrapper": {
+        "__init__": "float_workspace_buffer! use_cuda_graph=False qo_indptr kv_indptr kv_indices kv_len_arr backend='auto'",
+        "plan": "qo_indptr! kv_indptr! kv_indices! kv_len_arr! num_heads! head_dim_ckv! head_dim_kpe! page_size! causal! "
+        "sm_scale! q_data_type! kv_data_type! use_profiler=False",
+        "run": "q_nope! q_pe! ckv_cache! kpe_cache! out lse return_lse=False profiler_buffer kv_len page_table "
+        "return_lse_base_on_e=False",
+    },
     "BatchAttentionWithAttentionSinkWrapper": {
         "__init__": f"{_PAGED_INIT} {_FORWARD} q_data_type=torch.bfloat16 kv_data_type=torch.bfloat16 head_dim_qk=128 "
         "head_dim_vo=128 window_left=-1",
@@ -165,7 +172,7 @@ def test_signatures(name):
 def test_aliases_and_properties():
     for name in SIGNATURES:
         wrapper = getattr(fi_ops, name)
-        if name != "BatchAttention" and "SharedPrefix" not in name:
+        if name not in ("BatchAttention", "BatchMLAPagedAttentionWrapper") and "SharedPrefix" not in name:
             assert wrapper.begin_forward is wrapper.plan, name
             assert isinstance(inspect.getattr_static(wrapper, "is_cuda_graph_enabled"), property), name
     for name in (
@@ -179,7 +186,7 @@ def test_aliases_and_properties():
 
 def test_modules():
     """`flashinfer.decode.X` ports, too."""
-    modules = {"decode": 2, "prefill": 2, "cascade": 3, "sparse": 2, "pod": 2, "attention": 2}
+    modules = {"decode": 2, "prefill": 2, "cascade": 3, "sparse": 2, "pod": 2, "attention": 2, "mla": 1}
     found = {
         m: sum(name in vars(getattr(fi_ops, m)) and name in getattr(fi_ops, m).__all__ for name in SIGNATURES)
         for m in modules

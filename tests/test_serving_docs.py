@@ -20,7 +20,7 @@ def programs(file: str, section: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("file", "section", "count"), [("README.md", "Serving: batches and pages", 1), ("docs/serving.md", "", 3)]
+    ("file", "section", "count"), [("README.md", "Serving: batches and pages", 1), ("docs/serving.md", "", 4)]
 )
 def test_programs_run(file, section, count):
     """The blocks of a page, one after the other, in one namespace."""

@@ -135,7 +135,8 @@ def _ragged_fake(name: str, with_lse: bool):
     return fake
 
 
-def _pairs(requests, causal: bool) -> int:
+def query_key_pairs(requests, causal: bool) -> int:
+    """How many pairs of a query and a key that it sees a batch has."""
     return sum(q * kv - (q * (q - 1) // 2 if causal and kv >= q else 0) for _, q, _, kv in requests)
 
 
@@ -146,7 +147,7 @@ def batch_cost(query, key, value, requests, causal: bool) -> Cost:
     keys = sum(kv_len for _, qo_len, _, kv_len in requests if qo_len)
     return Cost(
         bytes=query.nbytes + keys * key.shape[-2] * (head_dim + head_dim_vo) * key.element_size() + output,
-        flops=2 * heads * _pairs(requests, causal) * (head_dim + head_dim_vo),
+        flops=2 * heads * query_key_pairs(requests, causal) * (head_dim + head_dim_vo),
     )
 
 

@@ -250,12 +250,13 @@ inline void set_pages(BatchAttentionParams& p, const Tensor& k_cache, const Tens
 
 inline void check_paged_values(const char* op, const BatchOptions& o, const BatchAttentionParams& p,
                                const Tensor& query, const Tensor& qo_indptr, const Tensor& kv_indices,
-                               const Tensor& kv_indptr, const Tensor& kv_last_page_len) {
+                               const Tensor& kv_indptr, const Tensor& kv_last_page_len,
+                               const char* query_name = "query") {
   if (!checks_values()) return;
   const Tensor queries = *values_to_check(qo_indptr), pages = *values_to_check(kv_indices);
   const Tensor indptr = *values_to_check(kv_indptr), last = *values_to_check(kv_last_page_len);
   check_indptr_values(op, "qo_indptr", queries);
-  check_indptr_end(op, "qo_indptr", queries, "query", query.size(0));
+  check_indptr_end(op, "qo_indptr", queries, query_name, query.size(0));
   check_page_table_values(op, pages, indptr, last, p.table.num_pages, p.table.page_size);
   BatchAttentionParams host = p;
   host.qo_indptr = indices_of(queries);

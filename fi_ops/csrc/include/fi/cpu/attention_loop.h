@@ -251,8 +251,16 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
                  Worker& w) const {
     if constexpr (Engine::kPacked) {
       using Unit = typename Engine::Unit;
-      pack_keys<Unit>(k_pack, load_keys(b, begin, rows.keys, n, w), n, p.head_dim_qk, depth);
-      pack_values<Unit>(v_pack, load_values(rows.values, n, w), n, p.head_dim_vo,
+      Rows keys = rows.keys, values = rows.values;
+      if constexpr (Source::kLatent) {
+        source.join(w.k_buffer, rows, n);
+        keys = values = w.k_rows.rows;
+      } else {
+        keys = load_keys(b, begin, keys, n, w);
+        values = load_values(values, n, w);
+      }
+      pack_keys<Unit>(k_pack, keys, n, p.head_dim_qk, depth);
+      pack_values<Unit>(v_pack, values, n, p.head_dim_vo,
                         round_up(n, Engine::kStepCols) < tile ? round_up(n, Engine::kStepCols) : tile,
                         tile * kLanes);
     }
@@ -279,7 +287,7 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
     RopeAngles angles{};
     for (int64_t r = k.row_begin; r < k.row_end; ++r) {
       const int64_t i = r / group, h = k.kv_head * group + r % group;
-      const T* src = source.query(k.b, h, i);
+      const T* src = source.query(k.b, h, i, w.row);
       if (p.rope.cos) {
         if (angles_of != i) angles = rope_angles(p.rope, k.b, source.rope_row(k.b, i), w.angles);
         angles_of = i;

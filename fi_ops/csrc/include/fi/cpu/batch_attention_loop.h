@@ -19,21 +19,29 @@ void clear_tokens(const AttentionParams& c, int64_t begin, int64_t end) {
   }
 }
 
+// add(r) for each request that has queries; the tokens of none are cleared.
+template <class T, class Add>
+void add_requests(const BatchAttentionParams& p, const Add& add) {
+  int64_t done = 0;  // tokens before are of a request or cleared
+  for (int64_t b = 0; b < p.call.batch; ++b) {
+    const Request r = request_of(p, b);
+    if (r.qo_len == 0) continue;
+    clear_tokens<T>(p.call, done, r.q_begin);
+    done = r.q_begin + r.qo_len;
+    add(r);
+  }
+  clear_tokens<T>(p.call, done, p.call.qo_len);
+}
+
 template <class T, class Unit>
 void run_batch_attention(const BatchAttentionParams& p, const Parallel& parallel) {
   const AttentionParams& c = p.call;
   if (c.qo_len == 0 || c.num_qo_heads == 0) return;
   using Source = BatchSource<T>;
   Source few(p), many(p);
-  int64_t done = 0;  // tokens before are of a request or cleared
-  for (int64_t b = 0; b < c.batch; ++b) {
-    const Request r = request_of(p, b);
-    if (r.qo_len == 0) continue;
-    clear_tokens<T>(c, done, r.q_begin);
-    done = r.q_begin + r.qo_len;
+  add_requests<T>(p, [&](const Request& r) {
     (c.num_qo_heads / c.num_kv_heads * r.qo_len <= Stream<T>::kMaxRows ? few : many).add(r);
-  }
-  clear_tokens<T>(c, done, c.qo_len);
+  });
 
   few.sort();
   many.sort();

@@ -9,16 +9,12 @@
 
 namespace fi::FI_ISA {
 
+// k is at most Unit::kMaxChain products, summed one after the other.
 template <class Unit, int kRows, int kPanels>
-[[gnu::always_inline]] inline void gemm_block(const typename Unit::Element* a, int64_t lda,
+[[gnu::always_inline]] inline void gemm_chain(const typename Unit::Element* a, int64_t lda,
                                               const typename Unit::Element* b, int64_t panel_stride, float* c,
                                               int64_t ldc, int64_t k, bool accumulate) {
-  Vec acc[kRows][kPanels];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kPanels; ++j) acc[i][j] = accumulate ? load(c + i * ldc + j * kLanes) : zero();
-  }
+  Vec acc[kRows][kPanels] = {};
   for (int64_t kk = 0; kk < k; kk += Unit::kPair) {
     typename Unit::Operand bv[kPanels];
 #pragma GCC unroll 4
@@ -33,8 +29,25 @@ template <class Unit, int kRows, int kPanels>
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kPanels; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
+    for (int j = 0; j < kPanels; ++j) {
+      float* dst = c + i * ldc + j * kLanes;
+      store(dst, accumulate ? load(dst) + acc[i][j] : acc[i][j]);
+    }
   }
+}
+
+// Long sums are made of short ones: one chain of 576 products loses the last bits of fp32.
+template <class Unit, int kRows, int kPanels>
+[[gnu::always_inline]] inline void gemm_block(const typename Unit::Element* a, int64_t lda,
+                                              const typename Unit::Element* b, int64_t panel_stride, float* c,
+                                              int64_t ldc, int64_t k, bool accumulate) {
+  int64_t kk = 0;
+  do {
+    const int64_t count = k - kk < Unit::kMaxChain ? k - kk : Unit::kMaxChain;
+    gemm_chain<Unit, kRows, kPanels>(a + kk, lda, b + kk * kLanes, panel_stride, c, ldc, count,
+                                     accumulate || kk > 0);
+    kk += Unit::kMaxChain;
+  } while (kk < k);
 }
 
 // Register blocking for the vector units: panels outside, so that a few panels of B stay in L1 while A
@@ -87,6 +100,7 @@ struct FmaUnit : VectorGemm<FmaUnit> {
   static constexpr int kPair = 1;
   static constexpr int kStepK = 1;              // k must be a multiple
   static constexpr int kStepRows = kBlockRows;  // m must be a multiple
+  static constexpr int64_t kMaxChain = 64;
 
   FI_INLINE Vec load_b(const float* p) { return load(p); }
   FI_INLINE Vec broadcast_a(const float* p) { return set1(*p); }
@@ -100,6 +114,7 @@ struct Bf16DotUnit : VectorGemm<Bf16DotUnit> {
   static constexpr int kPair = 2;
   static constexpr int kStepK = 2;
   static constexpr int kStepRows = kBlockRows;
+  static constexpr int64_t kMaxChain = INT64_MAX;  // the operands' own rounding is far above the sum's
 
   FI_INLINE __m512bh load_b(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   FI_INLINE __m512bh broadcast_a(const bf16* p) {

@@ -105,11 +105,11 @@ struct Wgmma;
       FI_WGMMA_8(104), FI_WGMMA_8(112), FI_WGMMA_8(120)
 
 // A product's operands are its N / 2 accumulators, then r0 to r5: as many as it has.
-#define FI_WGMMA_ISSUE_SS(N, TYPE, r0, r1, r2)                                                           \
+#define FI_WGMMA_ISSUE_SS(N, TYPE, TRANS, r0, r1, r2)                                                    \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " r2                                                    \
                ", 0;\n"                                                                                  \
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FI_WGMMA_TEXT_OF_##N \
-               "}, " r0 ", " r1 ", p, 1, 1, 0, 0;\n}\n"                                                  \
+               "}, " r0 ", " r1 ", p, 1, 1, 0, " TRANS ";\n}\n"                                          \
                : FI_WGMMA_REGISTERS_OF_##N                                                               \
                : "l"(a), "l"(b), "r"(int{accumulate}))
 #define FI_WGMMA_ISSUE_RS(N, TYPE, TRANS, r0, r1, r2, r3, r4, r5)                                        \
@@ -120,38 +120,47 @@ struct Wgmma;
                "{" r0 ", " r1 ", " r2 ", " r3 "}, " r4 ", p, 1, 1, " TRANS ";\n}\n"                      \
                : FI_WGMMA_REGISTERS_OF_##N                                                               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{accumulate}))
-#define FI_WGMMA(N, r0, r1, r2, r3, r4, r5)                                                           \
-  template <>                                                                                         \
-  struct Wgmma<N> {                                                                                   \
-    /* a K-major, b K-major (b's rows are the product's columns). */                                  \
-    template <class T>                                                                                \
-    FI_DEVICE_INLINE static void k_by_k(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) { \
-      if constexpr (__is_same(T, bf16)) {                                                             \
-        FI_WGMMA_ISSUE_SS(N, "bf16", r0, r1, r2);                                                     \
-      } else {                                                                                        \
-        FI_WGMMA_ISSUE_SS(N, "f16", r0, r1, r2);                                                      \
-      }                                                                                               \
-    }                                                                                                 \
-    /* a in registers, b K-major. */                                                                  \
-    template <class T>                                                                                \
-    FI_DEVICE_INLINE static void registers_by_k(float (&d)[N / 2], const uint32_t* a, uint64_t b,     \
-                                                bool accumulate) {                                    \
-      if constexpr (__is_same(T, bf16)) {                                                             \
-        FI_WGMMA_ISSUE_RS(N, "bf16", "0", r0, r1, r2, r3, r4, r5);                                    \
-      } else {                                                                                        \
-        FI_WGMMA_ISSUE_RS(N, "f16", "0", r0, r1, r2, r3, r4, r5);                                     \
-      }                                                                                               \
-    }                                                                                                 \
-    /* a in registers, b MN-major (b's columns are the product's). */                                 \
-    template <class T>                                                                                \
-    FI_DEVICE_INLINE static void registers_by_mn(float (&d)[N / 2], const uint32_t* a, uint64_t b,    \
-                                                 bool accumulate) {                                   \
-      if constexpr (__is_same(T, bf16)) {                                                             \
-        FI_WGMMA_ISSUE_RS(N, "bf16", "1", r0, r1, r2, r3, r4, r5);                                    \
-      } else {                                                                                        \
-        FI_WGMMA_ISSUE_RS(N, "f16", "1", r0, r1, r2, r3, r4, r5);                                     \
-      }                                                                                               \
-    }                                                                                                 \
+#define FI_WGMMA(N, r0, r1, r2, r3, r4, r5)                                                            \
+  template <>                                                                                          \
+  struct Wgmma<N> {                                                                                    \
+    /* a K-major, b K-major (b's rows are the product's columns). */                                   \
+    template <class T>                                                                                 \
+    FI_DEVICE_INLINE static void k_by_k(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {  \
+      if constexpr (__is_same(T, bf16)) {                                                              \
+        FI_WGMMA_ISSUE_SS(N, "bf16", "0", r0, r1, r2);                                                 \
+      } else {                                                                                         \
+        FI_WGMMA_ISSUE_SS(N, "f16", "0", r0, r1, r2);                                                  \
+      }                                                                                                \
+    }                                                                                                  \
+    /* a K-major, b MN-major (b's columns are the product's). */                                       \
+    template <class T>                                                                                 \
+    FI_DEVICE_INLINE static void k_by_mn(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) { \
+      if constexpr (__is_same(T, bf16)) {                                                              \
+        FI_WGMMA_ISSUE_SS(N, "bf16", "1", r0, r1, r2);                                                 \
+      } else {                                                                                         \
+        FI_WGMMA_ISSUE_SS(N, "f16", "1", r0, r1, r2);                                                  \
+      }                                                                                                \
+    }                                                                                                  \
+    /* a in registers, b K-major. */                                                                   \
+    template <class T>                                                                                 \
+    FI_DEVICE_INLINE static void registers_by_k(float (&d)[N / 2], const uint32_t* a, uint64_t b,      \
+                                                bool accumulate) {                                     \
+      if constexpr (__is_same(T, bf16)) {                                                              \
+        FI_WGMMA_ISSUE_RS(N, "bf16", "0", r0, r1, r2, r3, r4, r5);                                     \
+      } else {                                                                                         \
+        FI_WGMMA_ISSUE_RS(N, "f16", "0", r0, r1, r2, r3, r4, r5);                                      \
+      }                                                                                                \
+    }                                                                                                  \
+    /* a in registers, b MN-major (b's columns are the product's). */                                  \
+    template <class T>                                                                                 \
+    FI_DEVICE_INLINE static void registers_by_mn(float (&d)[N / 2], const uint32_t* a, uint64_t b,     \
+                                                 bool accumulate) {                                    \
+      if constexpr (__is_same(T, bf16)) {                                                              \
+        FI_WGMMA_ISSUE_RS(N, "bf16", "1", r0, r1, r2, r3, r4, r5);                                     \
+      } else {                                                                                         \
+        FI_WGMMA_ISSUE_RS(N, "f16", "1", r0, r1, r2, r3, r4, r5);                                      \
+      }                                                                                                \
+    }                                                                                                  \
   };
 
 FI_WGMMA(64, "%32", "%33", "%34", "%35", "%36", "%37")

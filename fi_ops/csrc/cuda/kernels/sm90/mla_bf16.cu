@@ -1,0 +1,3 @@
+#include "fi/cuda/sm90/mla_kernel.h"
+
+template void fi::cuda::sm90::mla<fi::bf16>(const MlaParams&, const Gpu&);
