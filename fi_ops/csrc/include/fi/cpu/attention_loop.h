@@ -246,20 +246,22 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
   }
 
   // Packs keys and values [begin, begin + n) of a tile; the rest of the tile's V is 0, so that 0 weights meet
-  // no garbage.
-  void pack_tile(int64_t b, int64_t begin, const TileRows& rows, int64_t n, Query* k_pack, Query* v_pack,
-                 Worker& w) const {
+  // no garbage. `next`: the rows of the tile after it; null: none.
+  void pack_tile(int64_t b, int64_t begin, const TileRows& rows, int64_t n, const TileRows* next,
+                 Query* k_pack, Query* v_pack, Worker& w) const {
     if constexpr (Engine::kPacked) {
       using Unit = typename Engine::Unit;
       Rows keys = rows.keys, values = rows.values;
       if constexpr (Source::kLatent) {
         source.join(w.k_buffer, rows, n);
         keys = values = w.k_rows.rows;
+        auto prefetch = source.prefetch(next, num_key_blocks<Unit>(n, depth));
+        pack_keys<Unit>(k_pack, keys, n, p.head_dim_qk, depth, prefetch);
       } else {
         keys = load_keys(b, begin, keys, n, w);
         values = load_values(values, n, w);
+        pack_keys<Unit>(k_pack, keys, n, p.head_dim_qk, depth, [] {});
       }
-      pack_keys<Unit>(k_pack, keys, n, p.head_dim_qk, depth);
       pack_values<Unit>(v_pack, values, n, p.head_dim_vo,
                         round_up(n, Engine::kStepCols) < tile ? round_up(n, Engine::kStepCols) : tile,
                         tile * kLanes);
@@ -275,8 +277,8 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
     const int64_t begin = task.tile * tile, end = begin + tile < range.end ? begin + tile : range.end;
     const int64_t at = packed_at(block_of(task.b, task.kv_head, 0), task.tile);
     source.locate(w.rows[0], task.b, task.kv_head, begin, end - begin);
-    pack_tile(task.b, begin, w.rows[0], end - begin, k_packed + at * k_tile_size, v_packed + at * v_tile_size,
-              w);
+    pack_tile(task.b, begin, w.rows[0], end - begin, nullptr, k_packed + at * k_tile_size,
+              v_packed + at * v_tile_size, w);
   }
 
   // ---- one task ----
@@ -374,7 +376,7 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
     for (int64_t now = 0; more; now ^= 1) {
       more = find_step(k, range, n, last, steps[now ^ 1]);
       if (more) locate(k, steps[now ^ 1], w.rows[now ^ 1]);
-      attend_tile(k, steps[now], w.rows[now], more ? &w.rows[now ^ 1].keys : nullptr, w);
+      attend_tile(k, steps[now], w.rows[now], more ? &w.rows[now ^ 1] : nullptr, w);
     }
   }
 
@@ -385,8 +387,8 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
     source.locate(rows, k.b, k.kv_head, begin, step.keys.end - begin);
   }
 
-  // The keys of one tile: products, softmax, weighted values. `next`: the keys of the tile after it.
-  void attend_tile(const Block& k, const Step& step, const TileRows& rows, const Rows* next, Worker& w) {
+  // The keys of one tile: products, softmax, weighted values. `next`: the rows of the tile after it.
+  void attend_tile(const Block& k, const Step& step, const TileRows& rows, const TileRows* next, Worker& w) {
     const int64_t m = k.num_rows();
     const Range r = step.keys;
     if constexpr (Engine::kPacked) {
@@ -396,7 +398,7 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
         k_pack = k_packed + at * k_tile_size;
         v_pack = v_packed + at * v_tile_size;
       } else {
-        pack_tile(k.b, step.tile_begin, rows, r.end - step.tile_begin, w.k_pack, w.v_pack, w);
+        pack_tile(k.b, step.tile_begin, rows, r.end - step.tile_begin, next, w.k_pack, w.v_pack, w);
       }
       for (int64_t row = 0; row < m; row += pass_rows) {
         attend_pass(k, {row, row + pass_rows < m ? row + pass_rows : m}, r, step.tile_begin, step.masked,
@@ -418,7 +420,7 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
         stream_values(w.acc + one.at * o_stride, o_stride,
                       reinterpret_cast<const Weight*>(w.s + one.at * s_stride),
                       s_stride * int64_t(sizeof(float) / sizeof(Weight)), m, values, n, p.head_dim_vo,
-                      next ? NextRows<Rows>{next->shifted(h * k_bytes), k_bytes} : NextRows<Rows>{});
+                      next ? NextRows<Rows>{next->keys.shifted(h * k_bytes), k_bytes} : NextRows<Rows>{});
       });
     }
   }

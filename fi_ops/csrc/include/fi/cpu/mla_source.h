@@ -30,6 +30,7 @@ class MlaSource : public BatchSource<T> {
 
   struct TileRows {
     const char **ckv, **kpe;
+    int64_t count = 0;
     Rows keys, values;
 
     void carve(Carver& carver, int64_t tile) {
@@ -42,6 +43,7 @@ class MlaSource : public BatchSource<T> {
   void locate(TileRows& rows, int64_t b, int64_t, int64_t begin, int64_t n) const {
     const BatchAttentionParams& p = mla.batch;
     const int64_t element = p.kv_dtype == Fp8::none ? sizeof(T) : 1;
+    rows.count = n;
     const int64_t ckv_step = p.call.k_stride_n * element, kpe_step = mla.kpe_stride_n * element;
     for (int64_t j = 0; j < n;) {
       const PageEntry at = key_entry(p, this->request(b), begin + j);
@@ -53,8 +55,6 @@ class MlaSource : public BatchSource<T> {
       for (; j < end; ++j, c += ckv_step, k += kpe_step) {
         rows.ckv[j] = c;
         rows.kpe[j] = k;
-        __builtin_prefetch(c);
-        __builtin_prefetch(k);
       }
     }
   }
@@ -71,6 +71,20 @@ class MlaSource : public BatchSource<T> {
         convert_row(buffer + ckv, reinterpret_cast<const uint8_t*>(rows.kpe[j]), kpe, mla.batch.kv_dtype);
       }
     }
+  }
+
+  // Fetches rows in `steps` even steps, one a call: memory delivers them while the calls do something else.
+  auto prefetch(const TileRows* rows, int64_t steps) const {
+    const int64_t element = mla.batch.kv_dtype == Fp8::none ? sizeof(T) : 1;
+    const int64_t lines = ceil_div(ckv * element, 64), more_lines = ceil_div(mla.head_dim_kpe * element, 64);
+    const int64_t count = rows ? rows->count : 0, per_step = ceil_div(count * (lines + more_lines), steps);
+    return [=, j = int64_t{0}, line = int64_t{0}]() mutable {
+      for (int64_t n = 0; n < per_step && j < count; ++n) {
+        __builtin_prefetch(line < lines ? rows->ckv[j] + line * 64 : rows->kpe[j] + (line - lines) * 64, 0,
+                           2);
+        if (++line == lines + more_lines) ++j, line = 0;
+      }
+    };
   }
 
  private:

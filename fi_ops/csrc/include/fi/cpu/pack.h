@@ -60,14 +60,23 @@ FI_INLINE VecI load_words(const T* row, int64_t d, int64_t size) {
   }
 }
 
+// Pieces that pack_keys makes of n rows.
+template <class Unit>
+FI_INLINE int64_t num_key_blocks(int64_t n, int64_t depth) {
+  constexpr int64_t block = kLanes * Unit::kPair;
+  return (n + kLanes - 1) / kLanes * ((depth + block - 1) / block);
+}
+
 // K^T of `n` rows: panels of kLanes rows, each depth x kLanes elements; dims from `size` to `depth` and rows
-// from n to the end of the last panel are 0.
-template <class Unit, class Rows>
-void pack_keys(typename Unit::Element* dst, Rows rows, int64_t n, int64_t size, int64_t depth) {
+// from n to the end of the last panel are 0. between() is called before each piece.
+template <class Unit, class Rows, class Between>
+void pack_keys(typename Unit::Element* dst, Rows rows, int64_t n, int64_t size, int64_t depth,
+               Between between) {
   constexpr int64_t word = Unit::kPair;
   for (int64_t r = 0; r < n; r += kLanes) {
     typename Unit::Element* panel = dst + r * depth;
     for (int64_t d = 0; d < depth; d += kLanes * word) {
+      between();
       VecI v[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
