@@ -26,6 +26,7 @@ __all__ = [
     "get_batch_indices_positions",
     "get_seq_lens",
     "rope_append_paged_kv_cache",
+    "rope_append_paged_mla_kv_cache",
 ]
 
 PagedKVCache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -134,6 +135,18 @@ def rope_append_paged_kv_cache(
     )  # fmt: skip
 
 
+def _check_mla(function: str, append_ckv, append_kpe, ckv_cache, kpe_cache) -> None:
+    """Whether the tensors have the dimensions that are unsqueezed for the ops, which know heads."""
+    shapes = (
+        ("append_ckv", append_ckv, 2),
+        ("append_kpe", append_kpe, 2),
+        ("ckv_cache", ckv_cache, 3),
+        ("kpe_cache", kpe_cache, 3),
+    )
+    for name, t, ndim in shapes:
+        require(function, t.dim() == ndim, f"{name} must have {ndim} dimensions, got {list(t.shape)}; reshape it")
+
+
 def append_paged_mla_kv_cache(
     append_ckv: torch.Tensor,
     append_kpe: torch.Tensor,
@@ -155,21 +168,45 @@ def append_paged_mla_kv_cache(
 
     Source: FlashInfer `append_paged_mla_kv_cache`.
     """
-    shapes = (
-        ("append_ckv", append_ckv, 2),
-        ("append_kpe", append_kpe, 2),
-        ("ckv_cache", ckv_cache, 3),
-        ("kpe_cache", kpe_cache, 3),
-    )
-    for name, t, ndim in shapes:
-        require(
-            "append_paged_mla_kv_cache",
-            t.dim() == ndim,
-            f"{name} must have {ndim} dimensions, got {list(t.shape)}; reshape it",
-        )
+    _check_mla("append_paged_mla_kv_cache", append_ckv, append_kpe, ckv_cache, kpe_cache)
     torch.ops.fi.append_paged_kv_cache(
         append_ckv.unsqueeze(1), append_kpe.unsqueeze(1), batch_indices, positions, ckv_cache.unsqueeze(2),
         kpe_cache.unsqueeze(2), kv_indices, kv_indptr, kv_last_page_len,
+    )  # fmt: skip
+
+
+def rope_append_paged_mla_kv_cache(
+    q_pe: torch.Tensor,
+    append_ckv: torch.Tensor,
+    append_kpe: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+    is_neox: bool = True,
+) -> torch.Tensor:
+    """RoPE on the rotated part of latent attention's new queries and keys, and `append_paged_mla_kv_cache`, in one op.
+
+    Args (the others as in `append_paged_mla_kv_cache`):
+        q_pe: `[nnz, num_heads, kpe_dim]`, append_kpe's dtype.
+        append_kpe: `[nnz, kpe_dim]`, before rotation.
+        cos_sin_cache: float32 `[max_len, rotary_dim]`, the cosines of all pairs, then the sines; token i takes row
+            `positions[i]`.
+        is_neox: True pairs (i, i + rotary_dim / 2), False pairs (2i, 2i + 1), as DeepSeek's weights are.
+
+    Returns:
+        q_pe rotated, contiguous; padding's rows as they were.
+
+    Sources: DeepSeek-V2 (decoupled RoPE); FlashInfer `append_paged_mla_kv_cache`.
+    """
+    _check_mla("rope_append_paged_mla_kv_cache", append_ckv, append_kpe, ckv_cache, kpe_cache)
+    return torch.ops.fi.rope_append_paged_kv_cache(  # the part that is rotated as keys, the rest as values
+        q_pe, append_kpe.unsqueeze(1), append_ckv.unsqueeze(1), cos_sin_cache, batch_indices, positions,
+        kpe_cache.unsqueeze(2), ckv_cache.unsqueeze(2), kv_indices, kv_indptr, kv_last_page_len, interleaved=not is_neox,
     )  # fmt: skip
 
 

@@ -14,7 +14,10 @@ from emulation import build as emulation
 from fi_ops import _build
 
 NATIVE = Path(__file__).parent / "native"
-UNCHECKED = [Path(__file__).parent / name for name in ("test_cuda_unchecked.py", "test_batch_unchecked.py")]
+UNCHECKED = [
+    Path(__file__).parent / name
+    for name in ("test_cuda_unchecked.py", "test_batch_unchecked.py", "test_mla_unchecked.py")
+]
 SWEEP = Path(__file__).parent / "test_every_op.py"
 
 pytestmark = pytest.mark.skipif(not emulation.supported(), reason="the emulator runs on x86-64")
