@@ -7,6 +7,8 @@ share.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ._arguments import refuse, require, return_in
@@ -15,6 +17,8 @@ from ._batch_options import Settings, check_heads
 from ._batch_wrapper import BatchWrapper, values_known
 
 __all__ = ["BlockSparseAttentionWrapper", "VariableBlockSparseAttentionWrapper", "convert_bsr_mask_layout"]
+
+LONG_REQUEST = 128  # rows that fill a tile of the kernels for many rows
 
 
 def convert_bsr_mask_layout(mask: torch.Tensor, indptr: torch.Tensor) -> torch.Tensor:
@@ -203,7 +207,8 @@ class BlockSparseAttentionWrapper(BatchWrapper):
 class VariableBlockSparseAttentionWrapper(BatchWrapper):
     """Attention under a block mask of blocks of any sizes, another for each KV head.
 
-    Each row of blocks of each KV head is a request of one KV head over pages of one key.
+    Each row of blocks of each KV head is a request of one KV head, over pages as large as the columns of blocks allow: tables of
+    sizes on the host, multiples of 16 or more, are the fast ones.
 
     Args:
         float_workspace_buffer: a tensor of any size on the device to work on; only its device is used.
@@ -252,7 +257,7 @@ class VariableBlockSparseAttentionWrapper(BatchWrapper):
                 FlashInfer does.
             pos_encoding_mode: "NONE", or "ROPE_LLAMA" with positions counted like causal's; "ALIBI" is refused.
             logits_soft_cap, sm_scale, rope_scale, rope_theta: as in `BatchPrefillWithPagedKVCacheWrapper.plan`.
-            max_nnz: the most keys that all rows of blocks of all heads can have together, 4 bytes each. Without it, they are
+            max_nnz: the most keys that all rows of blocks of all heads can have together, up to 4 bytes each. Without it, they are
                 counted: free where the three tensors are on the host; on the device one number is read back.
 
         Raises:
@@ -276,22 +281,31 @@ class VariableBlockSparseAttentionWrapper(BatchWrapper):
             block_mask_map, block_col_sz = (
                 t.to(self.device, non_blocking=non_blocking) for t in (block_mask_map, block_col_sz)
             )
-        columns = block_col_sz.long()
+        # What every column of blocks is a multiple of is a page: the copy engine brings it whole.
+        page_size = max(math.gcd(*block_col_sz.flatten().tolist()), 1) if values_known(block_col_sz) else 1
+        columns = block_col_sz.long() // page_size
         lengths = torch.where(block_mask_map.bool(), columns[:, None, :], 0)
-        if max_nnz is None:
-            max_nnz = int(lengths.sum())
+        max_pages = int(lengths.sum()) if max_nnz is None else max_nnz // page_size
         nnz_qo = int(block_row_sz.sum()) if values_known(block_row_sz) else None
-        columns, lengths = (t.to(self.device, non_blocking=non_blocking) for t in (columns, lengths))
-        qo_indptr = indptr_of(block_row_sz.to(self.device, non_blocking=non_blocking).flatten(), torch.int32)
-        kv_indptr = indptr_of(lengths.sum(-1).flatten(), torch.int32)
+        # Query heads that share a KV head are rows of one request, which q must be copied for, or requests of their own where
+        # those are long enough by themselves and the table doesn't get longer than one of keys.
+        group_size = num_qo_heads // num_kv_heads
+        long_requests = nnz_qo is not None and nnz_qo >= LONG_REQUEST * block_row_sz.numel()
+        repeats = group_size if long_requests and group_size <= page_size else 1
+        columns, lengths, rows = (
+            t.to(self.device, non_blocking=non_blocking) for t in (columns, lengths, block_row_sz)
+        )
+        qo_indptr = indptr_of(rows.repeat_interleave(repeats, 0).flatten(), torch.int32)
+        kv_indptr = indptr_of(lengths.sum(-1).repeat_interleave(repeats, 0).flatten(), torch.int32)
         self._plan_batch(
-            qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_indices=_expanded(lengths, columns, max_nnz),
-            kv_last_page_len=(kv_indptr.diff() > 0).int(), nnz_qo=nnz_qo, num_qo_heads=num_qo_heads // num_kv_heads, num_kv_heads=1,
-            head_dim_qk=head_dim, page_size=1, q_data_type=q_data_type, kv_data_type=kv_data_type,
+            qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_indices=_expanded(lengths, columns, repeats, repeats * max_pages),
+            kv_last_page_len=torch.where(kv_indptr.diff() > 0, page_size, 0), nnz_qo=None if nnz_qo is None else nnz_qo * repeats,
+            num_qo_heads=group_size // repeats, num_kv_heads=1,
+            head_dim_qk=head_dim, page_size=page_size, q_data_type=q_data_type, kv_data_type=kv_data_type,
             non_blocking=non_blocking, causal=causal, pos_encoding_mode=pos_encoding_mode, logits_soft_cap=logits_soft_cap,
             sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta,
         )  # fmt: skip
-        self._num_kv_heads = num_kv_heads
+        self._num_kv_heads, self._repeats = num_kv_heads, repeats
 
     begin_forward = plan
 
@@ -308,7 +322,7 @@ class VariableBlockSparseAttentionWrapper(BatchWrapper):
         """Attention of q over the blocks that are there. No sync; can be compiled and captured.
 
         Args:
-            q: `[num_qo_heads, qo_len, head_dim]` (copied where a KV head has several query heads).
+            q: `[num_qo_heads, qo_len, head_dim]` (copied where rows of blocks are short and a KV head has several query heads).
             k, v: `[num_kv_heads, kv_len, head_dim]` (copied where not contiguous).
             out, lse: written and returned, of the output's shape and dtype.
             return_lse: also return the log-sum-exp.
@@ -327,14 +341,15 @@ class VariableBlockSparseAttentionWrapper(BatchWrapper):
                     f"{name} must be [heads, len, head_dim] of {heads} KV heads, got {list(t.shape)}; see the docstring",
                 )
         qo_len = q.shape[1]
-        rows = q.unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1)
-        keys, values = (t.reshape(-1, 1, 1, t.shape[-1]) for t in (k, v))
+        requests = heads * self._repeats  # of each row of blocks
+        rows = q.unflatten(0, (requests, -1)).transpose(1, 2).flatten(0, 1)
+        keys, values = (t.reshape(-1, self._page_size, 1, t.shape[-1]) for t in (k, v))
         result = self._attend(rows, keys, values, return_lse=return_lse or lse is not None)
         output, log_sum_exp = result if isinstance(result, tuple) else (result, None)
-        output = return_in(function, out, output.unflatten(0, (heads, qo_len)).transpose(1, 2).flatten(0, 1))
+        output = return_in(function, out, output.unflatten(0, (requests, qo_len)).transpose(1, 2).flatten(0, 1))
         if log_sum_exp is None:
             return output
-        log_sum_exp = log_sum_exp.unflatten(0, (heads, qo_len)).transpose(1, 2).flatten(0, 1)
+        log_sum_exp = log_sum_exp.unflatten(0, (requests, qo_len)).transpose(1, 2).flatten(0, 1)
         log_sum_exp = return_in(function, lse, log_sum_exp, "lse")
         return (output, log_sum_exp) if return_lse else output
 
@@ -358,16 +373,19 @@ class VariableBlockSparseAttentionWrapper(BatchWrapper):
         return self.run(q, k, v)
 
 
-def _expanded(lengths: torch.Tensor, columns: torch.Tensor, max_nnz: int) -> torch.Tensor:
-    """The keys of all rows of blocks, int32 `[max_nnz]`: of head h, key j is row `h * kv_len + j`. No sync.
+def _expanded(lengths: torch.Tensor, columns: torch.Tensor, repeats: int, max_nnz: int) -> torch.Tensor:
+    """The pages of all rows of blocks, `repeats` times for each head, int32 `[max_nnz]`. No sync.
 
-    lengths: `[num_kv_heads, MB, NB]`, keys of each block, 0 where it is not there; columns: `[num_kv_heads, NB]`.
+    lengths: `[num_kv_heads, MB, NB]`, pages of each block, 0 where it is not there; columns: `[num_kv_heads, NB]`, of each column.
+    The pages of all heads are counted through.
     """
+    blocks = lengths[0].numel() or 1  # of a head
     num_columns = lengths.shape[2]
-    ends = lengths.flatten().cumsum(0)
+    repeated = lengths.repeat_interleave(repeats, 0).flatten()
+    ends = repeated.cumsum(0)
     entry = torch.arange(max_nnz, device=lengths.device)
     block = torch.searchsorted(ends, entry, right=True).clamp(max=max(ends.shape[0] - 1, 0))
-    head, column = block // (lengths[0].numel() or 1), block % (num_columns or 1)
-    first_key = (columns.flatten().cumsum(0) - columns.flatten()).view_as(columns)
-    within = entry - (ends - lengths.flatten())[block]
-    return (first_key[head, column] + within).to(torch.int32)
+    head, column = block // (repeats * blocks), block % (num_columns or 1)
+    first_page = (columns.flatten().cumsum(0) - columns.flatten()).view_as(columns)
+    within = entry - (ends - repeated)[block]
+    return (first_page[head, column] + within).to(torch.int32)

@@ -183,6 +183,30 @@ def test_variable_blocks(device, heads, kv_heads, where):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [16, 150])
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_whose_columns_are_pages(device, rows, causal):
+    """Sizes that the host knows and that have a common divisor; long rows of blocks: each query head is a request of its own."""
+    row_sizes = torch.tensor([[rows, rows + 10, 2 * rows], [2 * rows, 0, 2 * rows + 10]])
+    column_sizes = torch.tensor([[48, 16, 0, 96, 32], [16, 16, 128, 16, 16]])
+    there = torch.rand(2, 3, 5) < 0.6
+    there[0, 1] = False
+    q = torch.randn(6, 4 * rows + 10, 64, device=device).bfloat16()
+    k, v = (torch.randn(2, 192, 64, device=device).bfloat16() for _ in range(2))
+    wrapper = fi_ops.VariableBlockSparseAttentionWrapper(empty(device))
+    wrapper.plan(there, row_sizes, column_sizes, 6, 2, 64, causal=causal, q_data_type=torch.bfloat16)
+    masks = []
+    for mask, r, c in zip(there, row_sizes, column_sizes, strict=True):
+        seen = [torch.nonzero(line.repeat_interleave(c)).flatten() for line in mask]
+        lines = torch.zeros(int(r.sum()), 192, dtype=torch.bool)
+        for first, size, keys in zip(r.cumsum(0) - r, r.tolist(), seen, strict=True):
+            for i in range(size):
+                lines[first + i, keys[: max(len(keys) - size + i + 1, 0)] if causal else keys] = True
+        masks.append(lines)
+    check(wrapper.run(q, k, v, return_lse=True), expect_by_head(q, k, v, masks))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_variable_blocks_compile(device):
     wrapper = fi_ops.VariableBlockSparseAttentionWrapper(empty(device))
     compiled = torch.compile(lambda *t: wrapper.run(*t), fullgraph=True)
