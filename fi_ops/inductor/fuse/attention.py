@@ -15,6 +15,7 @@ A piece that does not fit lowers the grade and leaves its reason on the site; it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -22,10 +23,11 @@ import torch
 from torch.fx import Node
 
 from ..normalize.attention import Attention, check_attention, check_contiguous_last
-from ..normalize.bounds import Bounds
+from ..normalize.bounds import Bounds, Proof
 from ..normalize.cache_update import CacheWrite, match_cache_write, same_positions, start_of_one
 from ..normalize.clause import Term
 from ..normalize.in_place import GraphInputs, check_in_place, check_readers, join, storage_offset, updated_caches
+from ..normalize.latent import Latent, match_latent
 from ..normalize.masks import check_mask
 from ..normalize.products import like_product
 from ..normalize.repeat_kv import unrepeat_kv
@@ -43,9 +45,10 @@ from ..walk import (
     strip,
     value,
 )
-from .bounds import Proofs, Rows, emit_bounds, emit_rest
+from .bounds import Proofs, Rows, emit_bounds, emit_lengths, emit_rest
 from .decline import Facts, capability_of
 from .emit import Emitter, Written, is_computed, keep_in_memory, replace
+from .latent import by_head, check_absorbed, dense_operands, emit_latent, emit_paged, has_paged_op
 from .masks import emit_mask, emit_sinks, kind_of_mask
 
 KEY_TRANSPOSE = (0, 1, 3, 2)
@@ -72,8 +75,13 @@ class Plan:
     rest: tuple[Term, ...] = ()
     """What else such masks say."""
     query_is_rope: bool = False
+    latent: Latent | None = None
+    """What keys and values are expanded from, by a layer that goes into query and output."""
+    counts: bool = False
+    """The op is told how many compressed keys a sequence has, and no mask."""
     append_reason: str = ""
     rope_reason: str = ""
+    latent_reason: str = ""
 
     @property
     def writes(self) -> list[CacheWrite]:
@@ -81,19 +89,23 @@ class Plan:
 
     @property
     def grade(self) -> str:
+        if self.counts:
+            return "latent attention"
         parts = [("rope", self.query_rope), ("append", self.key_write), ("attention", self.attention)]
         return " + ".join(name for name, part in parts if part is not None)
 
     @property
     def reason(self) -> str:
         """Why it did not reach a higher grade."""
+        if self.latent_reason:  # what expands keys is between the cache and them: there is no append
+            return f"not absorbed: {self.latent_reason}"
         missing = [("append", self.append_reason), ("rope", self.rope_reason)]
         return "; ".join(f"no {name}: {reason}" for name, reason in missing if reason)
 
     @property
     def rows(self) -> Rows:
         query, key = value(self.query), permuted(value(self.key), self.key_dims)
-        return Rows((*query.shape[:3], key.shape[2]), self.key_write, self.query_rope is not None)
+        return Rows((*query.shape[:3], key.shape[2]), self.key_write, self.query_rope is not None, self.counts)
 
     @property
     def mask(self) -> str:
@@ -106,6 +118,7 @@ class Plan:
         attention, words = self.attention, [self.attention.spelling]
         if not same_size(permuted(value(self.key), self.key_dims).shape[1], value(self.query).shape[1]):
             words.append("grouped heads")
+        words += ["absorbed weights"] * (self.latent is not None)
         if self.mask != "none":
             words.append(f"{self.mask} mask")
         if attention.causal:
@@ -171,6 +184,19 @@ def plan_attention(attention: Attention, order: dict[Node, int], inputs: GraphIn
     for mask in attention.masks:
         check_mask(mask, plan.query, k.shape[2])
     try:
+        _plan_latent(plan)
+    except Declined as declined:
+        plan.latent_reason = str(declined)
+    if plan.latent is None:
+        _plan_surroundings(plan, order, inputs)
+    if attention.causal:  # top-left aligned
+        plan.bounds = Bounds(plan.rows.first, causal=True)
+    return plan
+
+
+def _plan_surroundings(plan: Plan, order: dict[Node, int], inputs: GraphInputs) -> None:
+    """Find the cache writes and RoPE that the op can do as well."""
+    try:
         _plan_append(plan, order, inputs)
     except Declined as declined:
         plan.append_reason = str(declined)
@@ -178,26 +204,48 @@ def plan_attention(attention: Attention, order: dict[Node, int], inputs: GraphIn
         _plan_rope(plan)
     except Declined as declined:
         plan.rope_reason = str(declined)
+    q, k, v = (
+        value(plan.query),
+        permuted(value(plan.key), plan.key_dims),
+        permuted(value(plan.value), plan.value_dims),
+    )
     if plan.query_rope is None:
         check_contiguous_last(plan.query.name, "query", q)
         if plan.key_write is None:
-            check_contiguous_last(key.name, "key", k)
+            check_contiguous_last(plan.key.name, "key", k)
         else:
             check_contiguous_last(plan.key_write.new.name, "new key", value(plan.key_write.new))
     if plan.key_write is None:
-        check_contiguous_last(values.name, "value", v)
-    if attention.causal:  # top-left aligned
-        plan.bounds = Bounds(plan.rows.first, causal=True)
-    return plan
+        check_contiguous_last(plan.value.name, "value", v)
+
+
+def _plan_latent(plan: Plan) -> None:
+    """Find the layer that expands key and value, and see that it is better absorbed."""
+    attention = plan.attention
+    latent = match_latent(plan.key, plan.value) if plan.key_dims is None and plan.value_dims is None else None
+    if latent is not None:
+        kept = {plan.query, latent.ckv, latent.kpe, *attention.operands}
+        check_absorbed(attention, latent, plan.query, exclusive_to(*attention.results, *attention.views, keep=kept))
+        plan.latent = latent
 
 
 def prove_masks(plan: Plan, proofs: Proofs) -> None:
     """Let the op see to what the masks are proven to say."""
     attention = plan.attention
-    proof = proofs.of(attention.masks, plan.rows) if attention.masks and not attention.causal else None
+    if plan.latent is not None and attention.sinks is None and not attention.soft_cap:
+        plan.counts = True
+        proof = _proof(plan, proofs)
+        is_all = proof is not None and not (proof.masks or proof.rest) and proof.bounds.window_left < 0
+        plan.counts = has_paged_op() and (is_all or not attention.masks)
+    proof = _proof(plan, proofs)
     if proof is not None:
         plan.bounds, plan.rest, plan.is_proven = proof.bounds, proof.rest, True
         attention.masks = proof.masks
+
+
+def _proof(plan: Plan, proofs: Proofs) -> Proof | None:
+    masks = plan.attention.masks
+    return proofs.of(masks, plan.rows) if masks and not plan.attention.causal else None
 
 
 def _plan_append(plan: Plan, order: dict[Node, int], inputs: GraphInputs) -> None:
@@ -299,13 +347,18 @@ def apply_attention(plan: Plan, emitter: Emitter, proofs: Proofs) -> list[Node]:
     emitter.at(attention.place)
     written = proofs.written(rows)
     attention.masks, plan.rest = (*attention.masks, *emit_rest(plan.rest, emitter)), ()
-    options = dict(
+    options: dict = dict(scale=_constant_scale(attention), logits_soft_cap=attention.soft_cap)
+    if plan.counts:
+        _replace_attention(plan, _apply_latent(plan, options, emitter), emitter)
+        return list(attention.results)
+    options.update(
         emit_bounds(plan.bounds, written, rows, plan.query, emitter),
-        scale=_constant_scale(attention),
-        logits_soft_cap=attention.soft_cap,
         mask=emit_mask(attention, emitter),
         sinks=emit_sinks(attention, emitter),
     )
+    if plan.latent is not None:
+        _replace_attention(plan, _apply_latent(plan, options, emitter), emitter)
+        return list(attention.results)
     query = plan.query if plan.query_rope is None else _heads_first(plan.query_rope.x, plan.query_rope.dims, emitter)
     query = _emit_scale(attention, query, emitter)
     options["query"] = query
@@ -322,7 +375,7 @@ def apply_attention(plan: Plan, emitter: Emitter, proofs: Proofs) -> list[Node]:
         )
         name = "rope_attention" if plan.query_rope is not None else "attention"
         op = getattr(torch.ops.fi, name if attention.lse is None else f"{name}_with_lse").default
-        result = emitter.call(op, *_positional(op, options), **_keyword_only(op, options))
+        result = emitter.call_op(op, options)
         if attention.lse is not None:
             result, lse = (emitter.item(result, index) for index in (0, 1))
             replace(attention.lse, lse, emitter.fake_mode)
@@ -330,6 +383,27 @@ def apply_attention(plan: Plan, emitter: Emitter, proofs: Proofs) -> list[Node]:
         return list(attention.results)
     proofs.refuses_negative(written)
     return _apply_append(plan, options, emitter)
+
+
+def _apply_latent(plan: Plan, options: dict, emitter: Emitter) -> Node:
+    """The result of the attention, with the layer that expands its keys and values in its query and behind it."""
+    attention, latent = plan.attention, plan.latent
+    if options["scale"] is None:
+        options["scale"] = 1.0 / math.sqrt(latent.nope.length + latent.pe.length)
+    query = _emit_scale(attention, plan.query, emitter)
+    if plan.counts:
+        lengths = emit_lengths(plan.bounds, plan.rows, query, emitter.size(latent.kpe, 2), emitter)
+        options.update(causal=plan.bounds.causal, kv_last_page_len=lengths)
+
+    def attend(q_nope: Node, q_pe: Node) -> Node:
+        if plan.counts:
+            return emit_paged(latent, q_nope, q_pe, options, emitter)
+        if options["mask"] is not None:
+            keep_in_memory(options["mask"])
+        options.update(dense_operands(latent, q_nope, q_pe, emitter))
+        return by_head(emitter.call_op(torch.ops.fi.attention.default, options), emitter)
+
+    return emit_latent(latent, query, attend, emitter)
 
 
 def _apply_append(plan: Plan, options: dict, emitter: Emitter) -> list[Node]:
@@ -407,19 +481,6 @@ def _replace_write(write: CacheWrite, updated: Node, emitter: Emitter) -> list[N
         updated = emitter.call(aten.permute.default, updated, list(write.through))
     replace(write.node, updated, emitter.fake_mode)
     return [write.node]
-
-
-def _positional(op, options: dict) -> list:
-    return [options.get(a.name) for a in op._schema.arguments if not a.kwarg_only]
-
-
-def _keyword_only(op, options: dict) -> dict:
-    """The options that are not the schema's defaults, so that graphs read well."""
-    return {
-        a.name: options[a.name]
-        for a in op._schema.arguments
-        if a.kwarg_only and a.name in options and options[a.name] != a.default_value
-    }
 
 
 def _heads_first(node: Node, dims: tuple[int, ...] | None, emitter: Emitter) -> Node:

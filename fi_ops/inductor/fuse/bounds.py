@@ -37,6 +37,8 @@ class Rows:
     write: CacheWrite | None
     """The op writes these keys first."""
     rotates: bool
+    counts: bool = False
+    """The op is told for each sequence how many keys there are, of which its rows are the last."""
 
     @property
     def first(self) -> Affine:
@@ -56,9 +58,10 @@ class Proofs:
         """What the masks of a site say that its op can take."""
         known = self._predicates(rows.sizes)
         written = self.written(rows)
-        key = (masks, tuple(map(str, rows.sizes)), rows.write is None, rows.rotates, written)
+        key = (masks, tuple(map(str, rows.sizes)), rows.write is None, rows.rotates, rows.counts, written)
         if key not in self._proofs:
-            place = Place(lambda position: _is_argument(position, rows, known), written, self._refused)
+            refuses = rows.counts and same_size(rows.sizes[QUERY], 1)
+            place = Place(lambda position: _is_argument(position, rows, known), written, self._refused, refuses)
             self._proofs[key] = prove(masks, known, place)
         return self._proofs[key]
 
@@ -84,6 +87,10 @@ def _is_argument(position: Affine, rows: Rows, known: Predicates) -> bool:
     """The op can be told that its rows stand there."""
     if rows.write is not None:
         return all(atom.is_number or _is_vector(atom, known) for atom, _ in position.atoms)
+    if rows.counts:
+        before = position - rows.first
+        vectors = all(atom.is_number or _is_vector(atom, known) for atom, _ in before.atoms)
+        return vectors and not before.depends_on(QUERY)
     if rows.rotates:  # it rotates row i by where it stands
         return same(position, rows.first)
     return (position - rows.first).is_number
@@ -116,6 +123,23 @@ def _emit_offset(bounds: Bounds, rows: Rows, emitter: Emitter):
     if offset.constant is None and same_size(offset.number(), rows.sizes[3] - rows.sizes[2]):
         return None
     return _emit_number(offset, emitter)
+
+
+def emit_lengths(bounds: Bounds, rows: Rows, query: Node, keys, emitter: Emitter) -> Node:
+    """How many keys each sequence has, [B]: those up to where its last row stands; `keys` of them where nothing says so."""
+    options = dict(dtype=torch.int64, device=value(query).device)
+    if bounds.position is None:
+        return emitter.shared(aten.full.default, (emitter.size(query, 0),), keys, **options)
+    before = bounds.position - rows.first
+    numbers = Affine(before.const, atoms=frozenset(part for part in before.atoms if part[0].is_number))
+    start, length = _emit_number(numbers, emitter), emitter.size(query, 2)
+    both_known = isinstance(start, int) and isinstance(length, int)
+    counted = start + length if both_known else emitter.shared(operator.add, start, length)
+    total = emitter.shared(aten.full.default, (emitter.size(query, 0),), counted, **options)
+    for atom, times in _in_order(before):
+        if not atom.is_number:
+            total = emitter.shared(aten.add.Tensor, total, _vector(atom, False, emitter), alpha=times)
+    return total
 
 
 def _emit_number(number: Affine, emitter: Emitter):

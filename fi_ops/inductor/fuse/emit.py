@@ -63,6 +63,16 @@ class Emitter:
         node.meta["val"] = self._evaluate(target, args, kwargs)
         return node
 
+    def call_op(self, op, options: dict) -> Node:
+        """A call of an op with arguments by name; those that are not positional only where they are not the schema's defaults, so
+        that graphs read well."""
+        arguments = op._schema.arguments
+        positional = [options.get(a.name, a.default_value) for a in arguments if not a.kwarg_only]
+        others = [a for a in arguments if a.kwarg_only and a.name in options]
+        return self.call(
+            op, *positional, **{a.name: options[a.name] for a in others if options[a.name] != a.default_value}
+        )
+
     def shared(self, target, *args, **kwargs) -> Node:
         """`call`, once for all sites: for what layers have in common (mask, cos, sin)."""
         key = (target, *args, *kwargs.items())

@@ -65,6 +65,8 @@ class Place:
     """The slots of the new keys; the op refuses those outside the cache."""
     refused: frozenset[Affine] = frozenset()
     """What ops before it in the graph have refused where it is negative."""
+    refuses: bool = False
+    """It refuses rows that stand in front of all keys."""
 
 
 def prove(masks: tuple[Mask, ...], known: Predicates, place: Place) -> Proof | None:
@@ -187,7 +189,7 @@ def _sees_a_key(bounds: Bounds, known: Predicates, place: Place) -> bool:
     if position is None:
         return True
     is_written = place.written is not None and same(position, place.written)
-    not_before = not bounds.causal or is_written or position in place.refused
+    not_before = not bounds.causal or is_written or place.refuses or position in place.refused
     not_before = not_before or never_negative(position, known.sizes)
     if bounds.window_left < 0:
         return not_before
