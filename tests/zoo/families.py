@@ -32,6 +32,22 @@ COMMON = dict(
 ALTERNATING = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
 EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 
+LATENT = dict(
+    num_key_value_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=16,
+    v_head_dim=12,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=32,
+    first_k_dense_replace=1,
+)
+"""Keys and values are expanded from 16 numbers a token, as the cache has them."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -129,23 +145,8 @@ FAMILIES = (
     Family("Falcon", dict(alibi=True, multi_query=False), SDPA_EAGER, label="Falcon-ALiBi", caches=("dynamic",)),
     Family("Mpt", dict(max_seq_len=64), EAGER, caches=("dynamic",)),
     Family("Bloom", dict(), EAGER),
-    Family(
-        "DeepseekV3",
-        dict(
-            num_key_value_heads=4,
-            q_lora_rank=24,
-            kv_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=16,
-            v_head_dim=16,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_group=1,
-            topk_group=1,
-            moe_intermediate_size=32,
-            first_k_dense_replace=1,
-        ),
-    ),
+    Family("DeepseekV2", dict(**LATENT, topk_method="greedy", n_shared_experts=1)),
+    Family("DeepseekV3", dict(**LATENT)),
     Family("Bert", dict(), head="Model", kind="encoder", decode_sites=0, caches=("none",)),
     Family(
         "ViT",
