@@ -1,6 +1,6 @@
 """Hugging Face families of different structure: `torch.compile` as it is, against the same with fi_ops enabled.
 
-Two layers each (so that eight families compile in a few minutes; `--full` for all eleven) and a small vocabulary; random
+Two layers each (so that eight families compile in a few minutes; `--full` for all twelve) and a small vocabulary; random
 weights, bfloat16, `fullgraph=True`. CPU: width 1024. CUDA: the width of the family's model of 4 to 9B (GPT-OSS: of 20B,
 with 4 experts; encoders are "large"). Three jobs of a decoder, and the first alone of an encoder:
 
@@ -121,6 +121,16 @@ FAMILIES = (
     Family("Bloom", implementation="eager", padding_mask=True),
     Family("Falcon", dict(multi_query=True, parallel_attn=True, alibi=False)),
     Family("Llama", implementation="flex_attention", label="Llama, flex"),
+    Family(
+        "DeepseekV3",
+        dict(
+            num_key_value_heads=16, q_lora_rank=384, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+            v_head_dim=128, first_k_dense_replace=2,  # its experts are left out
+        ),
+        dict(
+            hidden_size=7168, num_attention_heads=128, num_key_value_heads=128, q_lora_rank=1536, intermediate_size=18432,
+        ),
+    ),
     Family("Bert", dict(LARGE, max_position_embeddings=512), head="Model"),
     Family("ViT", dict(LARGE, image_size=224, patch_size=16), head="Model", pixels=True),
 )  # fmt: skip
@@ -265,6 +275,8 @@ def _cost(subject: Subject) -> Cost:
                 read += cache[:, :, : job.tokens + 1].numel() * cache.element_size()
         return Cost(read, 2 * job.batch * count)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if hasattr(config, "v_head_dim"):  # head_dim is what RoPE turns
+        head_dim = (config.qk_head_dim + config.v_head_dim) // 2
     pairs = job.tokens**2 if subject.family.head == "Model" else job.tokens * (job.tokens + 1) // 2
     attention = 4 * pairs * config.num_attention_heads * head_dim * config.num_hidden_layers
     return Cost(read, job.batch * (2 * job.tokens * count + attention))
