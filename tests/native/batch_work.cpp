@@ -56,6 +56,7 @@ struct Call {
     p.call.num_qo_heads = batch.heads, p.call.num_kv_heads = batch.kv_heads;
     p.call.qo_len = qo_indptr.back();
     p.call.kv_len = int64_t{kv_indptr.back()} * page;
+    p.call.head_dim_qk = 192, p.call.head_dim_vo = 128;
     p.call.causal = batch.causal, p.call.window_left = batch.window_left;
     p.qo_indptr.data = qo_indptr.data();
     p.table.kv_indptr.data = kv_indptr.data();
@@ -128,12 +129,13 @@ void check_batch(const Batch& batch, int blocks) {
     expected += size_t(batch.qo_lens[b]) * batch.heads;
   }
   for (size_t i = tiles.size(); i > 1; --i) std::swap(tiles[i - 1], tiles[std::rand() % i]);
-  const sm90::BatchShape shape = sm90::batch_shape(call.p, call.planned(tiles), block_m);
+  sm90::BatchShape shape = sm90::batch_shape(call.p, call.planned(tiles), block_m, 132);
+  if (std::rand() % 2) shape.section_heads = batch.heads / batch.kv_heads * (1 + std::rand() % batch.kv_heads);
   const int group = batch.heads / batch.kv_heads;
   std::set<std::pair<int, std::pair<int, int>>> seen;
   for (int block = 0; block < blocks; ++block) {
     sm90::BatchTile tile;
-    for (sm90::BatchQueue queue;; queue = tile.queue) {
+    for (auto queue = sm90::first_of_queue<block_m>(shape);; queue = tile.queue) {
       sm90::next_batch_tile<block_m, block_n>(shape, blocks, block, queue, tile);
       if (!tile.any()) break;
       if (tile.kv_head != tile.work.head / group) fail("a KV head", tile.work.head);
@@ -161,10 +163,11 @@ void check_hostile(int page_size) {
         if (std::rand() % 3 == 0) x = any();
     const batch::PlanView plan = call.planned({{any(), any()}, {0, 0}, {1, any()}, {any(), 0}});
     reinterpret_cast<fi::PlanHeader*>(call.plan.data())->num_tiles = any();
-    const sm90::BatchShape shape = sm90::batch_shape(call.p, plan, kBlockM);
+    sm90::BatchShape shape = sm90::batch_shape(call.p, plan, kBlockM, 132);
+    if (seed % 2) shape.section_heads = 2;
     for (int block = 0; block < 3; ++block) {
       sm90::BatchTile t;
-      for (sm90::BatchQueue queue;; queue = t.queue) {
+      for (auto queue = sm90::first_of_queue<kBlockM>(shape);; queue = t.queue) {
         sm90::next_batch_tile<kBlockM, 80>(shape, 3, block, queue, t);
         if (!t.any()) break;
         if (t.q_begin < 0 || t.q_begin + t.qo_len > call.p.call.qo_len) fail("queries outside", t.q_begin, t.qo_len);

@@ -80,7 +80,7 @@ template <class Config>
 void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
   const AttentionParams& c = p.call;
   BatchArgs args{};
-  args.shape = batch_shape(p, plan, Config::kBlockM);
+  args.shape = batch_shape(p, plan, Config::kBlockM, gpu.num_sms);
   args.p = c;
   if constexpr (Config::kByRows) {
     args.keys = cache_rows_of(key_rows(p));

@@ -149,7 +149,7 @@ class BatchProducer {
     RingPosition<Config::kStages> at;
     // Before the first query tile comes one that is nobody's and has no keys.
     BatchTile* current = &prepared[1];
-    if (threadIdx.x % 32 == 0) current->work = {}, current->queue = {};
+    if (threadIdx.x % 32 == 0) current->work = {}, current->queue = first_of_queue<kBlockM>(args.shape);
     __syncwarp();
 #pragma unroll 1
     for (;;) {

@@ -5,7 +5,9 @@
 // producers, who ask, are few.
 #pragma once
 
+#include <algorithm>
 #include <numeric>
+
 #include "fi/batch_attention.h"
 #include "fi/cuda/batch/plan.h"
 #include "fi/cuda/divisor.h"
@@ -22,6 +24,7 @@ struct BatchShape {
   const int32_t* num_tiles;  // on the device; not to be believed beyond max_tiles
   int max_tiles;
   int batch, num_qo_heads, group_size, nnz_qo;
+  int section_heads;   // query heads whose tiles are handed out together
   int packed_queries;  // that a tile holds with all heads of a KV head's group; 0: tiles of one head alone
   Divisor by_group_size;
   bool causal, is_paged;
@@ -34,7 +37,8 @@ struct BatchShape {
 };
 
 // For query tiles of `block_m` rows.
-inline BatchShape batch_shape(const BatchAttentionParams& p, const batch::PlanView& plan, int block_m) {
+inline BatchShape batch_shape(const BatchAttentionParams& p, const batch::PlanView& plan, int block_m,
+                              int num_sms) {
   const AttentionParams& c = p.call;
   BatchShape shape;
   shape.tiles = plan.tiles;
@@ -44,6 +48,10 @@ inline BatchShape batch_shape(const BatchAttentionParams& p, const batch::PlanVi
   shape.num_qo_heads = static_cast<int>(c.num_qo_heads);
   shape.group_size = static_cast<int>(c.num_qo_heads / c.num_kv_heads);
   shape.nnz_qo = static_cast<int>(c.qo_len);
+  const int64_t mean_kv_len = c.kv_len / std::max<int64_t>(c.batch, 1);
+  shape.section_heads = static_cast<int>(std::min(
+      c.num_qo_heads,
+      section_kv_heads(mean_kv_len, c.head_dim_qk, c.head_dim_vo, num_sms) * int64_t{shape.group_size}));
   // Large tiles are for long requests, and half a tile of idle rows is no gain.
   shape.packed_queries = block_m == kTileQueries && shape.group_size > 1 ? block_m / shape.group_size : 0;
   shape.by_group_size = Divisor(static_cast<unsigned>(shape.group_size));
@@ -65,8 +73,9 @@ inline BatchShape batch_shape(const BatchAttentionParams& p, const batch::PlanVi
 
 // Where a block is in the plan's list of tiles.
 struct BatchQueue {
-  int round = 0;           // of handing out tiles
-  int span = -1, at = -1;  // the last span asked for, and its first planned tile
+  int round = 0;               // of handing out tiles
+  int span = -1, at = -1;      // the last span asked for, and its first planned tile
+  int section = 0, parts = 0;  // where heads are in sections: this one's first head, the parts of all spans
 };
 
 // A query tile of one head, or of all heads of a KV head's group, as the producer tells it to the consumers.
@@ -141,39 +150,64 @@ template <int kBlockM>
 inline constexpr int kSpanRows = static_cast<int>(std::lcm(kTileQueries, kBlockM));
 
 // Finds the nth span, that is its first planned tile; false where there is no room for one. They are asked
-// for in order.
+// for in order, again and again.
 FI_INLINE bool find_span(const BatchShape& shape, int span_rows, int nth, BatchQueue& queue) {
   if (span_rows == kTileQueries) {
     queue.at = nth;
   } else {
+    if (nth < queue.span) queue.span = queue.at = -1;
     while (queue.span < nth && queue.at < shape.max_tiles)
       if (++queue.at < shape.max_tiles && shape.tiles[queue.at].q_begin % span_rows == 0) ++queue.span;
   }
   return queue.at < shape.max_tiles;
 }
 
+// Where every block begins.
+template <int kBlockM>
+FI_INLINE BatchQueue first_of_queue(const BatchShape& shape) {
+  BatchQueue queue;
+  if (shape.section_heads >= shape.num_qo_heads) return queue;
+  const int num_tiles = clamp_int(*shape.num_tiles, 0, shape.max_tiles);
+  if (kSpanRows<kBlockM> == kTileQueries) {
+    queue.parts = num_tiles;
+  } else {
+#pragma unroll 1  // registers are short
+    for (int i = 0; i < num_tiles; ++i)
+      if (shape.tiles[i].q_begin % kSpanRows<kBlockM> == 0) queue.parts += kSpanRows<kBlockM> / kBlockM;
+  }
+  return queue;
+}
+
 // Tiles are handed out to the blocks round by round, of each tile all heads, so that those of a KV group are
-// neighbours. The plan has the long ones first, and every other round runs backwards through the blocks.
-// !any() when nothing is left. `queue` may be tile.queue.
+// neighbours; where there are so many that L2 doesn't hold their keys, one section of heads after the other,
+// as in PrefillQueue. The plan has the long ones first, and every other round runs backwards through the
+// blocks. !any() when nothing is left. `behind` may be tile.queue.
 template <int kBlockM, int kBlockN>
-FI_INLINE void next_batch_tile(const BatchShape& shape, int blocks, int block, BatchQueue queue,
+FI_INLINE void next_batch_tile(const BatchShape& shape, int blocks, int block, const BatchQueue& behind,
                                BatchTile& tile) {
   constexpr int kParts = kSpanRows<kBlockM> / kBlockM;
+  tile.queue = behind;
+  // Registers are short: its section is read anew where it is needed.
+  BatchQueue& queue = tile.queue;
+  const volatile int &section = queue.section, &parts = queue.parts;
   for (;;) {
     const int index = queue.round * blocks + (queue.round % 2 == 0 ? block : blocks - 1 - block);
     ++queue.round;
-    const int part = index / shape.num_qo_heads, nth = part / kParts;
+    if (shape.section_heads < shape.num_qo_heads) {
+      while (index >= (section + shape.section_heads) * parts && section < shape.num_qo_heads)
+        queue.section = section + shape.section_heads;
+      if (section >= shape.num_qo_heads) break;
+    }
+    const int rest = shape.num_qo_heads - section;
+    const int heads = rest < shape.section_heads ? rest : shape.section_heads;
+    const int place = index - section * parts, part = place / heads, nth = part / kParts;
     if (!find_span(shape, kSpanRows<kBlockM>, nth, queue)) break;
     const PlanTile planned = shape.tiles[queue.at];  // on its way with their number
     if (queue.at >= *shape.num_tiles) break;
     const int row = (kParts - 1 - part % kParts) * kBlockM;  // the last one, the longest if causal, first
-    if (make_batch_tile(shape, planned, row, index - part * shape.num_qo_heads, kBlockM, kBlockN, tile)) {
-      tile.queue = queue;
-      return;
-    }
+    if (make_batch_tile(shape, planned, row, section + place - part * heads, kBlockM, kBlockN, tile)) return;
   }
   tile.work.head = -1, tile.work.tiles = {0, 0};
-  tile.queue = queue;
 }
 
 // The page that `count` keys of a tile's request lie in, as the table says. -1: nowhere, or no row sees any

@@ -18,10 +18,6 @@ inline bool keys_on_device(const AttentionParams& p) {
 // Where keys_on_device, the last and the first key are what a prompt at the start of its cache would have:
 // good enough to choose tile sizes by.
 inline PrefillShape prefill_shape(const AttentionParams& p, int num_sms) {
-  // A section's keys and values stay in L2 (50 MB), or at least each is read by several blocks at a time.
-  constexpr int64_t kSectionBytes = 24 << 20;
-  const int64_t section_kv_heads =
-      std::max<int64_t>(kSectionBytes / (2 * p.kv_len * (p.head_dim_qk + p.head_dim_vo)), num_sms / 4);
   const auto bounded = [&](int64_t key) { return static_cast<int>(std::clamp(key, -p.qo_len, p.kv_len)); };
   PrefillShape shape;
   shape.batch = static_cast<int>(p.batch);
@@ -29,8 +25,9 @@ inline PrefillShape prefill_shape(const AttentionParams& p, int num_sms) {
   shape.group_size = static_cast<int>(p.num_qo_heads / p.num_kv_heads);
   shape.qo_len = static_cast<int>(p.qo_len);
   shape.kv_len = static_cast<int>(p.kv_len);
-  shape.section_heads =
-      static_cast<int>(std::min(p.batch * p.num_qo_heads, section_kv_heads * shape.group_size));
+  shape.section_heads = static_cast<int>(
+      std::min(p.batch * p.num_qo_heads,
+               section_kv_heads(p.kv_len, p.head_dim_qk, p.head_dim_vo, num_sms) * shape.group_size));
   const bool guess = keys_on_device(p);
   const bool causal = p.causal || (guess && p.mask && p.mask_stride_q != 0);
   const int64_t q_offset = guess ? 0 : p.q_offset;
@@ -107,8 +104,11 @@ struct PrefillTiles<T, 64, 64, kDeviceKeys, kVariant> {
 template <class T, bool kDeviceKeys, PrefillVariant kVariant>
 struct PrefillTiles<T, 96, 96, kDeviceKeys, kVariant> {
   using Narrow = PrefillConfig<T, 96, 96, 2, 128, 3, true, kDeviceKeys, kVariant>;
-  static constexpr int kWideKeys = kDeviceKeys && kVariant == PrefillVariant::kSoftCap ? 80 : 96;
-  using Wide = PrefillConfig<T, 96, 96, 3, kWideKeys, 3, false, kDeviceKeys, kVariant>;
+  static constexpr bool kLong = !kDeviceKeys && kVariant == PrefillVariant::kPlain;
+  static constexpr int kWideKeys = kLong                                                 ? 112
+                                   : kDeviceKeys && kVariant == PrefillVariant::kSoftCap ? 80
+                                                                                         : 96;
+  using Wide = PrefillConfig<T, 96, 96, 3, kWideKeys, kLong ? 2 : 3, false, kDeviceKeys, kVariant>;
   static constexpr double kWideSpeed = 1.1;
 };
 template <class T, bool kDeviceKeys, PrefillVariant kVariant>

@@ -19,6 +19,14 @@ struct PrefillShape {
   FI_HD int q_tiles(int block_m) const { return (qo_len + block_m - 1) / block_m; }
 };
 
+// Heads whose tiles are handed out together, of KV heads with kv_len keys each: their keys and values stay in
+// L2 (50 MB), or at least each is read by several blocks at a time.
+inline int64_t section_kv_heads(int64_t kv_len, int64_t head_dim_qk, int64_t head_dim_vo, int num_sms) {
+  constexpr int64_t kSectionBytes = 24 << 20;
+  return std::max<int64_t>(kSectionBytes / (2 * std::max<int64_t>(kv_len, 1) * (head_dim_qk + head_dim_vo)),
+                           num_sms / 4);
+}
+
 // A range of keys or of KV tiles.
 struct Range {
   int begin, end;
