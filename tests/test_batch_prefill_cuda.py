@@ -162,6 +162,22 @@ def test_long_requests_of_other_head_dims(page_size, seed):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("lengths", "section"), [([1100, 700, 130], 61), ([3000], 33)])
+def test_more_heads_than_fit_into_the_cache_together(lengths, section):
+    """They are computed section by section: the same as a call for each half of them, whose heads are one section."""
+    torch.manual_seed(0)
+    heads, indptr = 2 * (section - 3), _indptr(lengths, "cuda", torch.int32)
+    q, k, v = (torch.randn(sum(lengths), heads, dim, device="cuda").bfloat16() for dim in (192, 192, 128))
+    whole = torch.ops.fi.ragged_attention(q, k, v, indptr, indptr, causal=True)
+    halves = [
+        torch.ops.fi.ragged_attention(*(x[:, part] for x in (q, k, v)), indptr, indptr, causal=True)
+        for part in (slice(heads // 2), slice(heads // 2, heads))
+    ]
+    expected = torch.cat(halves, 1).double()
+    assert (whole.double() - expected).norm() < 3e-3 * expected.norm()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("page_size", [1, 16, 128])
 def test_pages_that_are_not_there(page_size):
     """Nothing is read for them, and requests beside them don't notice."""
