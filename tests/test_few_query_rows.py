@@ -43,7 +43,10 @@ def random_mask(draw, device, batch, heads, qo_len, kv_len, dtype):
 FEW_ROWS = ([1, 1, 1, *range(2, 9)], [1, 2, 3, 4, 5, 8, 16])  # qo_len, query heads of a KV head
 
 
-def random_call(seed: int, device: str, qo_lens=FEW_ROWS[0], groups=FEW_ROWS[1]):
+HEAD_DIMS = [(64, 64), (128, 128), (128, 128), (256, 256), (80, 80), (96, 64), (192, 128), (17, 9)]
+
+
+def random_call(seed: int, device: str, qo_lens=FEW_ROWS[0], groups=FEW_ROWS[1], head_dims=HEAD_DIMS):
     """(op, arguments, keyword arguments) of case `seed`."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
@@ -52,7 +55,7 @@ def random_call(seed: int, device: str, qo_lens=FEW_ROWS[0], groups=FEW_ROWS[1])
     group = draw.choice(groups)
     qo_len = draw.choice(qo_lens)
     kv_len = draw.choice([1, 15, 63, 64, 65, 130, 257, 500, 1000])
-    dim, dim_vo = draw.choice([(64, 64), (128, 128), (128, 128), (256, 256), (80, 80), (96, 64), (192, 128), (17, 9)])
+    dim, dim_vo = draw.choice(head_dims)
     heads = kv_heads * group
 
     def rand(*shape):
@@ -114,6 +117,14 @@ def random_call(seed: int, device: str, qo_lens=FEW_ROWS[0], groups=FEW_ROWS[1])
 @pytest.mark.parametrize("seed", range(60))
 def test_random_call(seed, device):
     op, args, kwargs = random_call(seed, device)
+    assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"seed {seed}"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(1000, 1030))
+def test_keys_wider_than_values(seed, device):
+    """As DeepSeek's are, and what is padded to them."""
+    op, args, kwargs = random_call(seed, device, head_dims=[(192, 128), (192, 128), (136, 104), (192, 40), (160, 120)])
     assert_op_matches_reference(SPECS[op], Sample(args, kwargs, f"seed {seed}"))
 
 

@@ -81,7 +81,9 @@ void attention_decode(const AttentionParams& p, const AppendParams* append, cons
   const bool is_bf16 = p.dtype == DType::bf16;
   const auto run = widest <= 64    ? (is_bf16 ? decode::bf16_64 : decode::f16_64)
                    : widest <= 128 ? (is_bf16 ? decode::bf16_128 : decode::f16_128)
-                                   : (is_bf16 ? decode::bf16_256 : decode::f16_256);
+                   : p.head_dim_qk <= 192 && p.head_dim_vo <= 128
+                       ? (is_bf16 ? decode::bf16_192_128 : decode::f16_192_128)
+                       : (is_bf16 ? decode::bf16_256 : decode::f16_256);
   run(p, append, gpu);
 }
 

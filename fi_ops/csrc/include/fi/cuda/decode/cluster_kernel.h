@@ -286,11 +286,11 @@ void launch_cluster_kernel(const AttentionParams& p, const Plan& plan, int block
 }
 
 // `append`: what goes into the cache first; null: nothing.
-template <class T, int kDim>
+template <class T, int kDimQK, int kDimVO = kDimQK>
 void run_on_tensor_cores(const AttentionParams& p, const AppendParams* append, const Gpu& gpu) {
   using Cursor = RunCursor<16, 16>;
-  using General = TensorCores<T, kDim, Cursor>;
-  using Plain = TensorCores<T, kDim, Cursor, true>;
+  using General = TensorCores<T, kDimQK, kDimVO, Cursor>;
+  using Plain = TensorCores<T, kDimQK, kDimVO, Cursor, true>;
   Plan plan = plan_of<General>(p);
   const ClusterPlan clusters = plan_clusters(p, plan, gpu);
   const size_t received = clusters.blocks > 1 ? ClusterBlock<T, General>::kReceivedBytes : 0;
@@ -309,7 +309,7 @@ void run_on_tensor_cores(const AttentionParams& p, const AppendParams* append, c
   }
   if (append && plan.added.count == 0) append_kv(*append, gpu);
   if (clusters.blocks == 0) {
-    run_decode<T, TensorCores<T, kDim>>(p, gpu);
+    run_decode<T, TensorCores<T, kDimQK, kDimVO>>(p, gpu);
   } else if (is_plain(p, plan) && holds_all()) {
     launch_cluster_kernel<T, Plain>(p, plan, clusters.blocks, shape, gpu);
   } else {

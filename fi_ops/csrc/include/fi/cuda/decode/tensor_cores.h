@@ -5,42 +5,50 @@
 // stays full while one segment is finished.
 #pragma once
 
+#include <numeric>
+
 #include "fi/cuda/decode/slices.h"
 #include "fi/cuda/decode/warp_tile.h"
 
 namespace fi::cuda::decode {
 
+// Rows that whole warps copy together, 16 bytes a lane.
+template <int kDim>
+inline constexpr int kCopyRows = std::lcm(32, kDim / 8) / (kDim / 8);
+
 // kIsPlain: for calls that are is_plain(), whose query the threads hold.
-template <class T, int kDim, class TheCursor = SliceCursor<16, 16>, bool kIsPlain = false>
-class TensorCores : public WarpTile<T, kDim> {
-  using Tile = WarpTile<T, kDim>;
-  using Tile::kChunks, Tile::kRowBytes, Tile::kTileBytes;
+template <class T, int kDimQK, int kDimVO, class TheCursor = SliceCursor<16, 16>, bool kIsPlain = false>
+class TensorCores : public WarpTile<T, kDimQK, kDimVO> {
+  using Tile = WarpTile<T, kDimQK, kDimVO>;
+  using TheShape = Shape<kDimQK, kDimVO>;
+  using Tile::kChunks, Tile::kRowBytes, Tile::kTileBytes, Tile::kValueChunks;
   using Tile::lane_, Tile::query_;
-  using Tile::row_of, Tile::column_of, Tile::offset_of;
-  static constexpr int kStages = Shape<kDim>::kStages;
-  static constexpr int kStageBytes = 2 * kTileBytes;  // K, then V
+  using Tile::row_of, Tile::column_of, Tile::offset_of, Tile::value_offset_of;
+  static constexpr int kStages = TheShape::kStages;
+  static constexpr int kStageBytes = kTileBytes + Tile::kValueTileBytes;  // K, then V
 
  public:
   using Tile::kRows, Tile::kSliceKeys;
   static constexpr int kRingSlices = kStages;
-  static constexpr int kSmWarps = Shape<kDim>::kSmWarps;
-  static constexpr int kBlocksAnSm = Shape<kDim>::kBlocksAnSm;
-  static constexpr int kMinUnits = Shape<kDim>::kMinUnits;
+  static constexpr int kSmWarps = TheShape::kSmWarps;
+  static constexpr int kBlocksAnSm = TheShape::kBlocksAnSm;
+  static constexpr int kMinUnits = TheShape::kMinUnits;
   static constexpr bool kAligned = true;
   static constexpr bool kPlain = kIsPlain;
   using Cursor = TheCursor;
-  static_assert(kStageBytes == kRows * kDim * sizeof(float), "publish() puts the accumulators into a stage");
+  static_assert(kDimVO <= kDimQK && kStageBytes >= kRows * kDimVO * sizeof(float),
+                "publish() puts the accumulators into a stage");
 
   static size_t query_bytes(const AttentionParams&) { return kRows * kRowBytes; }
   static size_t added_bytes(const Plan& plan) {
     return size_t(2 * plan.added.count) * kRowBytes;
   }  // behind it
   static size_t warp_bytes(const AttentionParams&) { return kStages * kStageBytes; }
-  static int acc_width(const AttentionParams&) { return kDim; }
-  static constexpr int kRowChunks = kDim / 4;  // four accumulators each
+  static int acc_width(const AttentionParams&) { return kDimVO; }
+  static constexpr int kRowChunks = kDimVO / 4;  // four accumulators each
   FI_INLINE int row_chunks(const AttentionParams&) { return kRowChunks; }
 
-  using Query = QueryRows<T, kDim, kSmWarps / kBlocksAnSm * 32, kIsPlain>;
+  using Query = QueryRows<T, kDimQK, kSmWarps / kBlocksAnSm * 32, kIsPlain>;
 
   FI_DEVICE_INLINE TensorCores(const AttentionParams& p, const Plan& plan, const Cursor& cursor,
                                unsigned char* query, unsigned char* warp_memory)
@@ -118,39 +126,45 @@ class TensorCores : public WarpTile<T, kDim> {
 #pragma unroll
     for (int s = 0; s + 1 < kStages; ++s) keys_[s] = keys_[s + 1];
     if (!cursor_.done()) {
-      constexpr int kRowsAtOnce = 32 / kChunks;
       if (cursor_.entered()) {
         const SegmentPlace at = cursor_.place();
         k_ = static_cast<const T*>(p_.key) + at.b * p_.k_stride_b + at.kv_head * p_.k_stride_h;
         v_ = static_cast<const T*>(p_.value) + at.b * p_.v_stride_b + at.kv_head * p_.v_stride_h;
       }
       const Slice slice = cursor_.slice();
-      const int row = lane_ / kChunks, chunk = lane_ % kChunks;
       unsigned char* stage = ring_ + to_stage * kStageBytes;
-      const bool whole = slice.key + kSliceKeys <= cursor_.key_end();
-      auto copy = [&](unsigned char* to, const T* head, int64_t stride, int64_t dim) {
-        const T* src = head + (slice.key + row) * stride + chunk * 8;
-        to += row * kRowBytes;
-        const int column = (chunk ^ row) << 4;
-        const bool chunk_inside = chunk * 8 < dim;
-        if (whole && dim == kDim) {
-#pragma unroll
-          for (int r = 0; r < kSliceKeys; r += kRowsAtOnce, src += kRowsAtOnce * stride)
-            cp_async_16(to + r * kRowBytes + (column ^ (r & 7) << 4), src);
-        } else {
-#pragma unroll 1
-          for (int r = 0; r < kSliceKeys; r += kRowsAtOnce, src += kRowsAtOnce * stride) {
-            const bool inside = chunk_inside && slice.key + row + r < cursor_.key_end();
-            cp_async_16(to + r * kRowBytes + (column ^ (r & 7) << 4), inside ? src : head, inside);
-          }
-        }
-      };
-      copy(stage, k_, p_.k_stride_n, p_.head_dim_qk);
-      copy(stage + kSliceKeys * kRowBytes, v_, p_.v_stride_n, p_.head_dim_vo);
+      copy<kDimQK>(stage, k_, p_.k_stride_n, p_.head_dim_qk, slice.key);
+      copy<kDimVO>(stage + kTileBytes, v_, p_.v_stride_n, p_.head_dim_vo, slice.key);
       keys_[kStages - 1] = slice.key << 1 | int(slice.open);
       cursor_.step();
     }
     cp_async_commit();
+  }
+
+  // A slice of keys or of values. Lanes take neighbouring chunks, so many rows at once as these fill.
+  template <int kDim>
+  FI_DEVICE_INLINE void copy(unsigned char* to, const T* head, int64_t stride, int64_t dim, int key) const {
+    constexpr int kRowChunks = kDim / 8, kRowsAtOnce = kCopyRows<kDim>;
+    const bool whole = key + kSliceKeys <= cursor_.key_end();
+#pragma unroll
+    for (int first = 0; first < kRowsAtOnce * kRowChunks; first += 32) {
+      const int row = (first + lane_) / kRowChunks, chunk = (first + lane_) % kRowChunks;
+      const T* src = head + (key + row) * stride + chunk * 8;
+      unsigned char* const place = to + row * kDim * 2;
+      const int column = (chunk ^ row) << 4;
+      if (whole && dim == kDim) {
+#pragma unroll
+        for (int r = 0; r < kSliceKeys; r += kRowsAtOnce, src += kRowsAtOnce * stride)
+          cp_async_16(place + r * kDim * 2 + (column ^ (r & 7) << 4), src);
+      } else {
+        const bool chunk_inside = chunk * 8 < dim;
+#pragma unroll 1
+        for (int r = 0; r < kSliceKeys; r += kRowsAtOnce, src += kRowsAtOnce * stride) {
+          const bool inside = chunk_inside && key + row + r < cursor_.key_end();
+          cp_async_16(place + r * kDim * 2 + (column ^ (r & 7) << 4), inside ? src : head, inside);
+        }
+      }
+    }
   }
 
   // One copy of the code for all eight, which take turns in s[0][0]: where it runs, it mostly runs once a
@@ -194,10 +208,12 @@ class TensorCores : public WarpTile<T, kDim> {
       const int row = rows.slot[i] - key;
       if (row < 0 || row >= kSliceKeys) continue;
 #pragma unroll
-      for (int item = lane_; item < 2 * kChunks; item += 32) {
+      for (int item = lane_; item < kChunks + kValueChunks; item += 32) {
         const bool is_value = item >= kChunks;
-        const int chunk = item % kChunks;
-        *reinterpret_cast<uint4*>(stage + (is_value ? kSliceKeys * kRowBytes : 0) + offset_of(row, chunk)) =
+        const int chunk = is_value ? item - kChunks : item;
+        unsigned char* const to =
+            stage + (is_value ? kTileBytes + value_offset_of(row, chunk) : offset_of(row, chunk));
+        *reinterpret_cast<uint4*>(to) =
             *reinterpret_cast<const uint4*>(query_ + offset_of(added_row(plan_, i, is_value), chunk));
       }
     }

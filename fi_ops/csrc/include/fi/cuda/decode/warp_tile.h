@@ -1,6 +1,7 @@
 // 16 query rows against 16 keys at a time on tensor cores, by one warp.
 //
-// Keys and values are tiles of kDim 16-bit elements a row in shared memory, swizzled (row_chunk_offset).
+// Keys and values are tiles of kDimQK and kDimVO 16-bit elements a row in shared memory, swizzled
+// (row_chunk_offset).
 // Products and weights stay in registers: the accumulators of Q K^T have the layout that the weights need as
 // the left side of P V.
 #pragma once
@@ -11,29 +12,31 @@ namespace fi::cuda::decode {
 
 // How a head_dim is run. A block has half of kSmWarps, with two blocks an SM, so that one loads while the
 // other begins or joins; or all of them where there is a block for each SM at most. Either way the stages of
-// an SM hold 128 KB of K and V, of which at least half are in flight. That is more than twice what covers the
-// latency of HBM at full rate; still more only makes all wait longer, and some SMs much longer than others.
-// Devices with less shared memory run fewer warps.
-template <int kDim>
+// an SM hold 128 KB of K and V (192 / 128: 160), of which at least half are in flight. That is more than
+// twice what covers the latency of HBM at full rate; still more only makes all wait longer, and some SMs much
+// longer than others. Devices with less shared memory run fewer warps.
+template <int kDimQK, int kDimVO = kDimQK>
 struct Shape {
-  static constexpr int kSmWarps = kDim <= 128 ? kMaxWarps : 4;
-  static constexpr int kStages = kDim <= 64 ? 4 : 2;
-  static constexpr int kBlocksAnSm = kDim <= 128 ? 2 : 1;
-  static constexpr int kMinUnits = 2;                     // two slices for each warp of a half block
-  static constexpr bool kQueryInRegisters = kDim <= 128;  // else read from shared memory for each slice
+  static constexpr int kSmWarps = kDimQK <= 192 ? kMaxWarps : 4;
+  static constexpr int kStages = kDimQK <= 64 ? 4 : 2;
+  static constexpr int kBlocksAnSm = kDimQK <= 192 ? 2 : 1;
+  static constexpr int kMinUnits = 2;                       // two slices for each warp of a half block
+  static constexpr bool kQueryInRegisters = kDimQK <= 192;  // else read from shared memory for each slice
 };
 
-template <class T, int kDim>
+template <class T, int kDimQK, int kDimVO = kDimQK>
 class WarpTile {
  protected:
-  static constexpr bool kQueryInRegisters = Shape<kDim>::kQueryInRegisters;
+  static constexpr bool kQueryInRegisters = Shape<kDimQK, kDimVO>::kQueryInRegisters;
   static constexpr bool kTwoChains = kQueryInRegisters;
-  static constexpr int kRowBytes = kDim * 2, kChunks = kDim / 8, kSteps = kDim / 16;
+  static constexpr int kRowBytes = kDimQK * 2, kChunks = kDimQK / 8, kSteps = kDimQK / 16;  // of keys
+  static constexpr int kValueRowBytes = kDimVO * 2, kValueChunks = kDimVO / 8;
 
  public:
   using Element = T;
   static constexpr int kRows = 16, kSliceKeys = 16;
-  static constexpr int kTileBytes = kSliceKeys * kRowBytes;  // of keys, or of values
+  static constexpr int kTileBytes = kSliceKeys * kRowBytes;  // of keys
+  static constexpr int kValueTileBytes = kSliceKeys * kValueRowBytes;
 
   // After the query rows are stored, and a barrier.
   FI_DEVICE_INLINE void begin_segment() {
@@ -45,14 +48,16 @@ class WarpTile {
   }
 
   // Where four columns of a published row are.
-  FI_DEVICE_INLINE static int acc_offset(int row, int chunk) { return row * kDim + (chunk ^ (row & 7)) * 4; }
+  FI_DEVICE_INLINE static int acc_offset(int row, int chunk) {
+    return row * kDimVO + (chunk ^ (row & 7)) * 4;
+  }
 
  protected:
   FI_DEVICE_INLINE explicit WarpTile(unsigned char* query) : query_(query), lane_(threadIdx.x % 32) {}
 
   FI_DEVICE_INLINE void clear() {
 #pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
+    for (int n = 0; n < kDimVO / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc_[n][e] = 0.0f;
     }
@@ -60,7 +65,10 @@ class WarpTile {
     sum_[0] = sum_[1] = 0.0f;
   }
 
-  FI_DEVICE_INLINE static int offset_of(int row, int chunk) { return row_chunk_offset<kDim>(row, chunk); }
+  FI_DEVICE_INLINE static int offset_of(int row, int chunk) { return row_chunk_offset<kDimQK>(row, chunk); }
+  FI_DEVICE_INLINE static int value_offset_of(int row, int chunk) {
+    return row_chunk_offset<kDimVO>(row, chunk);
+  }
   // offset_of(row, 2 * pair + chunk), chunk 0 or 1, for a constant pair: four addresses serve all pairs.
   FI_DEVICE_INLINE static int offset_of_pair(int row, int pair, int chunk) {
     return offset_of(row, pair % 4 * 2 + chunk) + pair / 4 * 128;
@@ -88,9 +96,9 @@ class WarpTile {
   FI_DEVICE_INLINE void multiply_values(const unsigned char* values, const uint32_t (&weights)[4]) {
     const int row = lane_ / 8 % 2 * 8 + lane_ % 8, chunk = lane_ / 16;
 #pragma unroll
-    for (int n = 0; n < kDim / 16; ++n) {
+    for (int n = 0; n < kDimVO / 16; ++n) {
       uint32_t v[4];
-      ldmatrix_x4_trans(v, values + offset_of_pair(row, n, chunk));
+      ldmatrix_x4_trans(v, values + value_offset_of(row, n % 4 * 2 + chunk) + n / 4 * 128);
       mma_m16n8k16<T>(acc_[2 * n], weights, v[0], v[1]);
       mma_m16n8k16<T>(acc_[2 * n + 1], weights, v[2], v[3]);
     }
@@ -119,7 +127,7 @@ class WarpTile {
     }
     if (!__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) return;
 #pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
+    for (int n = 0; n < kDimVO / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc_[n][e] *= rescale[e / 2];
     }
@@ -143,16 +151,16 @@ class WarpTile {
     constexpr unsigned kAll = (1u << kSliceKeys) - 1u;
     if ((live & kAll) == kAll) return;
 #pragma unroll 1
-    for (int item = lane_; item < kSliceKeys * kChunks; item += 32) {
-      const int row = item / kChunks;
+    for (int item = lane_; item < kSliceKeys * kValueChunks; item += 32) {
+      const int row = item / kValueChunks;
       if (!(live >> row & 1))
-        *reinterpret_cast<uint4*>(values + offset_of(row, item % kChunks)) = uint4{0, 0, 0, 0};
+        *reinterpret_cast<uint4*>(values + value_offset_of(row, item % kValueChunks)) = uint4{0, 0, 0, 0};
     }
     __syncwarp();
   }
 
   // The warp's result of a segment, for all warps to read: maxima and sums of the rows, the accumulators over
-  // `stage` (16 rows of kDim). Where the warp had no slice, only sums of 0.
+  // `stage` (16 rows of kDimVO). Where the warp had no slice, only sums of 0.
   FI_DEVICE_INLINE void publish_to(float* stage, float* row_max, float* row_sum, const float** acc,
                                    int num_rows, bool had_slices) {
     publish_sums(row_max, row_sum);
@@ -164,9 +172,9 @@ class WarpTile {
       const int row = row_of(2 * half);
       if (row >= num_rows) continue;
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
+      for (int n = 0; n < kDimVO / 8; ++n) {
         // acc_offset(row, 2 * n + lane_ % 4 / 2): four addresses serve all.
-        const int offset = acc_offset(lane_ / 4, n % 4 * 2 + lane_ % 4 / 2) + n / 4 * 32 + half * 8 * kDim;
+        const int offset = acc_offset(lane_ / 4, n % 4 * 2 + lane_ % 4 / 2) + n / 4 * 32 + half * 8 * kDimVO;
         *reinterpret_cast<float2*>(stage + offset + lane_ % 2 * 2) =
             float2{acc_[n][2 * half], acc_[n][2 * half + 1]};
       }
@@ -189,7 +197,7 @@ class WarpTile {
   unsigned char* query_;
   int lane_;
   uint32_t q_[kQueryInRegisters ? kSteps : 1][4];
-  float acc_[kDim / 8][4];
+  float acc_[kDimVO / 8][4];
   float max_[2], sum_[2];
 };
 
