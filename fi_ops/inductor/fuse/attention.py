@@ -48,7 +48,7 @@ from ..walk import (
 from .bounds import Proofs, Rows, emit_bounds, emit_lengths, emit_rest
 from .decline import Facts, capability_of
 from .emit import Emitter, Written, is_computed, keep_in_memory, replace
-from .latent import by_head, check_absorbed, dense_operands, emit_latent, emit_paged, has_paged_op
+from .latent import by_head, check_absorbed, dense_operands, emit_latent, emit_paged
 from .masks import emit_mask, emit_sinks, kind_of_mask
 
 KEY_TRANSPOSE = (0, 1, 3, 2)
@@ -236,7 +236,7 @@ def prove_masks(plan: Plan, proofs: Proofs) -> None:
         plan.counts = True
         proof = _proof(plan, proofs)
         is_all = proof is not None and not (proof.masks or proof.rest) and proof.bounds.window_left < 0
-        plan.counts = has_paged_op() and (is_all or not attention.masks)
+        plan.counts = is_all or not attention.masks
     proof = _proof(plan, proofs)
     if proof is not None:
         plan.bounds, plan.rest, plan.is_proven = proof.bounds, proof.rest, True

@@ -42,6 +42,9 @@ def check_absorbed(attention: Attention, latent: Latent, query: Node, gone: set[
             raise Declined(f"{node.name}: is {value(node).dtype} on {value(node).device}, unlike the query")
     if not same_size(shape(query)[1], latent.heads):
         raise Declined(f"{name}: expands {latent.heads} heads for {shape(query)[1]} query heads")
+    device = value(query).device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        raise Declined(f"{name}: attention to compressed keys is fast on Hopper and CPUs, not on {device}")
     if not _is_cheaper(rows, keys, latent):
         raise Declined(f"{name}: {rows} rows over {keys} keys take less time with keys and values expanded")
 
@@ -57,11 +60,6 @@ def _is_cheaper(rows, keys, latent: Latent) -> bool:
     if isinstance(keys, int):
         return rows * (a_row + keys * a_pair) <= keys * a_row
     return 2 * rows * a_pair <= a_row
-
-
-def has_paged_op() -> bool:
-    """Latent attention is among the library's ops."""
-    return hasattr(torch.ops.fi, "mla_paged_attention")
 
 
 def emit_latent(latent: Latent, query: Node, attend: Callable[[Node, Node], Node], emitter: Emitter) -> Node:
