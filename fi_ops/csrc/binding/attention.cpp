@@ -73,6 +73,7 @@ BatchAttentionParams as_batch(const Tensor& query, const Tensor& key, const Tens
   p.call = attention_params(query, key, value, outputs.output, std::nullopt, o.causal, o.window_left, o.scale,
                             o.logits_soft_cap, o.alibi_slopes, o.sinks, arena);
   p.call.qo_len = batch * qo_len;
+  p.call.kv_len = batch * kv_len;  // of all requests: what scratch memory is sized by
   if (qo_len == 1) {
     p.call.q_stride_n = p.call.q_stride_b;
     p.call.o_stride_n = p.call.o_stride_b;
