@@ -214,11 +214,12 @@ def test_variants_that_are_widened(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("qo_len", [1, 5, 63])
-def test_few_rows_are_as_exact_as_wide_ones(qo_len, dtype, device):
+def test_few_rows_are_as_exact_as_wide_ones(qo_len, batch, dtype, device):
     """Their weights are not rounded to 8 bits."""
     torch.manual_seed(0)
-    args = tensors(device, (2, 8, 2, qo_len, 400, 128), dtype)
+    args = tensors(device, (batch, 8, 2, qo_len, 400, 128), dtype)
     options = {"causal": True, "q_scale": scales(8, device), "k_scale": scales(2, device), "v_scale": scales(1, device)}
     output = torch.ops.fi.attention(*args, out_dtype=torch.bfloat16, **options)
     want, _ = exact(args, options)
