@@ -12,6 +12,7 @@ import math
 import pytest
 import torch
 
+import fi_ops
 from fi_ops.library import SPECS
 from fi_ops.testing import assert_within_budget, upcast
 
@@ -118,7 +119,7 @@ def test_sizes_and_what_rows_see(sizes, options, dim, device):
 def test_nan_behind_the_end(causal, dim, dtype, device):
     """What lies behind the last key in memory is in the last tile, too, and of no key."""
     torch.manual_seed(0)
-    check(tensors(device, (2, 4, 2, 300, 517, dim), dtype, behind=40), causal=causal)
+    check(tensors(device, (2, 4, 2, 300, 517, dim), dtype, behind=140), causal=causal)
     check(tensors(device, (1, 4, 2, 100, 200, dim), dtype, behind=1, by_token=False), causal=causal)
 
 
@@ -234,3 +235,19 @@ def test_the_cpu_is_as_exact_as_it_is_with_wide_tensors(sizes, out_dtype):
     output, lse = torch.ops.fi.attention_with_lse(*args, causal=True, out_dtype=out_dtype)
     same = torch.ops.fi.attention_with_lse(*(t.to(out_dtype) for t in args), causal=True)
     assert torch.equal(output, same[0]) and torch.equal(lse, same[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_single_prefill_takes_them(as_tensors, device):
+    torch.manual_seed(0)
+    args = tensors(device, (1, 4, 2, 150, 150, 128))
+    factors = {"q_scale": 0.5, "k_scale": 1.5, "v_scale": 2.0}
+    options = {name: torch.tensor([factor], device=device) for name, factor in factors.items()}
+    given = options.values() if as_tensors else factors.values()
+    by_token = (t[0].transpose(0, 1) for t in args)
+    output = fi_ops.single_prefill_with_kv_cache(*by_token, *given, causal=True, o_dtype=torch.float32)
+    want, _ = exact(args, options | {"causal": True})
+    assert output.dtype == torch.float32
+    error = (output.transpose(0, 1)[None].double() - want).abs().max()
+    assert error <= LARGEST_ERROR * want.abs().max()
