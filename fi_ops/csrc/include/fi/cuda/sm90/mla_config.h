@@ -38,12 +38,24 @@ struct MlaPiece {
   int slot;                   // where the partial result goes, of the block's two; -1: the piece is whole
 };
 
+// A request in units of the schedule (mla_schedule.h).
+struct MlaUnits {
+  int tiles, items;  // key tiles of each item
+};
+
+// Where a request's queries and keys begin, and how many there are.
+struct MlaRequest {
+  MlaUnits units;
+  int q_begin, qo_len, kv_begin, kv_len;
+};
+
 struct MlaSmem {
   unsigned char q[kMlaTileBytes];  // before the first piece: what MlaSchedule counts
   unsigned char kv[2][kMlaTileBytes];
   float origins[2][kMlaRows];  // what the weights in a place's tile are relative to
   float sums[2][kMlaRows];     // of the weights of each warpgroup's tiles
   MlaPiece pieces[2];
+  MlaRequest requests[32];  // among which the producers' first warp looks for pieces
   Barrier pieces_full[2], pieces_empty[2];
   // Of each place the left and the right half of ckv's columns; kpe comes with the half that is not of the
   // place's own warpgroup.

@@ -159,7 +159,7 @@ class MlaRowCopies {
     constexpr int kChunks = 4 * kPanels, kRowsAtOnce = 32 / kChunks < 1 ? 1 : 32 / kChunks;
     const int lane = threadIdx.x % 32, chunk = lane % kChunks;
     constexpr int kSteps = kWarpRows / kRowsAtOnce, kAtOnce = kSteps < 4 ? kSteps : 4;
-#pragma unroll
+#pragma unroll 1  // as many loads in flight as there are registers for
     for (int first = 0; first < kSteps; first += kAtOnce) {
       uint4 x[kAtOnce];
 #pragma unroll
@@ -202,13 +202,14 @@ class MlaProducer {
     uint32_t parities = 0;  // of the places, a bit each
     if (threadIdx.x < 32) {
       MlaPieces pieces(smem, args, share);
-      MlaJoinTask task{};
+      if (threadIdx.x == 0) args.tasks[blockIdx.x] = {};
       for (;;) {
         MlaPiece piece;
         int parts = 0;
         const bool any = pieces.next(piece, parts);
         if (!any) piece.num_rows = -1;
-        if (any && parts > 0) task = {piece.q_begin, piece.row_begin, piece.num_rows, parts};
+        if (threadIdx.x == 0 && any && parts > 0)
+          args.tasks[blockIdx.x] = {piece.q_begin, piece.row_begin, piece.num_rows, parts};
         barrier_wait(smem.pieces_empty[at.stage], at.parity ^ 1);
         if (threadIdx.x == 0) {
           smem.pieces[at.stage] = piece;
@@ -219,7 +220,6 @@ class MlaProducer {
         bring(smem, loader, smem.pieces[at.stage], parities);
         at.advance();
       }
-      if (threadIdx.x == 0) args.tasks[blockIdx.x] = task;
     } else {
       for (;;) {
         barrier_wait(smem.pieces_full[at.stage], at.parity);

@@ -19,11 +19,6 @@ struct MlaShare {
   int granule;
 };
 
-// A request in units.
-struct MlaUnits {
-  int tiles, items;  // key tiles of each item
-};
-
 FI_INLINE MlaUnits mla_units(const Request& r, int num_heads, int ranks) {
   const int rows = static_cast<int>(r.qo_len) * num_heads;
   const int row_tiles = (rows + kMlaRows - 1) / kMlaRows;
@@ -102,17 +97,18 @@ class MlaSchedule {
   FI_DEVICE_INLINE static MlaUnits* list(MlaSmem& smem) { return reinterpret_cast<MlaUnits*>(smem.q); }
 };
 
-// A block's pieces, one after the other. By one warp, which looks up 32 requests at a time, one a lane.
+// A block's pieces, one after the other. By one warp, which looks up 32 requests at a time, one a lane, and
+// keeps them in shared memory: it has no registers to spare.
 class MlaPieces {
  public:
   FI_DEVICE_INLINE MlaPieces(MlaSmem& smem, const MlaArgs& args, const MlaShare& share)
-      : args_(args), share_(share), batch_(static_cast<int>(args.p.batch.call.batch)) {
+      : smem_(smem), args_(args), share_(share) {
     // The 32 requests among which the share begins.
     const MlaUnits* const requests = MlaSchedule::list(smem);
-    for (first_ = 0; first_ < batch_; first_ += 32) {
+    for (first_ = 0; first_ < batch(); first_ += 32) {
       const int b = first_ + lane();
-      const int64_t size =
-          warp_sum(b < batch_ ? int64_t{requests[b].items} * round_up(requests[b].tiles, share_.granule) : 0);
+      const int64_t size = warp_sum(
+          b < batch() ? int64_t{requests[b].items} * round_up(requests[b].tiles, share_.granule) : 0);
       if (at_ + size > share_.begin) break;
       at_ += size;
     }
@@ -123,15 +119,15 @@ class MlaPieces {
   // parts.
   FI_DEVICE_INLINE bool next(MlaPiece& piece, int& parts) {
     for (;;) {
-      if (share_.begin >= share_.end || first_ >= batch_) return false;
+      if (share_.begin >= share_.end || first_ >= batch()) return false;
       if (nth_ == 32) {
         first_ += 32;
         look_up();
         continue;
       }
-      const int tiles = of_lane(tiles_), items = of_lane(items_);
+      const int tiles = request().units.tiles;
       const int size = round_up(tiles, share_.granule);
-      const int64_t end = at_ + int64_t{items} * size;
+      const int64_t end = at_ + int64_t{request().units.items} * size;
       const int64_t from = share_.begin > at_ ? share_.begin : at_;
       if (from >= end) {
         at_ = end;
@@ -155,20 +151,24 @@ class MlaPieces {
   }
 
  private:
+  FI_DEVICE_INLINE int batch() const { return static_cast<int>(args_.p.batch.call.batch); }
   FI_DEVICE_INLINE static int lane() { return threadIdx.x % 32; }
   FI_DEVICE_INLINE static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-  FI_DEVICE_INLINE int of_lane(int x) const { return __shfl_sync(kAllLanes, x, nth_); }
+  FI_DEVICE_INLINE const MlaRequest& request() const { return smem_.requests[nth_]; }
 
   FI_DEVICE_INLINE void look_up() {
     nth_ = 0;
     const int b = first_ + lane();
-    tiles_ = items_ = 0;
-    if (b >= batch_) return;
-    const Request r = request_of(args_.p.batch, b);
-    const MlaUnits units = mla_units(r, args_.num_heads, args_.ranks);
-    tiles_ = units.tiles, items_ = units.items;
-    q_begin_ = static_cast<int>(r.q_begin), qo_len_ = static_cast<int>(r.qo_len);
-    kv_begin_ = static_cast<int>(r.kv_begin), kv_len_ = static_cast<int>(r.kv_len);
+    MlaRequest found{};
+    if (b < batch()) {
+      const Request r = request_of(args_.p.batch, b);
+      found.units = mla_units(r, args_.num_heads, args_.ranks);
+      found.q_begin = static_cast<int>(r.q_begin), found.qo_len = static_cast<int>(r.qo_len);
+      found.kv_begin = static_cast<int>(r.kv_begin), found.kv_len = static_cast<int>(r.kv_len);
+    }
+    __syncwarp();  // all lanes are done with what lay there
+    smem_.requests[lane()] = found;
+    __syncwarp();
   }
 
   FI_DEVICE_INLINE static int tiles_of(int keys) { return (keys + kMlaKeys - 1) / kMlaKeys; }
@@ -180,8 +180,8 @@ class MlaPieces {
   }
 
   FI_DEVICE_INLINE void make(MlaPiece& piece, int item, int begin, int end, int tiles) const {
-    const int qo_len = of_lane(qo_len_), kv_len = of_lane(kv_len_);
-    piece.q_begin = of_lane(q_begin_), piece.kv_begin = of_lane(kv_begin_), piece.kv_len = kv_len;
+    const int qo_len = request().qo_len, kv_len = request().kv_len;
+    piece.q_begin = request().q_begin, piece.kv_begin = request().kv_begin, piece.kv_len = kv_len;
     piece.row_begin = (item * args_.ranks + static_cast<int>(blockIdx.x) % args_.ranks) * kMlaRows;
     piece.num_rows = max(0, min(qo_len * args_.num_heads - piece.row_begin, kMlaRows));
     piece.q_offset = kv_len - qo_len;
@@ -197,12 +197,11 @@ class MlaPieces {
     piece.slot = begin > 0 ? 0 : end < tiles ? 1 : -1;
   }
 
+  MlaSmem& smem_;
   const MlaArgs& args_;
   MlaShare share_;
-  int batch_, first_, nth_ = 0;  // the first of the requests in the lanes; which of them is at hand
-  int64_t at_ = 0;               // its first unit
-  // The lane's request.
-  int tiles_ = 0, items_ = 0, q_begin_ = 0, qo_len_ = 0, kv_begin_ = 0, kv_len_ = 0;
+  int first_, nth_ = 0;  // the first of the requests looked up; which of them is at hand
+  int64_t at_ = 0;       // its first unit
 };
 
 }  // namespace fi::cuda::sm90
