@@ -177,19 +177,7 @@ class BatchWrapper:
         check_heads(function, num_qo_heads, num_kv_heads)
         require(function, page_size >= 1, f"page_size must be 1 or more, got {page_size}; pass the cache's")
         batch = qo_indptr.shape[0] - 1
-        for name, tensor, size in (("kv_indptr", kv_indptr, batch + 1), ("kv_last_page_len", kv_last_page_len, batch)):
-            if tensor is not None:
-                require(
-                    function,
-                    tensor.shape[0] == size,
-                    f"{name} must have {size} elements for a batch of {batch}, got {tensor.shape[0]}; build it from the same batch",
-                )
-        if self._fixed_batch_size is not None:
-            require(
-                function,
-                batch == self._fixed_batch_size,
-                f"the batch is fixed in CUDA graph mode at {self._fixed_batch_size}, got {batch}; make another wrapper for it",
-            )
+        self._check_batch(function, batch, kv_indptr=(kv_indptr, batch + 1), kv_last_page_len=(kv_last_page_len, batch))
         rows = self._query_rows(function, qo_indptr, nnz_qo)
         max_kv_len = self._longest_request(kv_indptr, kv_indices, kv_last_page_len, page_size, max_sequence_kv)
 
@@ -223,6 +211,22 @@ class BatchWrapper:
         self._head_dims = head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo
         self._page_size, self._max_kv_len = page_size, max_kv_len
         self._set(new_settings)
+
+    def _check_batch(self, function: str, batch: int, **sized: tuple[torch.Tensor | None, int]) -> None:
+        """RuntimeError unless the tensors have the sizes beside them and the batch is the fixed one, if any."""
+        for name, (tensor, size) in sized.items():
+            if tensor is not None:
+                require(
+                    function,
+                    tensor.shape[0] == size,
+                    f"{name} must have {size} elements for a batch of {batch}, got {tensor.shape[0]}; build it from the same batch",
+                )
+        if self._fixed_batch_size is not None:
+            require(
+                function,
+                batch == self._fixed_batch_size,
+                f"the batch is fixed in CUDA graph mode at {self._fixed_batch_size}, got {batch}; make another wrapper for it",
+            )
 
     def _check_settings(self, settings: Settings) -> None:
         """RuntimeError for settings that a kind of wrapper can't have."""

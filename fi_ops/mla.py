@@ -105,18 +105,7 @@ class BatchMLAPagedAttentionWrapper(BatchWrapper):
         for name, size in sizes.items():
             require(function, size >= 1, f"{name} must be 1 or more, got {size}; pass the model's and the cache's")
         batch = qo_indptr.shape[0] - 1
-        for name, tensor, size in (("kv_indptr", kv_indptr, batch + 1), ("kv_len_arr", kv_len_arr, batch)):
-            require(
-                function,
-                tensor.shape[0] == size,
-                f"{name} must have {size} elements for a batch of {batch}, got {tensor.shape[0]}; build it from the same batch",
-            )
-        if self._fixed_batch_size is not None:
-            require(
-                function,
-                batch == self._fixed_batch_size,
-                f"the batch is fixed in CUDA graph mode at {self._fixed_batch_size}, got {batch}; make another wrapper for it",
-            )
+        self._check_batch(function, batch, kv_indptr=(kv_indptr, batch + 1), kv_len_arr=(kv_len_arr, batch))
         qo, kv, indices, lengths = (
             t.to(self.device, non_blocking=True) for t in (qo_indptr, kv_indptr, kv_indices, kv_len_arr)
         )

@@ -11,24 +11,11 @@ import random
 
 import pytest
 import torch
+from head_dims import COMPILED_DIMS, OTHER_DIMS
 
 from fi_ops.library import SPECS, Sample
 from fi_ops.testing import assert_op_matches_reference
 
-COMPILED_DIMS = [(64, 64), (128, 128), (256, 256)]
-# (head_dim_qk, head_dim_vo) of every other kind on Hopper: compiled, padded to each of those that are, alike or not.
-OTHER_DIMS = [
-    (192, 128),
-    (96, 96),
-    (80, 80),
-    (112, 112),
-    (40, 64),
-    (72, 96),
-    (120, 40),
-    (136, 104),
-    (192, 192),
-    (64, 200),
-]
 PAGE_SIZES = [1, 3, 8, 16, 24, 32, 40, 48, 64, 80, 100, 112, 128, 256]
 
 

@@ -10,6 +10,7 @@ import random
 
 import pytest
 import torch
+from head_dims import COMPILED_DIMS, OTHER_DIMS
 from test_few_query_rows import DEVICES, random_call, random_mask
 
 from fi_ops.library import SPECS, Sample
@@ -48,22 +49,6 @@ def test_long_keys_with_values_that_only_count_alone(options, device):
     mask = torch.zeros(2, 1, 40, 1400, device=device, dtype=dtype).masked_fill((keys >= 300) & (keys < 1350), low)
     mask[1, :, 5] = low
     assert_op_matches_reference(SPECS["attention_with_lse"], Sample((q, k, v, mask), options, "finfo.min"))
-
-
-COMPILED_DIMS = [(64, 64), (128, 128), (256, 256)]
-# (head_dim_qk, head_dim_vo) of every other kind on Hopper: compiled, padded to each of those that are, alike or not.
-OTHER_DIMS = [
-    (192, 128),
-    (96, 96),
-    (80, 80),
-    (112, 112),
-    (40, 64),
-    (72, 96),
-    (120, 40),
-    (136, 104),
-    (192, 192),
-    (64, 200),
-]
 
 
 def prompt_call(
