@@ -13,8 +13,9 @@ namespace fi {
 
 // `call` says what the requests have in common. There, query and out are [nnz_qo, num_qo_heads, head_dim] (no
 // stride_b; qo_len is nnz_qo), lse is [nnz_qo, num_qo_heads], key and value are the cache or the ragged rows
-// (stride_n: of the tokens of a page; stride_b: unused), kv_len bounds the keys of any request, q_offset,
-// query_positions and mask are not used: query i of a request stands at i + kv_len - qo_len.
+// (stride_n: of the tokens of a page; stride_b: unused), kv_len is the keys of all requests
+// together, last pages taken whole: what scratch memory is sized by. q_offset, query_positions and mask are
+// not used: query i of a request stands at i + kv_len - qo_len.
 struct BatchAttentionParams {
   AttentionParams call;
   Indices qo_indptr;  // [batch + 1]
