@@ -16,36 +16,21 @@ namespace fi::cuda::sm90 {
 template <int N>
 struct Fp8Wgmma;
 
-#define FI_QGMMA_TEXT_OF_64 FI_WGMMA_TEXT_0 ", " FI_WGMMA_TEXT_1 ", " FI_WGMMA_TEXT_2 ", " FI_WGMMA_TEXT_3
-#define FI_QGMMA_REGISTERS_OF_64 FI_WGMMA_8(0), FI_WGMMA_8(8), FI_WGMMA_8(16), FI_WGMMA_8(24)
-#define FI_QGMMA_TEXT_OF_96 FI_QGMMA_TEXT_OF_64 ", " FI_WGMMA_TEXT_4 ", " FI_WGMMA_TEXT_5
-#define FI_QGMMA_REGISTERS_OF_96 FI_QGMMA_REGISTERS_OF_64, FI_WGMMA_8(32), FI_WGMMA_8(40)
-#define FI_QGMMA_TEXT_OF_128 FI_QGMMA_TEXT_OF_96 ", " FI_WGMMA_TEXT_6 ", " FI_WGMMA_TEXT_7
-#define FI_QGMMA_REGISTERS_OF_128 FI_QGMMA_REGISTERS_OF_96, FI_WGMMA_8(48), FI_WGMMA_8(56)
-#define FI_QGMMA_TEXT_OF_160 FI_QGMMA_TEXT_OF_128 ", " FI_WGMMA_TEXT_8 ", " FI_WGMMA_TEXT_9
-#define FI_QGMMA_REGISTERS_OF_160 FI_QGMMA_REGISTERS_OF_128, FI_WGMMA_8(64), FI_WGMMA_8(72)
-#define FI_QGMMA_TEXT_OF_192 FI_QGMMA_TEXT_OF_160 ", " FI_WGMMA_TEXT_10 ", " FI_WGMMA_TEXT_11
-#define FI_QGMMA_REGISTERS_OF_192 FI_QGMMA_REGISTERS_OF_160, FI_WGMMA_8(80), FI_WGMMA_8(88)
-#define FI_QGMMA_TEXT_OF_224 FI_QGMMA_TEXT_OF_192 ", " FI_WGMMA_TEXT_12 ", " FI_WGMMA_TEXT_13
-#define FI_QGMMA_REGISTERS_OF_224 FI_QGMMA_REGISTERS_OF_192, FI_WGMMA_8(96), FI_WGMMA_8(104)
-#define FI_QGMMA_TEXT_OF_256 FI_QGMMA_TEXT_OF_224 ", " FI_WGMMA_TEXT_14 ", " FI_WGMMA_TEXT_15
-#define FI_QGMMA_REGISTERS_OF_256 FI_QGMMA_REGISTERS_OF_224, FI_WGMMA_8(112), FI_WGMMA_8(120)
-
 // A product's operands are its N / 2 accumulators, then r0 to r5: as many as it has.
 #define FI_QGMMA_ISSUE_SS(N, A, B, r0, r1, r2)                                                     \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " r2                                              \
                ", 0;\n"                                                                            \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32." A "." B " {" FI_QGMMA_TEXT_OF_##N \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32." A "." B " {" FI_WGMMA_TEXT_OF_##N \
                "}, " r0 ", " r1 ", p, 1, 1;\n}\n"                                                  \
-               : FI_QGMMA_REGISTERS_OF_##N                                                         \
+               : FI_WGMMA_REGISTERS_OF_##N                                                         \
                : "l"(a), "l"(b), "r"(int{accumulate}))
 #define FI_QGMMA_ISSUE_RS(N, A, B, r0, r1, r2, r3, r4, r5)                                         \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " r5                                              \
                ", 0;\n"                                                                            \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32." A "." B " {" FI_QGMMA_TEXT_OF_##N \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32." A "." B " {" FI_WGMMA_TEXT_OF_##N \
                "}, "                                                                               \
                "{" r0 ", " r1 ", " r2 ", " r3 "}, " r4 ", p, 1, 1;\n}\n"                           \
-               : FI_QGMMA_REGISTERS_OF_##N                                                         \
+               : FI_WGMMA_REGISTERS_OF_##N                                                         \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{accumulate}))
 #define FI_QGMMA(N, r0, r1, r2, r3, r4, r5)                                                           \
   template <>                                                                                         \
@@ -81,12 +66,7 @@ struct Fp8Wgmma;
   };
 
 FI_QGMMA(64, "%32", "%33", "%34", "%35", "%36", "%37")
-FI_QGMMA(96, "%48", "%49", "%50", "%51", "%52", "%53")
 FI_QGMMA(128, "%64", "%65", "%66", "%67", "%68", "%69")
-FI_QGMMA(160, "%80", "%81", "%82", "%83", "%84", "%85")
-FI_QGMMA(192, "%96", "%97", "%98", "%99", "%100", "%101")
-FI_QGMMA(224, "%112", "%113", "%114", "%115", "%116", "%117")
-FI_QGMMA(256, "%128", "%129", "%130", "%131", "%132", "%133")
 
 #undef FI_QGMMA
 #undef FI_QGMMA_ISSUE_SS
