@@ -4,6 +4,7 @@
 
 #include "fi/cuda/sm90/fp8_values.h"
 #include "fi/cuda/sm90/fp8_wgmma.h"
+#include "fi/cuda/sm90/fragment.h"
 #include "fi/cuda/sm90/prefill_producer.h"
 #include "fi/cuda/sm90/prefill_softmax.h"
 
@@ -122,15 +123,7 @@ class Fp8Consumer {
 
   // This warp's 16 rows of q, as operands in registers.
   FI_DEVICE_INLINE void load_q() {
-    const int row = warp_row_ + lane_ % 16;
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 32; ++step) {
-      const int chunk = (step % 4 * 2 + lane_ / 16) ^ (row % 8);  // the 128-byte swizzle
-      uint32_t x[4];
-      ldmatrix_x4(x, smem_.q + step / 4 * Smem::kQPanelBytes + row * 128 + chunk * 16);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) q_[4 * step + i] = x[i];
-    }
+    load_operand<kHeadDim / 32>(q_, smem_.q, Smem::kQPanelBytes, warp_row_ + lane_ % 16, lane_);
   }
 
   // The same where they stay in shared memory: a warpgroup's rows are its own.
@@ -221,7 +214,7 @@ class Fp8Consumer {
     for (int r = 0; r < 2; ++r) {
       const int row = work.q_start + warp_row_ + lane_ / 4 + 8 * r;
       const float sum = softmax.sum(r);
-      const auto [factor, lse] = finish_row(p, work.head, softmax.origin(r, sum), sum);
+      const auto [factor, lse] = finish_row(p, work.head, softmax.base(r, sum), sum);
       if (row >= args_.shape.qo_len) continue;
       const int64_t out =
           work.b * p.o_stride_b + work.head * p.o_stride_h + row * p.o_stride_n + lane_ % 4 * 4;
@@ -282,7 +275,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
   if (warp < 4) {
     lower_registers<Config::kProducerRegisters>();
     if (warp == 0) {

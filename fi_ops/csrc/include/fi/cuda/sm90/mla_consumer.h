@@ -15,67 +15,13 @@
 // other's.
 #pragma once
 
+#include "fi/cuda/sm90/fragment.h"
 #include "fi/cuda/sm90/mla_config.h"
 #include "fi/cuda/sm90/mla_ptx.h"
 #include "fi/cuda/sm90/prefill_softmax.h"
 #include "fi/cuda/sm90/wgmma.h"
 
 namespace fi::cuda::sm90 {
-
-// Softmax of a thread's two rows over the tiles of both warpgroups; sums are of this one's.
-class MlaSoftmax {
- public:
-  FI_DEVICE_INLINE explicit MlaSoftmax(float scale_log2) : scale_log2_(scale_log2) {}
-
-  // Scores become weights. True where an origin of this warp's rows moved: what was summed before is then to
-  // be multiplied by rescale[r].
-  template <int N>
-  FI_DEVICE_INLINE bool weigh(float (&s)[N], float (&rescale)[2]) {
-    float top[2] = {s[0], s[2]};
-#pragma unroll
-    for (int i = 0; i < N; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
-    const bool moves = __any_sync(
-        kAllLanes, (top[0] - origin_[0]) * scale_log2_ > kLag || (top[1] - origin_[1]) * scale_log2_ > kLag);
-    if (moves) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) rescale[r] = move(r, quad_max(fmaxf(origin_[r], top[r])));
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      s[i] = exp2_approx(fmaf(s[i], scale_log2_, -base_[i / 2 % 2]));
-      sum_[i / 2 % 2] += s[i];
-    }
-    return moves;
-  }
-
-  // Takes over the other warpgroup's origins. True as above.
-  FI_DEVICE_INLINE bool follow(float origin0, float origin1, float (&rescale)[2]) {
-    const bool moves = __any_sync(kAllLanes, origin0 != origin_[0] || origin1 != origin_[1]);
-    if (moves) rescale[0] = move(0, origin0), rescale[1] = move(1, origin1);
-    return moves;
-  }
-
-  FI_DEVICE_INLINE float origin(int r) const { return origin_[r]; }
-  FI_DEVICE_INLINE float base(int r) const { return base_[r]; }
-  FI_DEVICE_INLINE float sum(int r) const { return quad_sum(sum_[r]); }
-
- private:
-  static constexpr float kLag = 8.0f;
-
-  FI_DEVICE_INLINE float move(int r, float origin) {
-    const float finite = origin == -INFINITY ? 0.0f : origin;  // a row that saw nothing yet has weights 0
-    const float rescale = exp2_approx((origin_[r] - finite) * scale_log2_);
-    sum_[r] *= rescale;
-    origin_[r] = origin;
-    base_[r] = finite * scale_log2_;
-    return rescale;
-  }
-
-  float scale_log2_;
-  float origin_[2] = {-INFINITY, -INFINITY};
-  float base_[2] = {0.0f, 0.0f};  // origin * scale_log2
-  float sum_[2] = {0.0f, 0.0f};   // this thread's part
-};
 
 template <class T, MlaCopies kCopies>
 class MlaConsumer {
@@ -111,7 +57,7 @@ class MlaConsumer {
 #pragma unroll
     for (int i = 0; i < kHalf / 2; ++i) o[i] = 0.0f;
     read_scale();
-    MlaSoftmax softmax(fmaxf(fabsf(scale_log2_), 1e-30f));
+    OnlineSoftmax softmax(fmaxf(fabsf(scale_log2_), 1e-30f));
     const int tiles = __shfl_sync(kAllLanes, piece().num_tiles, 0);
     cp_async_wait<0>();
     fence_for_products();
@@ -142,7 +88,7 @@ class MlaConsumer {
 
   // ---- warpgroup 0 ----
 
-  FI_DEVICE_INLINE void attend_own_first(float (&o)[kHalf / 2], MlaSoftmax& softmax, int tile) {
+  FI_DEVICE_INLINE void attend_own_first(float (&o)[kHalf / 2], OnlineSoftmax& softmax, int tile) {
     float s[kMlaKeys / 2], rescale[2];
     uint32_t p[kMlaKeys / 4];
     start_scores<0>(s);
@@ -162,7 +108,7 @@ class MlaConsumer {
   // ---- warpgroup 1 ----
 
   // Tiles `tile`, which is the other's, and tile + 1.
-  FI_DEVICE_INLINE void attend_others_first(float (&o)[kHalf / 2], MlaSoftmax& softmax, int tile) {
+  FI_DEVICE_INLINE void attend_others_first(float (&o)[kHalf / 2], OnlineSoftmax& softmax, int tile) {
     float s[kMlaKeys / 2], rescale[2];
     uint32_t p[kMlaKeys / 4];
     start_scores<1>(s);
@@ -189,7 +135,7 @@ class MlaConsumer {
   // ---- either ----
 
   // The output of a tile of the other warpgroup alone.
-  FI_DEVICE_INLINE void attend_others(float (&o)[kHalf / 2], MlaSoftmax& softmax, int tile) {
+  FI_DEVICE_INLINE void attend_others(float (&o)[kHalf / 2], OnlineSoftmax& softmax, int tile) {
     if (group_ == 0) {
       take_weights<1>(o, softmax);
       clear_unseen<0>(1, tile);
@@ -271,7 +217,7 @@ class MlaConsumer {
 
   // Scores of the own tile to weights, in registers and for the other warpgroup.
   template <int kGroup>
-  FI_DEVICE_INLINE bool weigh(float (&s)[kMlaKeys / 2], uint32_t (&p)[kMlaKeys / 4], MlaSoftmax& softmax,
+  FI_DEVICE_INLINE bool weigh(float (&s)[kMlaKeys / 2], uint32_t (&p)[kMlaKeys / 4], OnlineSoftmax& softmax,
                               int tile, float (&rescale)[2]) {
     if (scale_log2_ < 0.0f) {
 #pragma unroll
@@ -297,7 +243,7 @@ class MlaConsumer {
   }
 
   template <int kPlace>
-  FI_DEVICE_INLINE void take_weights(float (&o)[kHalf / 2], MlaSoftmax& softmax) {
+  FI_DEVICE_INLINE void take_weights(float (&o)[kHalf / 2], OnlineSoftmax& softmax) {
     float rescale[2];
     barrier_wait(smem_.weights[kPlace], parity_[kPlace]);
     wait_for_half(kPlace, 1 - kPlace);
@@ -405,7 +351,7 @@ class MlaConsumer {
   }
   FI_DEVICE_INLINE int row(int r) const { return warp_row_ + lane_ / 4 + 8 * r; }
 
-  FI_DEVICE_INLINE void store(const float (&o)[kHalf / 2], const MlaSoftmax& softmax) {
+  FI_DEVICE_INLINE void store(const float (&o)[kHalf / 2], const OnlineSoftmax& softmax) {
     const MlaPiece& piece = this->piece();
     const int slot = __shfl_sync(kAllLanes, piece.slot, 0);
     const bool is_first = group_ == 0 && lane_ % 4 == 0;
@@ -422,7 +368,7 @@ class MlaConsumer {
             *reinterpret_cast<float2*>(to + 8 * j) = {o[4 * j + 2 * r], o[4 * j + 2 * r + 1]};
           if (is_first) {
             float* const tail = partial + kMlaRows * kCkvDim + row(r);
-            tail[0] = sum == 0.0f ? -kInf : softmax.base(r);
+            tail[0] = softmax.base(r, sum);
             tail[kMlaRows] = sum;
           }
         }
@@ -441,26 +387,11 @@ class MlaConsumer {
             const float* const x = o + 4 * (4 * i + j) + 2 * r;
             w[j] = pack2<T>(x[0] * factor, x[1] * factor);
           }
-          gather_quad(w);
+          gather_quad(w, lane_);
           if (inside) *reinterpret_cast<uint4*>(to + 32 * i) = make_uint4(w[0], w[1], w[2], w[3]);
         }
         if (inside && is_first && c.lse != nullptr)
-          c.lse[n * args_.num_heads + head] = sum == 0.0f ? -kInf : softmax.base(r) + log2f(sum);
-      }
-    }
-  }
-
-  // Four lanes exchange their words so that each has 16 contiguous bytes: of blocks 4i .. 4i+3 of 8 columns,
-  // lane t of a quad gets all of block 4i + t.
-  FI_DEVICE_INLINE void gather_quad(uint32_t (&w)[4]) const {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool upper = lane_ & bit;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i & bit) continue;
-        const uint32_t other = __shfl_xor_sync(kAllLanes, upper ? w[i] : w[i + bit], bit);
-        (upper ? w[i] : w[i + bit]) = other;
+          c.lse[n * args_.num_heads + head] = sum == 0.0f ? -kInf : softmax.base(r, sum) + log2f(sum);
       }
     }
   }

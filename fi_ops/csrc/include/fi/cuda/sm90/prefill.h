@@ -8,6 +8,7 @@
 // (batch_kernel.h) the producer says which query tile is next.
 #pragma once
 
+#include "fi/cuda/sm90/fragment.h"
 #include "fi/cuda/sm90/prefill_producer.h"
 #include "fi/cuda/sm90/prefill_softmax.h"
 #include "fi/cuda/sm90/wgmma.h"
@@ -204,15 +205,7 @@ class PrefillConsumer {
 
   // This warp's 16 rows of q, as operands in registers.
   FI_DEVICE_INLINE void load_q() {
-    const int row = warp_row_ + lane_ % 16;
-#pragma unroll
-    for (int step = 0; step < kDimQK / 16; ++step) {
-      const int chunk = (step % 4 * 2 + lane_ / 16) ^ (row % 8);  // the 128-byte swizzle
-      uint32_t x[4];
-      ldmatrix_x4(x, smem_.q + step / 4 * Smem::kQPanelBytes + row * 128 + chunk * 16);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) q_[4 * step + i] = x[i];
-    }
+    load_operand<kDimQK / 16>(q_, smem_.q, Smem::kQPanelBytes, warp_row_ + lane_ % 16, lane_);
   }
 
   FI_DEVICE_INLINE void negate_q() {
@@ -377,21 +370,6 @@ class PrefillConsumer {
     for (int i = 0; i < kBlockN / 4; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
   }
 
-  // Four lanes exchange their words so that each has 16 contiguous bytes: of blocks 4i .. 4i+3 of 8 columns,
-  // lane t of a quad gets all of block 4i + t.
-  FI_DEVICE_INLINE void gather_quad(uint32_t (&w)[4]) const {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool upper = lane_ & bit;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i & bit) continue;
-        const uint32_t other = __shfl_xor_sync(0xffffffff, upper ? w[i] : w[i + bit], bit);
-        (upper ? w[i] : w[i + bit]) = other;
-      }
-    }
-  }
-
   // The query that this thread's row r is of, and its head.
   FI_DEVICE_INLINE int query(const PrefillWork& work, int r) const {
     const int row = warp_row_ + lane_ / 4 + 8 * r;
@@ -426,7 +404,7 @@ class PrefillConsumer {
       const int row = query(work, r), head = this->head(work, r);
       const bool inside = row < query_end();
       const float sum = softmax.sum(r);
-      const auto [factor, lse] = finish(head, softmax.origin(r, sum), sum);
+      const auto [factor, lse] = finish(head, softmax.base(r, sum), sum);
       T* out = out_row(work.b, head, row) + lane_ % 4 * 8;
 #pragma unroll
       for (int i = 0; i < kDimVO / 32; ++i) {
@@ -436,7 +414,7 @@ class PrefillConsumer {
           const float* x = o + 4 * (4 * i + j) + 2 * r;
           w[j] = pack2<T>(x[0] * factor, x[1] * factor);
         }
-        gather_quad(w);
+        gather_quad(w, lane_);
         if (inside && lane_ % 4 * 8 + 32 * i < head_dim)
           *reinterpret_cast<uint4*>(out + 32 * i) = make_uint4(w[0], w[1], w[2], w[3]);
       }
@@ -516,7 +494,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroupThreads, 0);
+  const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroupThreads, 0);
   if (warpgroup == 0) {
     lower_registers<Config::kProducerRegisters>();
     if constexpr (Config::kDeviceKeys) {

@@ -9,12 +9,12 @@ namespace fi::cuda::sm90 {
 
 // A thread's two rows are g and g + 8 of its warp's 16; its quad (four lanes) holds whole rows.
 FI_DEVICE_INLINE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 FI_DEVICE_INLINE float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffff, x, 1);
-  return x + __shfl_xor_sync(0xffffffff, x, 2);
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
 // Scores of keys past last[r], or before first[r], become -inf; `key` is the key of the thread's first score.
@@ -53,7 +53,7 @@ FI_DEVICE_INLINE void tanh_of(float (&s)[N], float to_cap) {
       s[i] *= to_cap;
       most = fmaxf(most, fabsf(s[i]));
     }
-    if (__any_sync(0xffffffff, most >= kTanhNear)) {
+    if (__any_sync(kAllLanes, most >= kTanhNear)) {
 #pragma unroll
       for (int i = first; i < first + kAtOnce; ++i) s[i] = tanh_exp2(s[i]);
     } else {
@@ -104,23 +104,23 @@ class OnlineSoftmax {
 #pragma unroll
     for (int i = 0; i < N; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
     const bool moves = __any_sync(
-        0xffffffff, (top[0] - origin_[0]) * scale_log2_ > lag_ || (top[1] - origin_[1]) * scale_log2_ > lag_);
+        kAllLanes, (top[0] - origin_[0]) * scale_log2_ > lag_ || (top[1] - origin_[1]) * scale_log2_ > lag_);
     if (moves) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float origin = quad_max(fmaxf(origin_[r], top[r]));
-        const float finite = origin == -INFINITY ? 0.0f : origin;  // a row that saw nothing yet has weights 0
-        rescale[r] = exp2_approx((origin_[r] - finite) * scale_log2_);
-        sum_[r] *= rescale[r];
-        origin_[r] = origin;
-        base_[r] = finite * scale_log2_ - top_;
-      }
+      for (int r = 0; r < 2; ++r) rescale[r] = move(r, quad_max(fmaxf(origin_[r], top[r])));
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       s[i] = exp2_approx(fmaf(s[i], scale_log2_, -base_[i / 2 % 2]));
       sum_[i / 2 % 2] += s[i];
     }
+    return moves;
+  }
+
+  // Takes over origins that who has other tiles of the same rows moved to. True as above.
+  FI_DEVICE_INLINE bool follow(float origin0, float origin1, float (&rescale)[2]) {
+    const bool moves = __any_sync(kAllLanes, origin0 != origin_[0] || origin1 != origin_[1]);
+    if (moves) rescale[0] = move(0, origin0), rescale[1] = move(1, origin1);
     return moves;
   }
 
@@ -133,9 +133,21 @@ class OnlineSoftmax {
 
   // The row as finish_row() takes it: the sum of its weights over the quad, and what they are relative to.
   FI_DEVICE_INLINE float sum(int r) const { return quad_sum(sum_[r]); }
-  FI_DEVICE_INLINE float origin(int r, float sum) const { return sum == 0.0f ? -kInf : base_[r]; }
+  FI_DEVICE_INLINE float base(int r, float sum) const { return sum == 0.0f ? -kInf : base_[r]; }
+  // The score that has weight 2^top.
+  FI_DEVICE_INLINE float origin(int r) const { return origin_[r]; }
 
  private:
+  // What was summed before is then to be multiplied by the result.
+  FI_DEVICE_INLINE float move(int r, float origin) {
+    const float finite = origin == -INFINITY ? 0.0f : origin;  // a row that saw nothing yet has weights 0
+    const float rescale = exp2_approx((origin_[r] - finite) * scale_log2_);
+    sum_[r] *= rescale;
+    origin_[r] = origin;
+    base_[r] = finite * scale_log2_ - top_;
+    return rescale;
+  }
+
   static constexpr float kLag = 8.0f;  // weights up to 2^8: far from the end of fp16
 
   float scale_log2_, top_, lag_;
