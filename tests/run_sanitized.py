@@ -29,7 +29,10 @@ def main() -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }
     folder = Path(__file__).resolve().parent
-    files = [str(folder / name) for name in ("test_every_op.py", "test_batch_attention.py", "test_mla.py", "test_fp8_attention.py")]
+    files = [
+        str(folder / name)
+        for name in ("test_every_op.py", "test_batch_attention.py", "test_mla.py", "test_fp8_attention.py")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     chosen = (
         "numerics or bad_input or thread_invariant or lower_isa or random_batches or hostile or rope_and_append"
