@@ -67,10 +67,11 @@ struct MlaSmem {
   int granule[kMlaThreads / 32];
 };
 
-// Which rows of a block's partial results the join finds first, and how many parts they have.
-struct MlaJoinTask {
-  int q_begin, row_begin, num_rows;
-  int parts;  // 0: none
+// A partial result: of which rows, and the how manieth of how many parts it is. They are neighbouring
+// blocks'.
+struct MlaPart {
+  int q_begin, row_begin, num_rows;  // as in MlaPiece
+  int parts, index;                  // parts 0: there is no partial result
 };
 
 // A partial result: sums of weighted values, then of each row what they are relative to, then the weights'
@@ -86,8 +87,8 @@ struct MlaArgs {
   bool shared;  // and of the same number of key tiles
   int box_rows;
   CacheRows ckv, kpe;  // unless the copy engine reads them
-  float* partials;     // of each block two
-  MlaJoinTask* tasks;  // of each block one
+  float* partials;     // of each block two: of rows that blocks before have begun, of rows that it begins
+  MlaPart* parts;      // what they are
 };
 
 }  // namespace fi::cuda::sm90

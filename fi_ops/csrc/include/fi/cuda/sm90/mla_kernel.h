@@ -94,8 +94,8 @@ void launch_mla(const MlaParams& p, const Gpu& gpu) {
   const unsigned blocks = static_cast<unsigned>(gpu.num_sms / args.ranks * args.ranks);
   args.partials =
       static_cast<float*>(c.scratch.allocate(c.scratch.context, int64_t{8} * kMlaPartialFloats * blocks));
-  args.tasks = static_cast<MlaJoinTask*>(
-      c.scratch.allocate(c.scratch.context, static_cast<int64_t>(sizeof(MlaJoinTask)) * blocks));
+  args.parts = static_cast<MlaPart*>(
+      c.scratch.allocate(c.scratch.context, static_cast<int64_t>(2 * sizeof(MlaPart)) * blocks));
   CUtensorMap ckv_map{}, kpe_map{};
   if constexpr (kCopies == MlaCopies::kBoxes || kCopies == MlaCopies::kSharedBoxes) {
     args.box_rows = static_cast<int>(std::gcd(b.table.page_size, int64_t{kMlaKeys}));
@@ -111,7 +111,7 @@ void launch_mla(const MlaParams& p, const Gpu& gpu) {
   launch_clusters(gpu, mla_kernel<T, kCopies>, dim3(blocks), args.shared ? 2 : 1, dim3(kMlaThreads),
                   sizeof(MlaSmem),
                   /*overlap=*/true, args, ckv_map, kpe_map);
-  launch(gpu, mla_join_kernel<T>, dim3(blocks, kMlaRows / kMlaJoinRows), dim3(32 * kMlaJoinRows), 0,
+  launch(gpu, mla_join_kernel<T>, dim3(blocks, kMlaJoinBlocks), dim3(32 * kMlaJoinWarps), 0,
          /*overlap=*/true, args);
 }
 

@@ -202,14 +202,10 @@ class MlaProducer {
     uint32_t parities = 0;  // of the places, a bit each
     if (threadIdx.x < 32) {
       MlaPieces pieces(smem, args, share);
-      if (threadIdx.x == 0) args.tasks[blockIdx.x] = {};
       for (;;) {
         MlaPiece piece;
-        int parts = 0;
-        const bool any = pieces.next(piece, parts);
+        const bool any = pieces.next(piece);
         if (!any) piece.num_rows = -1;
-        if (threadIdx.x == 0 && any && parts > 0)
-          args.tasks[blockIdx.x] = {piece.q_begin, piece.row_begin, piece.num_rows, parts};
         barrier_wait(smem.pieces_empty[at.stage], at.parity ^ 1);
         if (threadIdx.x == 0) {
           smem.pieces[at.stage] = piece;

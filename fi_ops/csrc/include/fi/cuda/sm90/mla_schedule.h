@@ -113,11 +113,12 @@ class MlaPieces {
       at_ += size;
     }
     look_up();
+    if (lane() < 2) args.parts[2 * blockIdx.x + lane()] = {};
+    __syncwarp();
   }
 
-  // False: there is none. The next piece, and if its first part is this block's and others follow, how many
-  // parts.
-  FI_DEVICE_INLINE bool next(MlaPiece& piece, int& parts) {
+  // False: there is none. The next piece; where it is not whole lane 0 writes down which part it is.
+  FI_DEVICE_INLINE bool next(MlaPiece& piece) {
     for (;;) {
       if (share_.begin >= share_.end || first_ >= batch()) return false;
       if (nth_ == 32) {
@@ -142,10 +143,13 @@ class MlaPieces {
       share_.begin = min_of(item_begin + size, share_.end);  // what is before is done
       if (begin >= end_of_item) continue;                    // what rounding up has added
       make(piece, item, begin, end_of_item, tiles);
-      parts = 0;
-      if (begin == 0 && end_of_item < tiles)
-        parts = static_cast<int>((item_begin + tiles - 1) / share_.share) -
-                static_cast<int>(blockIdx.x / args_.ranks) + 1;
+      if (piece.slot >= 0 && lane() == 0) {
+        const int block = static_cast<int>(blockIdx.x) / args_.ranks;
+        const int first = static_cast<int>(item_begin / share_.share);
+        const int last = static_cast<int>((item_begin + tiles - 1) / share_.share);
+        args_.parts[2 * blockIdx.x + piece.slot] = {piece.q_begin, piece.row_begin, piece.num_rows,
+                                                    last - first + 1, block - first};
+      }
       return true;
     }
   }
