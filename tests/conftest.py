@@ -16,8 +16,10 @@ from fi_ops import _load
 def pytest_addoption(parser):
     parser.addoption(
         "--emulate-cuda",
-        action="store_true",
-        help="run CPU tensors through the emulated CUDA kernels (tests/emulation)",
+        nargs="?",
+        const="sm80",
+        choices=["sm80", "sm90"],
+        help="run CPU tensors through the emulated CUDA kernels (tests/emulation), those of Hopper too with --emulate-cuda=sm90",
     )
     parser.addoption("--one-in", type=int, default=1, metavar="N", help="an Nth of each test's cases")
 
@@ -26,9 +28,10 @@ def pytest_configure(config):
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:  # threads of several processes that wait for each other's cores are many times slower
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    if config.getoption("--emulate-cuda"):
+    if emulated := config.getoption("--emulate-cuda"):
         from emulation import build as emulation
 
+        os.environ["FI_EMULATION_CAPABILITY"] = emulated.removeprefix("sm")
         library = emulation.build()
         torch.ops.load_library(str(library))
         _load._loaded["cpu"] = library

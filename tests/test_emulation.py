@@ -27,7 +27,7 @@ def _run_program(tmp_path, *sources: Path) -> None:
     """Compile a program of emulated kernels; run it with the threads in several orders."""
     program = tmp_path / "program"
     includes = [f"-I{emulation.HERE / 'include'}", f"-I{_build.CSRC / 'include'}"]
-    sources = (*sources, emulation.HERE / "block.cpp")
+    sources = (*sources, *emulation.runtime_sources())
     command = [_build.compiler()[0], *emulation.FLAGS, *includes, *map(str, sources), "-o", str(program)]
     subprocess.run(command, check=True)
     for seed in ("0", "1", "2"):

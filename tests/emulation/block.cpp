@@ -1,11 +1,15 @@
 // The emulator's scheduler: fibers, meetings, and running a grid block by block.
 #include "emulation/block.h"
 
+#include "emulation/mbarrier.h"
+
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <exception>
+#include <fstream>
 #include <map>
 #include <mutex>
 #include <random>
@@ -62,13 +66,22 @@ struct Block {
   uint3 index;
   dim3 dim, grid;
   unsigned char* smem;
+  size_t smem_bytes;
   std::vector<Thread> threads;
-  std::vector<std::map<uint32_t, Meeting>> warps;  // by mask
+  std::vector<std::map<uint32_t, Meeting>> warps;       // by mask
+  std::vector<std::shared_ptr<WarpProducts>> products;  // by warp
   std::map<int, Barrier> barriers;
   int alive = 0;
+  int awaited = 0;  // what the hardware is still to do to its shared memory
 };
 
 namespace {
+
+// What the hardware will do on its own.
+struct Event {
+  Block* to;
+  std::function<void()> happen;
+};
 
 // Blocks that run together: one, or a thread block cluster.
 struct Cluster {
@@ -76,6 +89,7 @@ struct Cluster {
   const std::function<void()>* body;
   Barrier barrier;
   int alive = 0;
+  std::vector<Event> events;  // in the order in which they were asked for
   std::exception_ptr error;
 };
 
@@ -92,12 +106,17 @@ std::string name_of(const Thread& t) {
 
 void to_scheduler() { fi_emulation_switch(&thread->stack_pointer, scheduler_stack); }
 
-void wait_while(const uint64_t* generation, uint64_t value, const char* what) {
-  thread->waits_for = generation;
-  thread->waits_while = value;
-  thread->waits_at = what;
+void to_scheduler_and_back() {
   to_scheduler();
   if (block->cluster->error) std::rethrow_exception(block->cluster->error);
+}
+
+void wait_while(const uint64_t* generation, uint64_t value, const char* what) {
+  emulation::wait_while(generation, ~uint64_t{0}, value, what);
+}
+
+void set_error(Cluster& c, const std::string& what) {
+  if (!c.error) c.error = std::make_exception_ptr(std::runtime_error("fi_ops emulation: " + what));
 }
 
 void fiber_main() {
@@ -107,8 +126,9 @@ void fiber_main() {
     if (!block->cluster->error) block->cluster->error = std::current_exception();
   }
   thread->done = true;
-  --block->alive;
   --block->cluster->alive;
+  if (--block->alive == 0 && block->awaited > 0)
+    set_error(*block->cluster, "a block ended while copies to its shared memory were under way");
   to_scheduler();
   __builtin_unreachable();
 }
@@ -132,12 +152,52 @@ void prepare(Thread& t, size_t i) {
   t.stack_pointer = top;
 }
 
+// Where a thread is, for the message of a deadlock.
+std::string place_of(const Thread& t) {
+  const auto* word = reinterpret_cast<const unsigned char*>(t.waits_for);
+  std::string text = t.spins ? "spins" : std::string("waits at ") + t.waits_at;
+  if (!t.spins && word >= t.block->smem && word < t.block->smem + t.block->smem_bytes)
+    text += " of byte " + std::to_string(word - t.block->smem) + " (" + describe_mbarrier(*t.waits_for) + ")";
+  if (t.block->cluster->blocks.size() > 1)
+    text += " in block " + std::to_string(t.block->rank) + " of its cluster";
+  return text;
+}
+
+std::string deadlock(const std::vector<Thread*>& threads) {
+  std::map<std::string, std::pair<int, const Thread*>> places;  // how many are there, and the first
+  for (const Thread* t : threads) {
+    if (t->done) continue;
+    auto& [count, first] = places[place_of(*t)];
+    if (count++ == 0 || t < first) first = t;
+  }
+  std::string text = "deadlock:";
+  for (const auto& [place, who] : places) {
+    text += " " + name_of(*who.second);
+    if (who.first > 1) text += " and " + std::to_string(who.first - 1) + " more";
+    text += " " + place + ";";
+  }
+  return text;
+}
+
+void let_happen(Cluster& c, size_t i) {
+  const Event event = std::move(c.events[i]);
+  c.events.erase(c.events.begin() + int64_t(i));
+  --event.to->awaited;
+  try {
+    if (event.to->alive == 0) throw std::runtime_error("fi_ops emulation: a copy to a block that has ended");
+    event.happen();
+  } catch (...) {
+    if (!c.error) c.error = std::current_exception();
+  }
+}
+
 void run_cluster(Cluster& c, bool shuffled) {
   const size_t block_size = size_t(c.blocks[0].dim.x) * c.blocks[0].dim.y * c.blocks[0].dim.z;
   std::vector<Thread*> turns;
   for (Block& b : c.blocks) {
     b.threads.resize(block_size);
     b.warps.resize((block_size + 31) / 32);
+    b.products.resize(b.warps.size());
     b.alive = int(block_size);
     for (size_t i = 0; i < block_size; ++i) {
       Thread& t = b.threads[i];
@@ -151,23 +211,30 @@ void run_cluster(Cluster& c, bool shuffled) {
     }
   }
   c.alive = int(turns.size());
+  constexpr int kMostIdleRounds = 10000;  // in which threads only spin
+  int idle_rounds = 0;
   while (c.alive > 0) {
-    bool moved = false;
-    if (shuffled) std::shuffle(turns.begin(), turns.end(), order);
+    bool moved = false, spun = false;
+    if (shuffled) {
+      std::shuffle(turns.begin(), turns.end(), order);
+      if (!c.events.empty() && order() % 2 == 0) let_happen(c, order() % c.events.size());
+    }
     for (Thread* t : turns) {
-      if (t->done || (t->waits_for && *t->waits_for == t->waits_while && !c.error)) continue;
+      if (t->done || (t->waits_for && (*t->waits_for & t->waits_mask) == t->waits_while && !c.error))
+        continue;
       t->waits_for = nullptr;
+      t->spins = false;
       thread = t;
       block = t->block;
       fi_emulation_switch(&scheduler_stack, t->stack_pointer);
-      moved = true;
+      (t->spins ? spun : moved) = true;
     }
-    if (!moved) {
-      std::string text = "deadlock:";
-      int listed = 0;
-      for (const Thread* t : turns)
-        if (!t->done && listed++ < 4) text += " " + name_of(*t) + " waits at " + t->waits_at + ";";
-      c.error = std::make_exception_ptr(std::runtime_error("fi_ops emulation: " + text));
+    if (moved) {
+      idle_rounds = 0;
+    } else if (!c.events.empty()) {
+      let_happen(c, shuffled ? order() % c.events.size() : 0);
+    } else if (!spun || ++idle_rounds > kMostIdleRounds) {
+      set_error(c, deadlock(turns));
     }
   }
   thread = nullptr;
@@ -182,6 +249,24 @@ uint3 block_idx() { return block->index; }
 dim3 block_dim() { return block->dim; }
 dim3 grid_dim() { return block->grid; }
 unsigned char* dynamic_smem() { return block->smem; }
+size_t dynamic_smem_bytes() { return block->smem_bytes; }
+std::shared_ptr<WarpProducts>& warp_products() { return block->products[thread->warp]; }
+
+void wait_while(const uint64_t* word, uint64_t mask, uint64_t value, const char* what) {
+  thread->waits_for = word;
+  thread->waits_mask = mask;
+  thread->waits_while = value;
+  thread->waits_at = what;
+  to_scheduler_and_back();
+}
+
+void later(std::function<void()> happen) { later(std::move(happen), block->rank); }
+void later(std::function<void()> happen, unsigned rank) {
+  if (rank >= cluster_size()) fail("a copy to a block that is not in the cluster");
+  Block* const to = &block->cluster->blocks[rank];
+  ++to->awaited;
+  block->cluster->events.push_back({to, std::move(happen)});
+}
 
 unsigned cluster_size() { return unsigned(block->cluster->blocks.size()); }
 unsigned cluster_rank() { return block->rank; }
@@ -208,10 +293,13 @@ void cluster_wait() {
 }
 
 void fail(const std::string& what) {
-  throw std::runtime_error("fi_ops emulation: " + name_of(*thread) + ": " + what);
+  throw std::runtime_error("fi_ops emulation: " + (thread ? name_of(*thread) + ": " : "") + what);
 }
 
-void yield() { to_scheduler(); }
+void yield() {
+  thread->spins = true;
+  to_scheduler_and_back();
+}
 
 const unsigned char (*meet_warp(uint32_t mask, const char* what, const void* value, size_t size))[64] {
   if (!(mask >> thread->lane & 1)) fail(std::string(what) + ": the mask leaves out the caller");
@@ -253,6 +341,14 @@ void meet_block(int id, int threads, const char* what) { meet_at_barrier(id, thr
 
 int block_count(const char* what, bool predicate) { return meet_at_barrier(0, 0, what, predicate).result; }
 
+void note_launch(const void* kernel) {
+  const char* path = std::getenv("FI_EMULATION_LAUNCHES");
+  Dl_info library;
+  if (path == nullptr || *path == '\0' || dladdr(kernel, &library) == 0) return;
+  const auto offset = static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
+  std::ofstream(path, std::ios::app) << library.dli_fname << ' ' << offset << '\n';
+}
+
 void run_grid(dim3 grid, dim3 dim, size_t smem_bytes, const std::function<void()>& body, unsigned cluster) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
@@ -293,6 +389,7 @@ void run_grid(dim3 grid, dim3 dim, size_t smem_bytes, const std::function<void()
       b.dim = dim;
       b.grid = grid;
       b.smem = area + rank * (pages + kPage) + pages - rounded;
+      b.smem_bytes = rounded;
       // NaN in every float type: memory that is read must have been written
       std::memset(b.smem, 0xff, rounded);
     }

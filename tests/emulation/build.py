@@ -1,6 +1,7 @@
 """Builds the emulated library: the CUDA bindings and kernels, compiled by g++ against the shims in `include/`.
 
-`python -m tests.emulation.build` prints its path. Objects are cached by content, next to the package's own.
+`python -m tests.emulation.build` prints its path; under FI_EMULATION_CAPABILITY=90 with Hopper's kernels. Objects are cached by
+content, next to the package's own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fi_ops import _build
+from fi_ops import _build, _build_cuda
 
 HERE = Path(__file__).resolve().parent
 FLAGS = (
@@ -27,25 +28,42 @@ def supported() -> bool:
     return platform.machine() == "x86_64"
 
 
+def capability() -> int:
+    """What the emulated GPU claims, from FI_EMULATION_CAPABILITY: 80 or 90."""
+    text = os.environ.get("FI_EMULATION_CAPABILITY") or "80"
+    if text not in ("80", "90"):
+        raise ValueError(f"FI_EMULATION_CAPABILITY is 80 or 90, got {text}")
+    return int(text)
+
+
+def runtime_sources() -> list[Path]:
+    """The emulator itself, what every program of emulated kernels is linked with."""
+    return sorted(path for path in HERE.glob("*.cpp") if path.name != "gpu.cpp")
+
+
+def _archs() -> list[_build_cuda.CudaArch]:
+    """The rows of the arch table that the library is for."""
+    card = divmod(capability(), 10)
+    return [arch for arch in _build_cuda.CUDA_ARCHS if arch.runs_on(card)]
+
+
 def _sources() -> list[Path]:
-    """All but kernels/sm90: those instructions have no twin."""
-    csrc = _build.CSRC
-    return sorted([*(csrc / "binding").glob("*.cpp"), *(csrc / "cuda" / "kernels").glob("*.cu"), *HERE.glob("*.cpp")])
+    """As the CUDA library has them: a folder inside kernels/ where a row of the arch table names it."""
+    kernels = _build.CSRC / "cuda" / "kernels"
+    folders = [kernels, *(kernels / arch.folder for arch in _archs() if arch.folder)]
+    own = [source for folder in reversed(folders) for source in sorted(folder.glob("*.cu"))]
+    return [*own, *sorted((_build.CSRC / "binding").glob("*.cpp")), *sorted(HERE.glob("*.cpp"))]
 
 
-def _key(source: Path, folders: tuple[Path, ...]) -> str:
-    """A hash of the source, the headers of ours that it includes, and how it is compiled."""
-    h = hashlib.sha256(repr((FLAGS, _build.compiler()[1])).encode())
-    seen, queue = {source}, [source]
-    while queue:
-        path = queue.pop()
-        h.update(path.name.encode() + path.read_bytes())
+def _closure(source: Path, folders: tuple[Path, ...]) -> list[Path]:
+    """The source and the headers of ours that it includes."""
+    found = [source]
+    for path in found:
         for name in re.findall(r'^\s*#\s*include\s*["<]([^">]+)[">]', path.read_text(), re.M):
-            found = next((f for folder in folders if (f := folder / name).is_file()), None)
-            if found and found not in seen:
-                seen.add(found)
-                queue.append(found)
-    return h.hexdigest()[:20]
+            header = next((f for folder in folders if (f := folder / name).is_file()), None)
+            if header and header not in found:
+                found.append(header)
+    return found
 
 
 def build() -> Path:
@@ -58,12 +76,17 @@ def build() -> Path:
         _build.compiler()[0], *FLAGS, f"-DTORCH_TARGET_VERSION={_build.TORCH_TARGET_VERSION}",
         *(f"-I{folder}" for folder in folders), "-isystem", str(torch / "include"),
     ]  # fmt: skip
+    defines = [arch.define for arch in _archs() if arch.define]
 
     def compiled(source: Path) -> Path:
-        target = root / f"{source.stem}.{_key(source, folders)}.o"
+        texts = [(path.name, path.read_text()) for path in _closure(source, folders)]
+        # Defined only where it is asked for: most objects are the same for every capability.
+        own = [f"-D{define}" for define in defines if any(define in text for _, text in texts)]
+        key = hashlib.sha256(repr((FLAGS, own, _build.compiler()[1], texts)).encode()).hexdigest()[:20]
+        target = root / f"{source.stem}.{key}.o"
         if not target.is_file():
             staging = target.with_suffix(f".{os.getpid()}.tmp")
-            _run([*common, "-c", str(source), "-o", str(staging)])
+            _run([*common, *own, "-c", str(source), "-o", str(staging)])
             os.replace(staging, target)
         return target
 
@@ -73,25 +96,12 @@ def build() -> Path:
     library = root / f"libfi_ops_emulated-{digest}.so"
     if not library.is_file():
         staging = library.with_suffix(f".{os.getpid()}.tmp")
-        left_out = root / f"left_out-{digest}.s"
-        left_out.write_text(_left_out(objects))
         _run([
-            _build.compiler()[0], "-shared", *objects, str(left_out), "-o", str(staging), f"-L{torch / 'lib'}",
-            "-ltorch_cpu", "-lc10",
+            _build.compiler()[0], "-shared", *objects, "-o", str(staging), f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10",
+            "-Wl,--no-undefined",
         ])  # fmt: skip
         os.replace(staging, library)
     return library
-
-
-def _left_out(objects: list[str]) -> str:
-    """Assembly for entry points that no object defines (kernels for sm_90 alone): a call ends the process."""
-    table = subprocess.run(["nm", *objects], capture_output=True, text=True, check=True).stdout
-    entries = re.findall(r" ([A-Za-z]) (_ZN2fi4cuda\w+)", table)
-    missing = {name for kind, name in entries if kind == "U"} - {name for kind, name in entries if kind != "U"}
-    if missing:
-        print("emulation: not in this build:", *sorted(missing), flush=True)
-    lines = [f".hidden {name}\n.globl {name}\n{name}:\n  ud2" for name in sorted(missing)]
-    return '.section .note.GNU-stack,"",@progbits\n.text\n' + "\n".join(lines) + "\n"
 
 
 def _run(command: list[str]) -> None:

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -37,12 +38,14 @@ struct Thread {
   int lane, warp;
   void* stack_pointer = nullptr;
   bool done = false;
-  const uint64_t* waits_for = nullptr;  // runs again when *waits_for != waits_while
-  uint64_t waits_while = 0;
+  const uint64_t* waits_for = nullptr;  // runs again when (*waits_for & waits_mask) != waits_while
+  uint64_t waits_mask = 0, waits_while = 0;
   const char* waits_at = "";
+  bool spins = false;       // it ran last only to ask again for what it waits for
   uint64_t arrived_at = 0;  // the cluster barrier's generation at this thread's arrival
   std::vector<std::vector<Copy>> committed;
   std::vector<Copy> issued;
+  int copies_under_way = 0;  // of barrier_arrive_after_copies
 };
 
 Thread& current();
@@ -62,9 +65,22 @@ int block_count(const char* what, bool predicate);
 // Lets other threads run once: for spin loops.
 void yield();
 
+// Waits while (*word & mask) == value.
+void wait_while(const uint64_t* word, uint64_t mask, uint64_t value, const char* what);
+
+// What the hardware does on its own, to this block's shared memory or block `rank`'s of the cluster: as late
+// as can be, when no thread can run any more, or somewhat sooner under FI_EMULATION_SEED.
+void later(std::function<void()> happen);
+void later(std::function<void()> happen, unsigned rank);
+
 [[noreturn]] void fail(const std::string& what);
 
 unsigned char* dynamic_smem();
+size_t dynamic_smem_bytes();
+
+// What this warp's matrix products are at (emulation/products.h).
+struct WarpProducts;
+std::shared_ptr<WarpProducts>& warp_products();
 
 // Blocks that run at the same time, and the same place in the shared memory of another of them.
 unsigned cluster_size();
@@ -72,6 +88,10 @@ unsigned cluster_rank();
 void cluster_arrive();
 void cluster_wait();
 void* peer_smem(void* p, unsigned rank);
+
+// Writes where the kernel lies in the library to the file that FI_EMULATION_LAUNCHES names
+// (../../launches.py).
+void note_launch(const void* kernel);
 
 // `cluster` consecutive blocks of grid.x run together, the rest one after the other.
 void run_grid(dim3 grid, dim3 block, size_t smem, const std::function<void()>& body, unsigned cluster = 1);

@@ -13,6 +13,7 @@ template <class... Params, class... Args>
 void launch_clusters(const Gpu&, void (*kernel)(Params...), dim3 grid, unsigned cluster, dim3 block, size_t smem, bool,
                      Args&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  emulation::note_launch(reinterpret_cast<const void*>(kernel));
   emulation::run_grid(grid, block, smem, [&] { kernel(args...); }, cluster);
 }
 

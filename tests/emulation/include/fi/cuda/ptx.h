@@ -26,7 +26,7 @@ inline void cp_async(void* smem, const void* source, bool valid, size_t bytes, c
   require_aligned(smem, bytes, what);
   if (valid) require_aligned(source, bytes, what);
   std::memset(smem, 0xff, bytes);
-  emulation::current().issued.push_back({smem, valid ? source : nullptr, bytes});
+  emulation::current().issued.push_back({smem, valid ? source : nullptr, int(bytes)});
 }
 inline void cp_async_16(void* smem, const void* source, bool valid = true) {
   cp_async(smem, source, valid, 16, "cp_async_16");
@@ -43,17 +43,19 @@ inline void cp_async_commit() {
   thread.committed.push_back(std::move(thread.issued));
   thread.issued.clear();
 }
+inline void deliver(const emulation::Copy& copy) {
+  if (copy.source) {
+    std::memcpy(copy.smem, copy.source, copy.bytes);
+  } else {
+    std::memset(copy.smem, 0, copy.bytes);
+  }
+}
 template <int Pending>
 void cp_async_wait() {
+  if (emulation::current().copies_under_way > 0) emulation::fail("cp_async_wait: after barrier_arrive_after_copies");
   auto& groups = emulation::current().committed;
   while (groups.size() > size_t(Pending)) {
-    for (const auto& copy : groups.front()) {
-      if (copy.source) {
-        std::memcpy(copy.smem, copy.source, copy.bytes);
-      } else {
-        std::memset(copy.smem, 0, copy.bytes);
-      }
-    }
+    for (const auto& copy : groups.front()) deliver(copy);
     groups.erase(groups.begin());
   }
 }

@@ -11,12 +11,6 @@
 
 namespace fi::cuda::sm90 {
 
-// threadIdx.x, read anew, for what would otherwise be computed once and kept.
-FI_DEVICE_INLINE unsigned thread_now() {
-  unsigned thread;
-  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
-  return thread;
-}
 FI_DEVICE_INLINE int lane_now() { return static_cast<int>(thread_now() % 32); }
 // Which half of a tile this warp brings.
 FI_DEVICE_INLINE int half_now() { return static_cast<int>(thread_now() / 32 % 2); }

@@ -10,16 +10,10 @@
 #pragma once
 
 #include "fi/cuda/sm90/fp8_config.h"
+#include "fi/cuda/sm90/stmatrix.h"
 #include "fi/cuda/sm90/wgmma.h"
 
 namespace fi::cuda::sm90 {
-
-// Four 8x8 matrices of 16-bit elements, the counterpart of ldmatrix_x4.
-FI_DEVICE_INLINE void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(smem_address(row)),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-}
 
 template <class Config>
 class Fp8Transposer {

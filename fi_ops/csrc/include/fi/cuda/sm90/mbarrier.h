@@ -1,4 +1,4 @@
-// Barriers in shared memory that count arrivals and the bytes of asynchronous copies, and a ring's walk.
+// Barriers in shared memory that count arrivals and the bytes of asynchronous copies.
 //
 // Compiled with FI_BOUNDED_WAITS, a wait that lasts for seconds traps instead of hanging the GPU: for
 // developing kernels.
@@ -60,21 +60,5 @@ FI_DEVICE_INLINE void barrier_wait(Barrier& barrier, uint32_t parity) {
   }
 #endif
 }
-
-// Where a thread is in a ring of stages: the stage, and how often the ring was walked, modulo 2. A consumer
-// waits for `parity` of the stage's full barrier, a producer for `parity ^ 1` of its empty barrier (which a
-// fresh barrier passes at once).
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  FI_DEVICE_INLINE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 }  // namespace fi::cuda::sm90

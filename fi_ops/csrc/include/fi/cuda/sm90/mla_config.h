@@ -5,6 +5,7 @@
 #include "fi/cuda/sm90/batch_rows.h"
 #include "fi/cuda/sm90/mbarrier.h"
 #include "fi/cuda/sm90/mla.h"
+#include "fi/cuda/sm90/ring.h"
 #include "fi/cuda/sm90/warpgroup.h"
 
 namespace fi::cuda::sm90 {

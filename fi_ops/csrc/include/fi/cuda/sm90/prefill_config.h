@@ -8,6 +8,7 @@
 #include "fi/cuda/sm90/mbarrier.h"
 #include "fi/cuda/sm90/prefill_device_keys.h"
 #include "fi/cuda/sm90/prefill_work.h"
+#include "fi/cuda/sm90/ring.h"
 #include "fi/cuda/sm90/tensor_map.h"
 #include "fi/cuda/sm90/warpgroup.h"
 

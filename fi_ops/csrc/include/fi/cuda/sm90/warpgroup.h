@@ -22,4 +22,11 @@ FI_DEVICE_INLINE void warpgroup_barrier(int id) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "n"(kWarpgroupThreads) : "memory");
 }
 
+// threadIdx.x, read anew, for what would otherwise be computed once and kept.
+FI_DEVICE_INLINE unsigned thread_now() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  return thread;
+}
+
 }  // namespace fi::cuda::sm90
