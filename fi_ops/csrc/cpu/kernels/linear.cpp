@@ -103,7 +103,7 @@ struct PackedInput {
 template <class T>
 void pack_row(typename StreamDot<T>::Query* dst, int64_t stride, const T* src, int64_t size) {
   if constexpr (__is_same(typename StreamDot<T>::Query, T)) {
-    __builtin_memcpy(dst, src, size * sizeof(T));
+    if (size > 0) __builtin_memcpy(dst, src, size * sizeof(T));  // without features there may be no tensor
   } else {
     for_each_vec(size, [&](int64_t i, int64_t count) { store_n(dst + i, load_n(src + i, count), count); });
   }
