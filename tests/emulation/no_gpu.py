@@ -28,7 +28,7 @@ def _on_cpu(value):
 
 
 def _needs_gpu(*_args, **_kwargs):
-    pytest.skip("streams and graphs need a CUDA device")
+    pytest.skip("streams, graphs and compiled code need a CUDA device")
 
 
 @contextlib.contextmanager
@@ -39,5 +39,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: divmod(capability(), 10))
     for name in ("CUDAGraph", "Stream", "current_stream", "set_sync_debug_mode"):
         monkeypatch.setattr(torch.cuda, name, _needs_gpu)
+    monkeypatch.setattr(torch, "compile", _needs_gpu)
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the processor, not of a GPU
     with CpuForCuda():
         yield
