@@ -38,7 +38,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not config.getoption("--emulate-cuda"):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -66,3 +66,14 @@ def one_in(step, items, config):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(20260)
+
+
+@pytest.fixture(autouse=True)
+def _emulated_gpu(request, monkeypatch):
+    if not (request.config.getoption("--emulate-cuda") and "gpu" in request.keywords):
+        yield
+        return
+    from emulation.no_gpu import emulated_gpu
+
+    with emulated_gpu(monkeypatch):
+        yield

@@ -40,8 +40,13 @@ def test_smoke(tmp_path):
     _run_program(tmp_path, NATIVE / "emulation_smoke.cu")
 
 
+def test_hopper_smoke(tmp_path):
+    """Boxes, mbarriers and warpgroup products of all operand kinds, a cluster; missing waits and other mistakes are seen."""
+    _run_program(tmp_path, NATIVE / "emulation_sm90_smoke.cu")
+
+
 def test_mask_bits(tmp_path):
-    """The scan of a mask for Hopper's attention kernel, which itself has no twin here."""
+    """The scan of a mask for Hopper's attention kernel."""
     _run_program(tmp_path, NATIVE / "mask_bits.cpp", _build.CSRC / "cuda" / "kernels" / "sm90" / "mask_bits.cu")
 
 
@@ -50,28 +55,20 @@ def test_batch_work(tmp_path):
     _run_program(tmp_path, NATIVE / "batch_work.cpp")
 
 
+def _run_tests(*arguments: str, **env: str) -> None:
+    """Tests of this folder in a process of their own, on two cores where pytest-xdist is there."""
+    parallel = ["-n", "2"] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *parallel, *arguments]
+    run = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+
+
 def test_sweep():
     """The CUDA kernels by the registry: numerics in bf16 (and the ops without floats), and every refusal."""
     select = "(test_numerics and (bfloat16 or bool or int)) or test_bad_input"
-    parallel = ["-n", "2"] if importlib.util.find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *parallel, "--emulate-cuda"]
-    run = subprocess.run([*command, str(SWEEP), "-k", select], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    _run_tests("--emulate-cuda", str(SWEEP), "-k", select)
 
 
 def test_unchecked_values():
     """Hostile index tensors that nothing refuses: the kernels stay in their tensors' memory."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "--emulate-cuda",
-        *map(str, UNCHECKED),
-    ]
-    env = {**os.environ, "FI_EMULATION_CHECK": "0"}
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    _run_tests("--emulate-cuda", *map(str, UNCHECKED), FI_EMULATION_CHECK="0")

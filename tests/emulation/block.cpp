@@ -70,6 +70,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<std::map<uint32_t, Meeting>> warps;       // by mask
   std::vector<std::shared_ptr<WarpProducts>> products;  // by warp
+  std::vector<uint64_t> rests_until;                    // by warp: the round
   std::map<int, Barrier> barriers;
   int alive = 0;
   int awaited = 0;  // what the hardware is still to do to its shared memory
@@ -191,6 +192,17 @@ void let_happen(Cluster& c, size_t i) {
   }
 }
 
+// Another order of the threads; what the hardware does at some time; and warps that fall behind the others.
+void shuffle(Cluster& c, std::vector<Thread*>& turns, uint64_t round) {
+  constexpr unsigned kRestEvery = 16, kLongestRest = 256;  // rounds
+  std::shuffle(turns.begin(), turns.end(), order);
+  if (!c.events.empty() && order() % 2 == 0) let_happen(c, order() % c.events.size());
+  if (order() % kRestEvery == 0) {
+    Block& b = c.blocks[order() % c.blocks.size()];
+    b.rests_until[order() % b.warps.size()] = round + order() % kLongestRest;
+  }
+}
+
 void run_cluster(Cluster& c, bool shuffled) {
   const size_t block_size = size_t(c.blocks[0].dim.x) * c.blocks[0].dim.y * c.blocks[0].dim.z;
   std::vector<Thread*> turns;
@@ -198,6 +210,7 @@ void run_cluster(Cluster& c, bool shuffled) {
     b.threads.resize(block_size);
     b.warps.resize((block_size + 31) / 32);
     b.products.resize(b.warps.size());
+    b.rests_until.resize(b.warps.size());
     b.alive = int(block_size);
     for (size_t i = 0; i < block_size; ++i) {
       Thread& t = b.threads[i];
@@ -213,15 +226,16 @@ void run_cluster(Cluster& c, bool shuffled) {
   c.alive = int(turns.size());
   constexpr int kMostIdleRounds = 10000;  // in which threads only spin
   int idle_rounds = 0;
-  while (c.alive > 0) {
-    bool moved = false, spun = false;
-    if (shuffled) {
-      std::shuffle(turns.begin(), turns.end(), order);
-      if (!c.events.empty() && order() % 2 == 0) let_happen(c, order() % c.events.size());
-    }
+  for (uint64_t round = 1; c.alive > 0; ++round) {
+    bool moved = false, spun = false, rested = false;
+    if (shuffled) shuffle(c, turns, round);
     for (Thread* t : turns) {
       if (t->done || (t->waits_for && (*t->waits_for & t->waits_mask) == t->waits_while && !c.error))
         continue;
+      if (t->block->rests_until[t->warp] > round && !c.error) {
+        rested = true;
+        continue;
+      }
       t->waits_for = nullptr;
       t->spins = false;
       thread = t;
@@ -231,6 +245,8 @@ void run_cluster(Cluster& c, bool shuffled) {
     }
     if (moved) {
       idle_rounds = 0;
+    } else if (rested && (c.events.empty() || order() % 2 == 0)) {
+      for (Block& b : c.blocks) std::fill(b.rests_until.begin(), b.rests_until.end(), 0);
     } else if (!c.events.empty()) {
       let_happen(c, shuffled ? order() % c.events.size() : 0);
     } else if (!spun || ++idle_rounds > kMostIdleRounds) {

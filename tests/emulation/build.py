@@ -90,7 +90,7 @@ def build() -> Path:
             os.replace(staging, target)
         return target
 
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
+    with _build._lock(root / "build.lock"), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
         objects = [str(path) for path in pool.map(compiled, _sources())]
     digest = hashlib.sha256("\n".join(objects).encode()).hexdigest()[:20]
     library = root / f"libfi_ops_emulated-{digest}.so"
