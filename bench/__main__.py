@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, help="only this length (prefill, decode, pages, batches, sparse)")
     parser.add_argument("--vocab", type=int, help="sampling, filters: this vocabulary (default 128256)")
     parser.add_argument("--only", metavar="TEXT", help="families: those whose name has this in it")
-    parser.add_argument("--family", metavar="NAME", help="peers: only prefill, batch, decode or mla")
+    parser.add_argument("--family", metavar="NAME", help="peers: only prefill, batch, decode, mla or fp8")
     parser.add_argument("--seconds", type=float, help="peers: time for everything; what it does not reach is left out")
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and turns")

@@ -89,14 +89,15 @@ def bottom_right(qo_len: int, kv_len: int, device: torch.device) -> torch.Tensor
 
 
 def per_request(qo_lens: Sequence[int], kv_lens: Sequence[int], causal: bool) -> Callable:
-    """torch SDPA for each request; its pages are gathered, fp8 keys widened."""
+    """torch SDPA for each request; its pages are gathered, fp8 widened to query's dtype, or bfloat16 where that is fp8, too."""
 
     def attend(*arguments):
         query, outputs = arguments[0], []
+        dtype = query.dtype if query.dtype.itemsize > 1 else torch.bfloat16
         for b, qo_len in enumerate(qo_lens):
             begin = sum(qo_lens[:b])
             parts = (query[begin : begin + qo_len], *keys_of(arguments, b, kv_lens))
-            q, k, v = (t.to(query.dtype).transpose(0, 1)[None] for t in parts)
+            q, k, v = (t.to(dtype).transpose(0, 1)[None] for t in parts)
             if query.device.type == "cpu":  # twice as fast there, copies counted
                 k, v = k.contiguous(), v.contiguous()
             chunk = causal and 1 < qo_len < kv_lens[b]  # torch's causal is top-left
@@ -161,7 +162,10 @@ def flashinfer_peers(copies: list[tuple], causal: bool, decode: bool) -> list[Ca
 
     if decode:
         return [peer("FlashInfer", "auto")]
-    return [peer(f"FlashInfer {backend.upper()}", backend) for backend in stock.flashinfer_backends()]
+    backends = stock.flashinfer_backends()
+    if copies[0][0].dtype.itemsize == 1:
+        backends = backends[1:]  # FA2 has no kernels for fp8 queries
+    return [peer(f"FlashInfer {backend.upper()}", backend) for backend in backends]
 
 
 def flashinfer_plan(arguments: tuple, causal: bool, decode: bool) -> list[Candidate]:
@@ -182,13 +186,16 @@ def _flashinfer_planned(library, arguments: tuple, causal: bool, decode: bool, b
     query, key, _, qo_indptr, *table = arguments
     workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=query.device)
     sizes = (QUERY_HEADS, KV_HEADS, HEAD_DIM)
-    dtypes = dict(q_data_type=query.dtype, kv_data_type=key.dtype)
+    dtypes, scales = dict(q_data_type=query.dtype, kv_data_type=key.dtype), ()
+    if query.dtype.itemsize == 1:  # as its kernels want them: one a head, by position
+        dtypes["o_data_type"] = torch.bfloat16
+        scales = tuple(torch.ones(n, device=query.device) for n in (QUERY_HEADS, KV_HEADS, KV_HEADS))
     if not is_paged(arguments):
         wrapper = library.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend=backend)
 
         def plan():
-            wrapper.plan(qo_indptr, table[0], *sizes, causal=causal, q_data_type=query.dtype)
-            return lambda q, k, v, *_: wrapper.run(q, k, v)
+            wrapper.plan(qo_indptr, table[0], *sizes, causal=causal, **dtypes)
+            return lambda q, k, v, *_: wrapper.run(q, k, v, *scales)
 
         return plan
     pages, kv_indptr, last = table[:3]
@@ -204,6 +211,6 @@ def _flashinfer_planned(library, arguments: tuple, causal: bool, decode: bool, b
 
         def plan():
             wrapper.plan(qo_indptr, kv_indptr, pages, last, *sizes, key.shape[1], causal=causal, **dtypes)
-            return lambda q, k, v, *_: wrapper.run(q, (k, v))
+            return lambda q, k, v, *_: wrapper.run(q, (k, v), *scales)
 
     return plan

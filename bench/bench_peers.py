@@ -1,7 +1,8 @@
 """Attention against everybody who is here, one line a case: torch's flash and cuDNN kernels, FlexAttention compiled, FlashInfer.
 
 Families (`--family`): `prefill`, one dense sequence over head widths, head counts and lengths; `batch`, ragged and paged prompts,
-appends and chunks; `decode`, dense and over pages; `mla`, decode over a compressed cache. FlashInfer's FA2 and FA3 templates take
+appends and chunks; `decode`, dense and over pages; `mla`, decode over a compressed cache; `fp8`, queries, keys and values of 8
+bits. FlashInfer's FA2 and FA3 templates take
 part where it is installed (what it has to compile it compiles in the check: a first run with `--warm` keeps that out of the
 budget). Every result is checked against float64 first; a wrong one is reported and not timed.
 
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from . import bench_batch_decode, bench_batch_prefill, bench_mla, bench_single_decode, bench_single_prefill
+from . import bench_batch_decode, bench_batch_prefill, bench_mla, bench_single_decode, bench_single_prefill, peers_fp8
 from .batches import PAGE_SIZE
 from .bench_single_prefill import Shape
 from .harness import Case, Options
@@ -108,6 +109,7 @@ FAMILIES = {
     "batch": Family(batch, 2),
     "decode": Family(decode, 1),
     "mla": Family(mla, 2),
+    "fp8": Family(peers_fp8.makers, 2),
 }
 
 

@@ -78,14 +78,18 @@ def refuse_given(function: str, why: str, **arguments) -> None:
         require(function, value is None, f"{name} is not supported: {why}; leave it out")
 
 
-def refuse_extra(function: str, args: tuple) -> None:
-    """The positional arguments that FlashInfer hands to custom kernels, or takes fp8 queries' scales from."""
-    if args:
-        refuse(
-            function,
-            f"got {len(args)} positional arguments too many, which FlashInfer hands to kernels of jit_args (or takes as an fp8 "
-            f"query's scales); pass q_scale, k_scale, v_scale and sinks by name",
-        )
+def positional_scales(function: str, q: torch.Tensor, args: tuple, q_scale, k_scale, v_scale) -> dict:
+    """q_scale, k_scale and v_scale: by name or, where q is fp8, all three by position, as FlashInfer takes them."""
+    named = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    if q.dtype in FP8 and len(args) == 3 and all(scale is None for scale in named.values()):
+        return dict(zip(named, args, strict=True))
+    require(
+        function,
+        not args,
+        f"got {len(args)} positional arguments too many, which FlashInfer hands to kernels of jit_args (or, three, takes as an "
+        f"fp8 query's scales); pass q_scale, k_scale, v_scale and sinks by name",
+    )
+    return named
 
 
 def dtype_of(function: str, name: str, dtype: str | torch.dtype | None, allowed: tuple[torch.dtype, ...]):
@@ -101,12 +105,14 @@ def dtype_of(function: str, name: str, dtype: str | torch.dtype | None, allowed:
     return found
 
 
-def dtypes_of(function: str, q_data_type, kv_data_type, o_data_type=None):
-    """The dtypes of query, keys and values (query's by default) and output (query's by default); None: any."""
-    query = dtype_of(function, "q_data_type", q_data_type, FLOATS)
+def dtypes_of(function: str, q_data_type, kv_data_type, o_data_type=None, fp8_queries: bool = False):
+    """The dtypes of query, keys and values (query's by default) and output (query's, unless that is fp8); None: any."""
+    query = dtype_of(function, "q_data_type", q_data_type, (*FLOATS, *FP8) if fp8_queries else FLOATS)
     keys = dtype_of(function, "kv_data_type", kv_data_type, (*FLOATS, *FP8))
     output = dtype_of(function, "o_data_type", o_data_type, FLOATS)
-    return query, query if keys is None else keys, query if output is None else output
+    if output is None and query not in FP8:
+        output = query
+    return query, query if keys is None else keys, output
 
 
 def with_data_type(q_data_type, kv_data_type, data_type):
@@ -134,12 +140,12 @@ def split_keys(function: str, fixed_split_size: int | None, disable_split_kv: bo
 
 
 def scales_of(function: str, q: torch.Tensor, num_kv_heads: int, scale: float, q_scale, k_scale, v_scale):
-    """(q, scale, k_scale, v_scale) as the ops take them, of numbers, tensors of one element and tensors of one a head.
+    """(q, scale, q_scale, k_scale, v_scale) as the ops take them, of numbers, tensors of one element and tensors of one a head.
 
     Numbers for q and k multiply the logits' scale; a tensor for k, and one for all of q, becomes k_scale. A tensor of a number a
-    query head multiplies q itself, in its dtype.
+    query head becomes q_scale where q is fp8, else it multiplies q itself, in its dtype.
     """
-    key_scale = None
+    query_scale = key_scale = None
     for name, factor in (("q_scale", q_scale), ("k_scale", k_scale)):
         if not isinstance(factor, torch.Tensor):
             scale = scale if factor is None else scale * factor
@@ -152,7 +158,10 @@ def scales_of(function: str, q: torch.Tensor, num_kv_heads: int, scale: float, q
                 f"{name} must be a number or a tensor of 1 or {heads} elements, got {flat.shape[0]}; pass one a head",
             )
         if name == "q_scale" and flat.shape[0] not in (1, num_kv_heads):
-            q = (q * flat[:, None]).to(q.dtype)
+            if q.dtype in FP8:
+                query_scale = flat
+            else:
+                q = (q * flat[:, None]).to(q.dtype)
         else:
             key_scale = flat if key_scale is None else key_scale * flat
     if v_scale is None:
@@ -161,7 +170,7 @@ def scales_of(function: str, q: torch.Tensor, num_kv_heads: int, scale: float, q
         value_scale = v_scale.reshape(-1).float()
     else:
         value_scale = torch.full((1,), v_scale, dtype=torch.float32, device=q.device)
-    return q, scale, key_scale, value_scale
+    return q, scale, query_scale, key_scale, value_scale
 
 
 def cos_sin_table(length: int, head_dim: int, rope_scale: float, rope_theta: float, device) -> torch.Tensor:

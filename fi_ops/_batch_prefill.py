@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._batch_options import refuse_extra, refuse_given, split_keys
+from ._batch_options import positional_scales, refuse_given, split_keys
 from ._batch_wrapper import BatchWrapper
 from .page import PagedKVCache
 
@@ -163,15 +163,16 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
             return_lse: also return the log-sum-exp.
             window_left: as planned, or None.
             sinks: `[num_qo_heads]`, one logit a head that joins the softmax's sum and gives no value.
-            args, kv_cache_sf, skip_softmax_threshold_scale_factor: refused (custom kernels, NVFP4, skipped blocks).
+            args: q_scale, k_scale and v_scale, of fp8 queries alone; others are refused (custom kernels).
+            kv_cache_sf, skip_softmax_threshold_scale_factor: refused (NVFP4, skipped blocks).
 
         Returns:
             `[rows of q, num_qo_heads, head_dim_vo]`, and with return_lse float32 `[rows of q, num_qo_heads]`.
         """
-        refuse_extra("BatchPrefillWithPagedKVCacheWrapper.run", args)
+        function = "BatchPrefillWithPagedKVCacheWrapper.run"
         return self._run_paged(
-            q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=return_lse,
-            enable_pdl=enable_pdl, window_left=window_left, sinks=sinks, kv_cache_sf=kv_cache_sf,
+            q, paged_kv_cache, **positional_scales(function, q, args, q_scale, k_scale, v_scale), out=out, lse=lse,
+            return_lse=return_lse, enable_pdl=enable_pdl, window_left=window_left, sinks=sinks, kv_cache_sf=kv_cache_sf,
             skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
         )  # fmt: skip
 
@@ -320,14 +321,11 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
             o_scale: refused: it is an fp8 output's.
         """
         function = "BatchPrefillWithRaggedKVCacheWrapper.run"
-        refuse_extra(function, args)
+        scales = positional_scales(function, q, args, q_scale, k_scale, v_scale)
         refuse_given(function, "outputs are not fp8", o_scale=o_scale)
         if self._kv_layout == "HND" and k.dim() == 3 and v.dim() == 3:
             k, v = k.transpose(0, 1), v.transpose(0, 1)
-        return self._attend(
-            q, k, v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=return_lse,
-            enable_pdl=enable_pdl,
-        )  # fmt: skip
+        return self._attend(q, k, v, **scales, out=out, lse=lse, return_lse=return_lse, enable_pdl=enable_pdl)
 
     def forward(
         self,

@@ -10,10 +10,11 @@
 - Accepted, and without effect on results: backend, use_tensor_cores, use_fp16_qk_reduction (sums are float32), enable_pdl,
   seq_lens, block_tables and the maxima of lengths (all said by the page table). jit_args and what else would change results
   raises RuntimeError.
-- q_data_type, kv_data_type: checked in `run`; None is any. Queries are float32, bfloat16 or float16, keys and values of the
-  same dtype or float8_e4m3fn, float8_e5m2. o_data_type: the output is converted to it.
+- q_data_type, kv_data_type: checked in `run`; None is any. Queries are float32, bfloat16, float16, float8_e4m3fn or
+  float8_e5m2, keys and values of the same dtype or, where the query has more than 8 bits, of one of 8. o_data_type: the output
+  is converted to it; by default it has the query's dtype or, where that has 8 bits, out's, bfloat16 without one.
 - q_scale, k_scale, v_scale in `run`: numbers, or float32 tensors of one element or one a head; logits are multiplied by
-  q_scale * k_scale, the output by v_scale.
+  q_scale * k_scale, the output by v_scale. With fp8 queries the three may also be given by position.
 - pos_encoding_mode "ROPE_LLAMA" rotates by a table of as many rows as the longest request has keys, where the index tensors are
   on the host; else as max_sequence_kv says, or as all pages together hold tokens (ragged: as `k` has rows, made in `run`).
 - fixed_split_size is in pages, rounded up to 64 keys: a request's result does not depend, bit for bit, on the others.
@@ -42,6 +43,7 @@ from ._batch_options import (
     scales_of,
     settings_of,
 )
+from .library._spec import FP8
 from .page import _as_nhd, get_seq_lens
 
 
@@ -173,7 +175,7 @@ class BatchWrapper:
         function = f"{type(self).__name__}.plan"
         new_settings = settings_of(function, **settings)
         self._check_settings(new_settings)
-        dtypes = dtypes_of(function, q_data_type, kv_data_type, o_data_type)
+        dtypes = dtypes_of(function, q_data_type, kv_data_type, o_data_type, fp8_queries=True)
         check_heads(function, num_qo_heads, num_kv_heads)
         require(function, page_size >= 1, f"page_size must be 1 or more, got {page_size}; pass the cache's")
         batch = qo_indptr.shape[0] - 1
@@ -346,7 +348,9 @@ class BatchWrapper:
         if sm_scale is None:
             sm_scale = settings.sm_scale
         scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-        q, scale, key_scale, value_scale = scales_of(function, q, self._heads[1], scale, q_scale, k_scale, v_scale)
+        q, scale, query_scale, key_scale, value_scale = scales_of(
+            function, q, self._heads[1], scale, q_scale, k_scale, v_scale
+        )
         slopes = self._alibi_slopes if settings.pos_encoding_mode == "ALIBI" else None
         table = None
         if settings.pos_encoding_mode == "ROPE_LLAMA":
@@ -364,6 +368,11 @@ class BatchWrapper:
             "logits_soft_cap": settings.logits_soft_cap if logits_soft_cap is None else logits_soft_cap,
             "fixed_split_size": settings.fixed_split_size,
         }  # fmt: skip
+        output_dtype = self._dtypes[2]
+        if q.dtype in FP8:
+            if output_dtype is None and out is not None:
+                output_dtype = out.dtype
+            options |= {"q_scale": query_scale, "out_dtype": output_dtype}
         tensors = (
             mask, mask_indptr, key_scale, value_scale, slopes, None if sinks is None else sinks.float(), table,
             self._plan if fits else None,
@@ -375,7 +384,6 @@ class BatchWrapper:
             op += "_with_lse"
         result = getattr(ops, op)(q, k, v, self._qo_indptr, *pages, *tensors, **options)
         output, log_sum_exp = result if with_lse else (result, None)
-        output_dtype = self._dtypes[2]
         if output_dtype is not None:
             output = output.to(output_dtype)
         output = return_in(function, out, output)

@@ -91,12 +91,14 @@ def paged_attention(
     logits_soft_cap: float = 0.0,
     fixed_split_size: int = 0,
     return_lse: bool = False,
+    q_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of a ragged batch over a paged cache: decode, append, prefill or any mix.
 
     Args:
-        q: `[nnz_qo, num_qo_heads, head_dim]`, float32, bfloat16 or float16.
-        paged_kv_cache: see `fi_ops.page`; q's dtype, float8_e4m3fn or float8_e5m2.
+        q: `[nnz_qo, num_qo_heads, head_dim]`, float32, bfloat16, float16, float8_e4m3fn or float8_e5m2.
+        paged_kv_cache: see `fi_ops.page`; q's dtype or, where that has more than 8 bits, float8_e4m3fn or float8_e5m2.
         custom_mask, mask_indptr: uint8 bits, lowest first: of request b, `[qo_len, kv_len]` row by row from byte
             `mask_indptr[b]` on (`segment_packbits(mask, indptr, bitorder="little")` makes them of bools); beside causal.
         k_scale, v_scale: float32 `[1]` or `[num_kv_heads]`; they multiply logits and output.
@@ -110,9 +112,12 @@ def paged_attention(
         sm_scale: default `1 / sqrt(head_dim)`.
         logits_soft_cap: `cap * tanh(logits / cap)`; 0 is none.
         return_lse: also return the log-sum-exp, base 2.
+        q_scale: float32 `[1]` or `[num_qo_heads]`, of q of 8 bits alone; multiplies logits.
+        out_dtype: of the output of q of 8 bits: float32, bfloat16 (default) or float16.
 
     Returns:
-        `[nnz_qo, num_qo_heads, head_dim_vo]` in q's dtype, and with return_lse float32 `[nnz_qo, num_qo_heads]`.
+        `[nnz_qo, num_qo_heads, head_dim_vo]` in q's dtype (8 bits: out_dtype), and with return_lse float32 `[nnz_qo,
+        num_qo_heads]`.
 
     Raises:
         RuntimeError: shapes, dtypes, devices or strides that don't fit; on the CPU (on CUDA under FI_OPS_CHECK=1) values too.
@@ -124,7 +129,7 @@ def paged_attention(
     return op(
         q, k, v, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, custom_mask, mask_indptr, k_scale, v_scale, alibi_slopes,
         sinks, cos_sin_cache, plan, causal=causal, window_left=window_left, scale=sm_scale, logits_soft_cap=logits_soft_cap,
-        interleaved=not is_neox, fixed_split_size=fixed_split_size,
+        interleaved=not is_neox, fixed_split_size=fixed_split_size, q_scale=q_scale, out_dtype=out_dtype,
     )  # fmt: skip
 
 
@@ -151,6 +156,8 @@ def ragged_attention(
     logits_soft_cap: float = 0.0,
     fixed_split_size: int = 0,
     return_lse: bool = False,
+    q_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`paged_attention` over ragged keys: request b has `k[kv_indptr[b]:kv_indptr[b + 1]]` and the same rows of v.
 
@@ -165,7 +172,7 @@ def ragged_attention(
     return op(
         q, k, v, qo_indptr, kv_indptr, custom_mask, mask_indptr, k_scale, v_scale, alibi_slopes, sinks, cos_sin_cache, plan,
         causal=causal, window_left=window_left, scale=sm_scale, logits_soft_cap=logits_soft_cap, interleaved=not is_neox,
-        fixed_split_size=fixed_split_size,
+        fixed_split_size=fixed_split_size, q_scale=q_scale, out_dtype=out_dtype,
     )  # fmt: skip
 
 

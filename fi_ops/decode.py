@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ._arguments import refuse, require
-from ._batch_options import refuse_extra, split_keys, with_data_type
+from ._batch_options import positional_scales, split_keys, with_data_type
 from ._batch_wrapper import BatchWrapper
 from .page import PagedKVCache
 from .prefill import attend_one_request
@@ -214,13 +214,14 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             return_lse: also return the log-sum-exp.
             window_left, q_len_per_req: as planned, or None.
             sinks: `[num_qo_heads]`, one logit a head that joins the softmax's sum and gives no value.
-            args, kv_cache_sf, skip_softmax_threshold_scale_factor: refused (custom kernels, NVFP4, skipped blocks).
+            args: q_scale, k_scale and v_scale, of fp8 queries alone; others are refused (custom kernels).
+            kv_cache_sf, skip_softmax_threshold_scale_factor: refused (NVFP4, skipped blocks).
 
         Returns:
             `[rows of q, num_qo_heads, head_dim_vo]`, and with return_lse float32 `[rows of q, num_qo_heads]`.
         """
         function = f"{type(self).__name__}.run"
-        refuse_extra(function, args)
+        scales = positional_scales(function, q, args, q_scale, k_scale, v_scale)
         planned = self._q_len_per_req
         if q_len_per_req is not None and q_len_per_req != planned:
             refuse(function, f"q_len_per_req must be {planned}, as planned, got {q_len_per_req}; pass it to plan")
@@ -230,8 +231,8 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
                 f"q must have batch * q_len_per_req = {self._plan_rows} rows, got {q.shape[0]}; plan for this batch",
             )
         return self._run_paged(
-            q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=return_lse,
-            enable_pdl=enable_pdl, window_left=window_left, sinks=sinks, kv_cache_sf=kv_cache_sf,
+            q, paged_kv_cache, **scales, out=out, lse=lse, return_lse=return_lse, enable_pdl=enable_pdl,
+            window_left=window_left, sinks=sinks, kv_cache_sf=kv_cache_sf,
             skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
         )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Prefill and decode in one call with FlashInfer's names, arguments and defaults (`flashinfer.pod`).
 
-`PODWithPagedKVCacheWrapper` is one op for prefill, whose keys are tensors of their own, and decode; with a mask, positions, or
-scales other than numbers for q and k it is two. Over one paged cache `BatchPODWithPagedKVCacheWrapper` is one op for both
-where it can be, and `BatchAttention` always:
+`PODWithPagedKVCacheWrapper` is one op for prefill, whose keys are tensors of their own, and decode; with a mask, positions,
+scales other than numbers for q and k, or fp8 queries it is two. Over one paged cache `BatchPODWithPagedKVCacheWrapper` is one
+op for both where it can be, and `BatchAttention` always:
 
     wrapper = fi_ops.BatchAttention("NHD", device)
     wrapper.plan(qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_qo_heads, num_kv_heads, head_dim, head_dim, page_size,
@@ -23,6 +23,7 @@ from ._batch_options import check_kv_layout, with_data_type
 from ._batch_prefill import BatchPrefillWithPagedKVCacheWrapper
 from ._batch_wrapper import values_known
 from .decode import BatchDecodeWithPagedKVCacheWrapper
+from .library._spec import FP8
 from .page import PagedKVCache, _as_nhd
 from .prefill import single_prefill_with_kv_cache
 
@@ -158,7 +159,7 @@ class PODWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
         by_number = not isinstance(q_scale, torch.Tensor) and not isinstance(k_scale, torch.Tensor) and v_scale is None
         no_mask = custom_mask_p is None and packed_custom_mask_p is None
         no_positions = pos_encoding_mode_p == "NONE" and settings.pos_encoding_mode == "NONE"
-        if by_number and no_mask and no_positions and q_p.dtype == q_d.dtype:
+        if by_number and no_mask and no_positions and q_p.dtype == q_d.dtype and q_d.dtype not in FP8:
             check_kv_layout(function, kv_layout_p)
             if kv_layout_p == "HND" and k_p.dim() == 3 and v_p.dim() == 3:
                 k_p, v_p = k_p.transpose(0, 1), v_p.transpose(0, 1)

@@ -109,16 +109,31 @@ class Batch:
     def table_on(self, device):
         return tuple(t.to(device) for t in self.table)
 
-    def expect(self, masks=None, **options):
-        """For `check`: attention of every request with these options, over inputs converted."""
+    def expect(self, masks=None, out_dtype=torch.bfloat16, **options):
+        """For `check`: attention of every request with these options, over inputs converted; out_dtype: of 8-bit queries."""
         masks = masks or [None] * len(self.qo_lens)
 
         def run(convert):
             def one(q, k, v, mask):
                 k, v = (convert(t.float() if t.dtype.itemsize == 1 else t) for t in (k, v))
+                q = q.to(out_dtype) if q.dtype.itemsize == 1 else q
                 return attend_dense(convert(q), k, v, mask=mask, **options)
 
             return per_request(one, self.queries, self.keys, self.values, masks)
+
+        return run
+
+    def expect_scaled(self, q_scale, out_dtype, **options):
+        """`expect` of 8-bit queries times q_scale `[heads]`, which are rounded to out_dtype unless they are converted."""
+        heads, queries = q_scale[:, None], self.queries
+
+        def run(convert):
+            wide = (q.to(convert(torch.ones(1)).dtype) * heads for q in queries)
+            self.queries = [q if q.dtype == torch.float64 else q.to(out_dtype) for q in wide]
+            try:
+                return self.expect(**options)(convert)
+            finally:
+                self.queries = queries
 
         return run
 

@@ -145,13 +145,10 @@ def _check_8_bits(op: str, scales: str, given: bool, name: str, t: torch.Tensor)
     )
 
 
-def check_fp8_options(op: str, query, key, q_scale, k_scale, v_scale, out_dtype) -> None:
-    """The scales of 8-bit tensors, and the dtype that an output of 8-bit queries has."""
+def check_query_options(op: str, query, q_scale, out_dtype) -> None:
+    """The scale of 8-bit queries `[batch or tokens, num_qo_heads, ...]`, and the dtype that their output has."""
     check_scale(op, "q_scale", q_scale, query, query.shape[1], "num_qo_heads", "head")
-    check_scale(op, "k_scale", k_scale, query, key.shape[1])
-    check_scale(op, "v_scale", v_scale, query, key.shape[1])
     _check_8_bits(op, "q_scale", q_scale is not None, "query", query)
-    _check_8_bits(op, "k_scale and v_scale", k_scale is not None or v_scale is not None, "key", key)
     if query.dtype in FP8:
         check(
             op,
@@ -171,6 +168,14 @@ def check_fp8_options(op: str, query, key, q_scale, k_scale, v_scale, out_dtype)
         )
 
 
+def _check_fp8_options(op: str, query, key, q_scale, k_scale, v_scale, out_dtype) -> None:
+    """The scales of 8-bit tensors, and the dtype that an output of 8-bit queries has."""
+    check_query_options(op, query, q_scale, out_dtype)
+    check_scale(op, "k_scale", k_scale, query, key.shape[1])
+    check_scale(op, "v_scale", v_scale, query, key.shape[1])
+    _check_8_bits(op, "k_scale and v_scale", k_scale is not None or v_scale is not None, "key", key)
+
+
 def check_attention(
     op, query, key, value, mask, window_left, scale, logits_soft_cap, alibi_slopes, sinks, fp8_options=None
 ) -> None:
@@ -179,7 +184,7 @@ def check_attention(
     check_query_key_value(op, query, key, value, takes_fp8=True, query_dtypes=query_dtypes)
     dtype = None
     if fp8_options is not None:
-        check_fp8_options(op, query, key, *fp8_options)
+        _check_fp8_options(op, query, key, *fp8_options)
         dtype = output_dtype(query, fp8_options[3])
     check_mask(op, mask, query, key.shape[2], dtype)
     check_per_head(op, "alibi_slopes", alibi_slopes, query)

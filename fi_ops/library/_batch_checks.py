@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._attention_checks import check_numbers, check_per_head, check_scale
+from ._attention_checks import check_numbers, check_per_head, check_query_options, check_scale
 from ._checks import (
     check,
     check_dtype,
@@ -20,8 +20,8 @@ from ._spec import FLOATS, FP8, INDEX_TYPES
 from .plan import check_fixed_split, check_lengths
 
 
-def _check_query(op: str, query, name: str = "query", tokens: str = "nnz_qo") -> None:
-    check_dtype(op, name, query, FLOATS)
+def _check_query(op: str, query, name: str = "query", tokens: str = "nnz_qo", takes_fp8: bool = False) -> None:
+    check_dtype(op, name, query, (*FLOATS, *FP8) if takes_fp8 else FLOATS)
     check_ndim(op, name, query, 3, f"[{tokens}, num_qo_heads, head_dim]")
     check_last_dim_contiguous(op, name, query)
 
@@ -29,10 +29,13 @@ def _check_query(op: str, query, name: str = "query", tokens: str = "nnz_qo") ->
 def _check_keys(
     op: str, key_name: str, key, value_name: str, value, query, layout: str, query_name: str = "query"
 ) -> None:
-    """Keys and values `[..., num_kv_heads, head_dim]`: two tensors alike, of query's dtype or fp8."""
+    """Keys and values `[..., num_kv_heads, head_dim]`: two tensors alike, of query's dtype or, where that has more, 8 bits."""
     for name, t in ((key_name, key), (value_name, value)):
         check_same_device(op, name, t, query_name, query)
-        check_dtype(op, name, t, (query.dtype, *FP8))
+        if query.dtype in FP8:
+            check_same_dtype(op, name, t, query_name, query)
+        else:
+            check_dtype(op, name, t, (query.dtype, *FP8))
         check_ndim(op, name, t, layout.count(",") + 1, layout)
         check_last_dim_contiguous(op, name, t)
     check_same_dtype(op, value_name, value, key_name, key)
@@ -56,8 +59,8 @@ def check_prefill(op: str, query_p, key_p, value_p) -> None:
     _check_keys(op, "key_p", key_p, "value_p", value_p, query_p, "[kv_len, num_kv_heads, head_dim]", "query_p")
 
 
-def _check_cache(op: str, query, k_cache, v_cache) -> None:
-    _check_query(op, query)
+def _check_cache(op: str, query, k_cache, v_cache, takes_fp8_query: bool = False) -> None:
+    _check_query(op, query, takes_fp8=takes_fp8_query)
     layout = "[num_pages, page_size, num_kv_heads, head_dim]"
     _check_keys(op, "paged_k_cache", k_cache, "paged_v_cache", v_cache, query, layout)
     check(
@@ -75,7 +78,7 @@ def check_indices(op: str, name: str, t, query) -> None:
 
 
 def check_paged(op, query, k_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len) -> None:
-    _check_cache(op, query, k_cache, v_cache)
+    _check_cache(op, query, k_cache, v_cache, takes_fp8_query=True)
     check_same_device(op, "qo_indptr", qo_indptr, "query", query)
     check_lengths(op, qo_indptr, kv_indptr, kv_last_page_len, k_cache.shape[1])
     check_indices(op, "kv_indices", kv_indices, query)
@@ -95,7 +98,7 @@ def check_decode(op, query, k_cache, v_cache, kv_indices, kv_indptr, kv_last_pag
 
 
 def check_ragged(op, query, key, value, qo_indptr, kv_indptr) -> None:
-    _check_query(op, query)
+    _check_query(op, query, takes_fp8=True)
     _check_keys(op, "key", key, "value", value, query, "[nnz_kv, num_kv_heads, head_dim]")
     check_same_device(op, "qo_indptr", qo_indptr, "query", query)
     check_lengths(op, qo_indptr, kv_indptr, None, 1)
@@ -144,7 +147,8 @@ def check_plan(op: str, plan, query, group_size, qo_indptr) -> None:
 
 
 def check_batch(op: str, query, kv_heads, qo_indptr, options) -> None:
-    """What paged and ragged attention share, in the order of the arguments."""
+    """What paged and ragged attention share."""
+    check_query_options(op, query, options["q_scale"], options["out_dtype"])
     _check_custom_mask(op, options["custom_mask"], options["mask_indptr"], query, qo_indptr)
     for name in ("k_scale", "v_scale"):
         check_scale(op, name, options[name], query, kv_heads)

@@ -21,15 +21,16 @@ def _indptr(device, counts, index=torch.int32):
 
 def _parts(
     device, dtype, qo_lens, kv_lens, *, paged, page_size=4, num_pages=None, heads=4, kv_heads=2, head_dim=64, head_dim_vo=None,
-    padding=0, kv_dtype=None, index=torch.int32,
+    padding=0, kv_dtype=None, q_dtype=None, index=torch.int32,
 ):  # fmt: skip
-    """The positional arguments of a call, to the end of the index tensors."""
+    """The positional arguments of a call, to the end of the index tensors. kv_dtype, q_dtype: where they are not dtype."""
     head_dim_vo = head_dim_vo or head_dim
 
     def rand(*shape):
         return torch.randn(*shape, device=device).to(dtype)
 
-    query, qo_indptr = rand(sum(qo_lens) + padding, heads, head_dim), _indptr(device, qo_lens, index)
+    query = rand(sum(qo_lens) + padding, heads, head_dim).to(q_dtype or dtype)
+    qo_indptr = _indptr(device, qo_lens, index)
     if paged:
         num_pages = num_pages or sum(-(-n // page_size) for n in kv_lens) + 3
         table = page_table(device, kv_lens, page_size, num_pages, index)
@@ -105,11 +106,40 @@ def _samples(device, dtype, paged: bool):
         "logits_soft_cap": 20.0, "interleaved": True,
     }  # fmt: skip
     yield Sample((*parts(_MIXED), mask, mask_indptr), everything, "all features at once")
+    yield from _fp8_query_samples(device, dtype, paged)
+    eight = parts(_MIXED, kv_dtype=FP8[0], q_dtype=FP8[0])
+    options = everything | {"q_scale": torch.rand(4, device=device) + 0.5, "out_dtype": dtype}
+    yield Sample((*eight, mask, mask_indptr), options, "8-bit queries, all features at once")
     yield Sample(parts(([1] * 40, list(range(40))), page_size=2), name="batch of 40, one without keys")
     yield Sample(parts(([0, 0], [4, 0])), name="no queries")
     yield Sample(parts(([], []), padding=2), name="no requests, padding alone")
     yield Sample(parts(([2], [9]), heads=0, kv_heads=0), name="no heads")
     yield _planned_sample(device, parts(_MIXED, page_size=16), paged)
+
+
+def _fp8_query_samples(device, dtype, paged: bool):
+    """Queries of 8 bits, too. `dtype` is the output's."""
+
+    def parts(lengths, fp8, **sizes):
+        return _parts(device, dtype, *lengths, paged=paged, kv_dtype=fp8, q_dtype=fp8, **sizes)
+
+    def scale(count):
+        return torch.rand(count, device=device) + 0.5
+
+    causal, one = {"causal": True, "out_dtype": dtype}, {"q_scale": scale(1), "k_scale": scale(1), "v_scale": scale(1)}
+    heads = {"q_scale": scale(4), "k_scale": scale(2), "v_scale": scale(2)}
+    for fp8 in FP8:
+        yield Sample(parts(_DECODE, fp8, page_size=16), name=f"{fp8} queries, decode, bfloat16 by default")
+        yield Sample(parts(_MIXED, fp8, padding=3), causal | heads, f"{fp8} queries, scales a head, padding")
+        yield Sample(parts(_MANY, fp8, head_dim=128, page_size=16), causal | one, f"{fp8} queries, many rows")
+    odd = parts(_MANY, FP8[0], heads=3, kv_heads=1, head_dim=17, head_dim_vo=9, page_size=5)
+    yield Sample(odd, causal | {"q_scale": scale(3)}, "8-bit queries, odd sizes")
+    split = causal | {"window_left": 300, "fixed_split_size": 128}
+    yield Sample(parts(([1, 3, 40], [1000, 700, 300]), FP8[1], page_size=16), split, "8-bit queries, window, split")
+    yield Sample(parts(([0, 0], [4, 0]), FP8[0]), heads | {"out_dtype": dtype}, "no 8-bit queries")
+    query, *rest = parts(_MIXED, FP8[0])
+    qkv = torch.randn(query.shape[0], 8, 67, device=device).to(FP8[0])
+    yield Sample((qkv[:, :4, 3:], *rest), causal | one, "8-bit queries from a packed qkv, unaligned")
 
 
 def _planned_sample(device, args, paged: bool):
@@ -204,12 +234,34 @@ def _bad_calls(good, names):
     return bad
 
 
-def _shared_errors(device, bad, query, qo_indptr, kv_indptr):
+def _fp8_query_errors(bad, query, keys):
+    """Of 8-bit queries, their scale, the dtype of what they give. `keys`: keys and values by their names."""
+    eight = {"query": query.to(FP8[0])} | {name: t.to(FP8[0]) for name, t in keys.items()}
+    key_name, key = next(iter(keys.items()))
+    wrong = rf"{key_name} must have query's dtype float8_e4m3fn, got {{}}; convert"
+    yield bad(wrong.format("float32"), query=eight["query"])
+    yield bad(wrong.format("float8_e5m2"), **eight | {key_name: key.to(FP8[1])})
+    one = torch.ones(1, device=query.device)
+    wrong = r"q_scale must be left out where query is not of 8 bits, got query in float32; fold them into scale and the output"
+    yield bad(wrong, q_scale=one)
+    heads = r"q_scale must be \[1 or num_qo_heads 4\], got \[2\]; pass one scale, or one a head"
+    yield bad(heads, **eight, q_scale=one.expand(2))
+    yield bad(r"q_scale must be float32, got float16", **eight, q_scale=one.half())
+    wrong = r"out_dtype must be query's dtype float32, got bfloat16; leave it out and convert the output"
+    yield bad(wrong, out_dtype=torch.bfloat16)
+    floats = r"out_dtype must be float32, bfloat16 or float16, got {}; leave it out for bfloat16"
+    yield bad(floats.format("float64"), **eight, out_dtype=torch.float64)
+    yield bad(floats.format("float8_e4m3fn"), **eight, out_dtype=FP8[0])
+
+
+def _shared_errors(device, bad, query, keys, qo_indptr, kv_indptr):
     """What paged and ragged attention refuse alike: (2 KV heads, 4 query heads of 64, two requests)."""
-    yield bad(r"query must be float32, bfloat16 or float16, got float64; convert", query=query.double())
+    floats = "float32, bfloat16, float16, float8_e4m3fn or float8_e5m2"
+    yield bad(rf"query must be {floats}, got float64; convert", query=query.double())
     yield bad(r"query must be \[nnz_qo, num_qo_heads, head_dim\], got \[4, 4\]; reshape it to 3", query=query[..., 0])
     yield bad(r"query must have a contiguous last dimension", query=query.mT.contiguous().mT)
     yield bad(r"query must have a multiple of .*'s 2 heads, got 3; repeat or drop heads", query=query[:, :3])
+    yield from _fp8_query_errors(bad, query, keys)
     yield bad(r"qo_indptr must be int32 or int64, got float32; convert", qo_indptr=qo_indptr.float())
     yield bad(r"qo_indptr must be \[batch \+ 1\], got \[3, 1\]; start it with 0", qo_indptr=qo_indptr[:, None])
     yield bad(r"kv_indptr must be int32 or int64, got uint8", kv_indptr=kv_indptr.to(torch.uint8))
@@ -285,7 +337,8 @@ def paged_errors(device):
     query, k_cache, v_cache, qo_indptr, kv_indices, kv_indptr, last = good
     names = ("query", "paged_k_cache", "paged_v_cache", "qo_indptr", "kv_indices", "kv_indptr", "kv_last_page_len")
     bad = _bad_calls(good, names)
-    yield from _shared_errors(device, bad, query, qo_indptr, kv_indptr)
+    keys = {"paged_k_cache": k_cache, "paged_v_cache": v_cache}
+    yield from _shared_errors(device, bad, query, keys, qo_indptr, kv_indptr)
     yield bad(
         r"paged_k_cache must be float32, float8_e4m3fn or float8_e5m2, got bfloat16", paged_k_cache=k_cache.bfloat16()
     )
@@ -335,7 +388,7 @@ def ragged_errors(device):
     good = _parts(device, torch.float32, [1, 3], [6, 7], paged=False)
     query, key, value, qo_indptr, kv_indptr = good
     bad = _bad_calls(good, ("query", "key", "value", "qo_indptr", "kv_indptr"))
-    yield from _shared_errors(device, bad, query, qo_indptr, kv_indptr)
+    yield from _shared_errors(device, bad, query, {"key": key, "value": value}, qo_indptr, kv_indptr)
     yield bad(r"key must be \[nnz_kv, num_kv_heads, head_dim\], got", key=key[None])
     yield bad(
         r"value must be \[nnz_kv, num_kv_heads, head_dim_vo\] = \[16, 2, 64\], got \[15, 2, 64\]", value=value[1:]

@@ -13,6 +13,14 @@ def accumulate_dtype(t: torch.Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
+def dequantised(t: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """`t [batch or tokens, heads, ...]` times its scale, one or one a head, in `dtype`."""
+    if scale is None:
+        return t.to(dtype)
+    wide = accumulate_dtype(t)
+    return (t.to(wide) * scale.to(wide).view(1, -1, *(1,) * (t.dim() - 2))).to(dtype)
+
+
 def attend(
     query,
     key,

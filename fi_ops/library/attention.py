@@ -34,7 +34,7 @@ from ._attention_checks import (
     output_dtype,
 )
 from ._attention_samples import attention_errors, attention_samples, rope_attention_errors, rope_attention_samples
-from ._reference import accumulate_dtype, attend, rotate
+from ._reference import attend, dequantised, rotate
 from ._spec import FP8, Cost, op
 
 _TAIL = (
@@ -106,14 +106,6 @@ def _rope_fake(name: str, with_lse: bool):
     return fake
 
 
-def _dequantised(t: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """`t [batch, heads, len, head_dim]` times its scale, one or one a head, in `dtype`."""
-    if scale is None:
-        return t if t.dtype not in FP8 else t.to(dtype)
-    wide = accumulate_dtype(t)
-    return (t.to(wide) * scale.to(wide).view(1, -1, 1, 1)).to(dtype)
-
-
 _PLAIN_SPEC: dict[str, Any] = dict(samples=attention_samples, errors=attention_errors, cost=_plain_cost)
 _ROPE_SPEC: dict[str, Any] = dict(samples=rope_attention_samples, errors=rope_attention_errors, cost=_rope_cost)
 
@@ -132,7 +124,7 @@ def attention_with_lse(
     """`attention`, and the base-2 log-sum-exp of each row's logits (sinks counted)."""
     positions = row_positions(query, key, q_offset)
     dtype = output_dtype(query, out_dtype)
-    q, k, v = (_dequantised(t, factor, dtype) for t, factor in ((query, q_scale), (key, k_scale), (value, v_scale)))
+    q, k, v = (dequantised(t, factor, dtype) for t, factor in ((query, q_scale), (key, k_scale), (value, v_scale)))
     return attend(
         q, k, v, mask, positions, causal, window_left, scale, logits_soft_cap, alibi_slopes, sinks,
         weights_dtype=torch.float8_e4m3fn if query.dtype in FP8 else None,

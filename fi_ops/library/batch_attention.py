@@ -6,14 +6,16 @@ in the pages `kv_indices[kv_indptr[b]:kv_indptr[b + 1]]` of the cache `[num_page
 full but the last, which holds `kv_last_page_len[b]` (1 to page_size; 0 for a request without pages); ragged,
 `key[kv_indptr[b]:kv_indptr[b + 1]]`. Caches are known by strides with a contiguous last dimension: HND caches are the view
 `cache.transpose(1, 2)`, the parts of one tensor of both `cache[:, 0]` and `cache[:, 1]`. Keys and values have query's
-dtype, or both are float8_e4m3fn or float8_e5m2.
+dtype, or both are float8_e4m3fn or float8_e5m2; query may be of these, too, where they are.
 
-Outputs: `[nnz_qo, num_qo_heads, head_dim_vo]` in query's dtype, and LSE, float32, base 2, `[nnz_qo, num_qo_heads]`. A query
-that sees no key, and tokens of no request (before qo_indptr[0], from qo_indptr[-1] on: the padding of a captured graph): 0
-and -inf.
+Outputs: `[nnz_qo, num_qo_heads, head_dim_vo]` in query's dtype, for 8-bit queries in `out_dtype`, bfloat16 by default, and
+LSE, float32, base 2, `[nnz_qo, num_qo_heads]`. A query that sees no key, and tokens of no request (before qo_indptr[0], from
+qo_indptr[-1] on: the padding of a captured graph): 0 and -inf.
 
-Logits are `soft_cap(q . k * scale * k_scale) + alibi_slope * (j - position)`, the output is `weights @ v * v_scale`.
+Logits are `soft_cap(q . k * scale * q_scale * k_scale) + alibi_slope * (j - position)`, the output is `weights @ v * v_scale`.
 - k_scale, v_scale: float32, `[1]` or `[num_kv_heads]`.
+- q_scale: float32, `[1]` or `[num_qo_heads]`, what 8-bit queries are to be multiplied by; the products may be rounded to
+  `out_dtype`.
 - custom_mask: uint8, bits, lowest first: of request b `[qo_len, kv_len]` row by row from byte `mask_indptr[b]` on
   (`segment_packbits` makes it of bools); a key takes part where its bit is set, and causal and window allow it.
 - cos_sin_cache: float32 `[max_len, rotary_dim]`, cosines of all pairs, then sines: queries and keys are rotated by the row
@@ -34,16 +36,18 @@ from typing import Any
 
 import torch
 
+from ._attention_checks import output_dtype
 from ._batch_checks import check_batch, check_paged, check_ragged
 from ._batch_samples import paged_errors, paged_samples, ragged_errors, ragged_samples
 from ._plan import request_lengths
-from ._reference import attend, rotate
+from ._reference import attend, dequantised, rotate
 from ._spec import Cost, op
 
 _TAIL = (
     "Tensor? custom_mask=None, Tensor? mask_indptr=None, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? alibi_slopes=None, "
     "Tensor? sinks=None, Tensor? cos_sin_cache=None, Tensor? plan=None, *, bool causal=False, int window_left=-1, "
-    "float? scale=None, float logits_soft_cap=0.0, bool interleaved=False, int fixed_split_size=0)"
+    "float? scale=None, float logits_soft_cap=0.0, bool interleaved=False, int fixed_split_size=0, "
+    "Tensor? q_scale=None, ScalarType? out_dtype=None)"
 )
 _PAGED = (
     "(Tensor query, Tensor paged_k_cache, Tensor paged_v_cache, Tensor qo_indptr, Tensor kv_indices, Tensor kv_indptr, "
@@ -86,6 +90,7 @@ def _attend_request(query, key, value, options, mask):
 
 
 def _attend(query, head_dim_vo, requests, keys_of, options):
+    query = dequantised(query, options["q_scale"], output_dtype(query, options["out_dtype"]))
     output = query.new_zeros(*query.shape[:2], head_dim_vo)
     lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
     if query.dtype == torch.float64:
@@ -99,14 +104,15 @@ def _attend(query, head_dim_vo, requests, keys_of, options):
     return output, lse
 
 
-def _outputs(query, head_dim_vo, with_lse: bool):
-    output = query.new_empty(query.shape[0], query.shape[1], head_dim_vo)
+def _outputs(query, head_dim_vo, with_lse: bool, out_dtype):
+    output = query.new_empty(query.shape[0], query.shape[1], head_dim_vo, dtype=output_dtype(query, out_dtype))
     return (output, query.new_empty(query.shape[:2], dtype=torch.float32)) if with_lse else output
 
 
 _DEFAULTS: dict[str, Any] = dict(
     custom_mask=None, mask_indptr=None, k_scale=None, v_scale=None, alibi_slopes=None, sinks=None, cos_sin_cache=None, plan=None,
     causal=False, window_left=-1, scale=None, logits_soft_cap=0.0, interleaved=False, fixed_split_size=0,
+    q_scale=None, out_dtype=None,
 )  # fmt: skip
 
 
@@ -120,7 +126,7 @@ def _paged_fake(name: str, with_lse: bool):
         options = _options(args, kwargs)
         check_paged(name, query, paged_k_cache, paged_v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len)
         check_batch(name, query, paged_k_cache.shape[2], qo_indptr, options)
-        return _outputs(query, paged_v_cache.shape[3], with_lse)
+        return _outputs(query, paged_v_cache.shape[3], with_lse, options["out_dtype"])
 
     return fake
 
@@ -130,7 +136,7 @@ def _ragged_fake(name: str, with_lse: bool):
         options = _options(args, kwargs)
         check_ragged(name, query, key, value, qo_indptr, kv_indptr)
         check_batch(name, query, key.shape[1], qo_indptr, options)
-        return _outputs(query, value.shape[2], with_lse)
+        return _outputs(query, value.shape[2], with_lse, options["out_dtype"])
 
     return fake
 
@@ -140,10 +146,10 @@ def query_key_pairs(requests, causal: bool) -> int:
     return sum(q * kv - (q * (q - 1) // 2 if causal and kv >= q else 0) for _, q, _, kv in requests)
 
 
-def batch_cost(query, key, value, requests, causal: bool) -> Cost:
+def batch_cost(query, key, value, requests, causal: bool, out_dtype: torch.dtype | None = None) -> Cost:
     """Bytes: queries, the requests' keys and values once each, and the output. Flops: as `attention_cost`."""
     heads, head_dim, head_dim_vo = query.shape[1], query.shape[2], value.shape[-1]
-    output = query.shape[0] * heads * head_dim_vo * query.element_size()
+    output = query.shape[0] * heads * head_dim_vo * output_dtype(query, out_dtype).itemsize
     keys = sum(kv_len for _, qo_len, _, kv_len in requests if qo_len)
     return Cost(
         bytes=query.nbytes + keys * key.shape[-2] * (head_dim + head_dim_vo) * key.element_size() + output,
@@ -153,12 +159,14 @@ def batch_cost(query, key, value, requests, causal: bool) -> Cost:
 
 def _paged_cost(query, k_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, *args, **kwargs):
     requests = request_lengths(qo_indptr, kv_indptr, kv_last_page_len, k_cache.shape[1])
-    return batch_cost(query, k_cache, v_cache, requests, _options(args, kwargs)["causal"])
+    options = _options(args, kwargs)
+    return batch_cost(query, k_cache, v_cache, requests, options["causal"], options["out_dtype"])
 
 
 def _ragged_cost(query, key, value, qo_indptr, kv_indptr, *args, **kwargs):
     requests = request_lengths(qo_indptr, kv_indptr, None, 1)
-    return batch_cost(query, key, value, requests, _options(args, kwargs)["causal"])
+    options = _options(args, kwargs)
+    return batch_cost(query, key, value, requests, options["causal"], options["out_dtype"])
 
 
 _PAGED_SPEC: dict[str, Any] = dict(samples=paged_samples, errors=paged_errors, cost=_paged_cost)

@@ -44,26 +44,12 @@ bool is_a_batch(const Tensor& query, const Tensor& key, const MaybeTensor& mask,
 }
 
 void check_fp8_options(const char* op, const Tensor& query, const Tensor& key, const Options& o) {
-  check_scale(op, "q_scale", o.q_scale, query, query.size(1), "num_qo_heads", "head");
+  check_query_options(op, query, o.q_scale, o.out_dtype);
   check_scale(op, "k_scale", o.k_scale, query, key.size(1));
   check_scale(op, "v_scale", o.v_scale, query, key.size(1));
-  FI_CHECK(op, !o.q_scale || fp8_of(query) != Fp8::none,
-           "q_scale must be left out where query is not of 8 bits, got query in ",
-           dtype_name(query.scalar_type()), "; fold them into scale and the output");
   FI_CHECK(op, !(o.k_scale || o.v_scale) || fp8_of(key) != Fp8::none,
            "k_scale and v_scale must be left out where key is not of 8 bits, got key in ",
            dtype_name(key.scalar_type()), "; fold them into scale and the output");
-  if (!o.out_dtype) return;
-  const ScalarType dtype = *o.out_dtype;
-  if (fp8_of(query) != Fp8::none) {
-    FI_CHECK(op, dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-             "out_dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype),
-             "; leave it out for bfloat16");
-  } else {
-    FI_CHECK(op, dtype == query.scalar_type(), "out_dtype must be query's dtype ",
-             dtype_name(query.scalar_type()), ", got ", dtype_name(dtype),
-             "; leave it out and convert the output");
-  }
 }
 
 BatchAttentionParams as_batch(const Tensor& query, const Tensor& key, const Tensor& value, Outputs& outputs,
@@ -114,7 +100,7 @@ Outputs attend(const char* op, bool with_lse, const Tensor& given_query, const T
   const bool fp8_query = fp8_of(given_query) != Fp8::none;
   const int64_t qo_len = given_query.size(2), kv_len = key.size(2);
   check_fp8_options(op, given_query, key, o);
-  const ScalarType dtype = fp8_query ? o.out_dtype.value_or(ScalarType::BFloat16) : given_query.scalar_type();
+  const ScalarType dtype = output_dtype(given_query, o.out_dtype);
   check_mask(op, mask, given_query, kv_len, dtype);
   check_per_head(op, "alibi_slopes", o.alibi_slopes, given_query);
   check_per_head(op, "sinks", o.sinks, given_query);

@@ -84,6 +84,32 @@ inline void check_scale(const char* op, const char* name, const MaybeTensor& t, 
            " ", heads, "], got ", shape_of(*t), "; pass one scale, or one a ", head);
 }
 
+// The scale of 8-bit queries [batch or tokens, num_qo_heads, ...], and the dtype that their output has.
+inline void check_query_options(const char* op, const Tensor& query, const MaybeTensor& q_scale,
+                                const std::optional<ScalarType>& out_dtype) {
+  check_scale(op, "q_scale", q_scale, query, query.size(1), "num_qo_heads", "head");
+  const bool fp8 = fp8_of(query) != Fp8::none;
+  FI_CHECK(op, !q_scale || fp8, "q_scale must be left out where query is not of 8 bits, got query in ",
+           dtype_name(query.scalar_type()), "; fold them into scale and the output");
+  if (!out_dtype) return;
+  if (fp8) {
+    FI_CHECK(op,
+             *out_dtype == ScalarType::Float || *out_dtype == ScalarType::BFloat16 ||
+                 *out_dtype == ScalarType::Half,
+             "out_dtype must be float32, bfloat16 or float16, got ", dtype_name(*out_dtype),
+             "; leave it out for bfloat16");
+  } else {
+    FI_CHECK(op, *out_dtype == query.scalar_type(), "out_dtype must be query's dtype ",
+             dtype_name(query.scalar_type()), ", got ", dtype_name(*out_dtype),
+             "; leave it out and convert the output");
+  }
+}
+
+// What attention of `query` returns.
+inline ScalarType output_dtype(const Tensor& query, const std::optional<ScalarType>& out_dtype) {
+  return fp8_of(query) == Fp8::none ? query.scalar_type() : out_dtype.value_or(ScalarType::BFloat16);
+}
+
 // `suffix`: of the arguments' names.
 inline void check_numbers(const char* op, int64_t window_left, const std::optional<double>& scale,
                           double soft_cap, const char* suffix = "") {

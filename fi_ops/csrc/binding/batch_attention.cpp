@@ -1,6 +1,8 @@
 // Bindings of attention over a batch, paged and ragged, and of its plan.
 #include "binding/batch_attention.h"
 
+#include "fi/fp8_batch_attention.h"
+
 namespace fi::binding {
 namespace {
 
@@ -9,30 +11,36 @@ struct Outputs {
   MaybeTensor lse;
 };
 
-Tensor empty_output(const Tensor& query, int64_t head_dim_vo) {
-  return empty({query.size(0), query.size(1), head_dim_vo}, query.scalar_type(), query);
+Tensor empty_output(const Tensor& query, int64_t head_dim_vo, const BatchOptions& o) {
+  return empty({query.size(0), query.size(1), head_dim_vo}, output_dtype(query, o.out_dtype), query);
 }
 
-Outputs launch(const Tensor& query, Tensor output, BatchAttentionParams& p, bool with_lse) {
+Outputs launch(const Tensor& query, Tensor output, BatchAttentionParams& p, const BatchOptions& o,
+               bool with_lse) {
   Outputs outputs{std::move(output), std::nullopt};
   if (with_lse) {
     outputs.lse = empty({query.size(0), query.size(1)}, ScalarType::Float, query);
     p.call.lse = static_cast<float*>(outputs.lse->mutable_data_ptr());
   }
-  run(FI_KERNEL_OF(batch_attention), query, p);
+  if (fp8_of(query) == Fp8::none) {
+    run(FI_KERNEL_OF(batch_attention), query, p);
+  } else {
+    run(FI_KERNEL_OF(fp8_batch_attention), query, Fp8BatchAttentionParams{p, scale_of_heads(o.q_scale)});
+  }
   return outputs;
 }
 
 void check_grads(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
                  const BatchOptions& o) {
-  check_no_grads(op, query, key, value, o.k_scale, o.v_scale, o.alibi_slopes, o.sinks, o.cos_sin_cache);
+  check_no_grads(op, query, key, value, o.k_scale, o.v_scale, o.alibi_slopes, o.sinks, o.cos_sin_cache,
+                 o.q_scale);
 }
 
 Outputs paged(const char* op, bool with_lse, const Tensor& query, const Tensor& k_cache,
               const Tensor& v_cache, const Tensor& qo_indptr, const Tensor& kv_indices,
               const Tensor& kv_indptr, const Tensor& kv_last_page_len, const BatchOptions& o) {
   check_grads(op, query, k_cache, v_cache, o);
-  check_cache(op, query, k_cache, v_cache);
+  check_cache(op, query, k_cache, v_cache, /*takes_fp8_query=*/true);
   check_same_device(op, "qo_indptr", qo_indptr, "query", query);
   check_lengths(op, qo_indptr, kv_indptr, kv_last_page_len, k_cache.size(1));
   check_indices(op, "kv_indices", kv_indices, "query", query);
@@ -40,25 +48,26 @@ Outputs paged(const char* op, bool with_lse, const Tensor& query, const Tensor& 
   check_options(op, o, query, k_cache.size(2), qo_indptr);
 
   ScratchArena arena(query);
-  Tensor output = empty_output(query, v_cache.size(3));
+  Tensor output = empty_output(query, v_cache.size(3), o);
   BatchAttentionParams p =
       batch_params(query, k_cache, v_cache, indices_of(qo_indptr), qo_indptr.size(0) - 1, output, o, arena);
   set_pages(p, k_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len);
   check_paged_values(op, o, p, query, qo_indptr, kv_indices, kv_indptr, kv_last_page_len);
-  return launch(query, output, p, with_lse);
+  return launch(query, output, p, o, with_lse);
 }
 
 Outputs ragged(const char* op, bool with_lse, const Tensor& query, const Tensor& key, const Tensor& value,
                const Tensor& qo_indptr, const Tensor& kv_indptr, const BatchOptions& o) {
   check_grads(op, query, key, value, o);
-  check_keys(op, {"key", key, "value", value}, query, 3, "[nnz_kv, num_kv_heads, head_dim]",
-             "[nnz_kv, num_kv_heads, head_dim_vo]");
+  KeysAndValues kv{"key", key, "value", value};
+  kv.takes_fp8_query = true;
+  check_keys(op, kv, query, 3, "[nnz_kv, num_kv_heads, head_dim]", "[nnz_kv, num_kv_heads, head_dim_vo]");
   check_same_device(op, "qo_indptr", qo_indptr, "query", query);
   check_lengths(op, qo_indptr, kv_indptr, std::nullopt, 1);
   check_options(op, o, query, key.size(1), qo_indptr);
 
   ScratchArena arena(query);
-  Tensor output = empty_output(query, value.size(2));
+  Tensor output = empty_output(query, value.size(2), o);
   BatchAttentionParams p =
       batch_params(query, key, value, indices_of(qo_indptr), qo_indptr.size(0) - 1, output, o, arena);
   p.call.kv_len = key.size(0);
@@ -73,19 +82,20 @@ Outputs ragged(const char* op, bool with_lse, const Tensor& query, const Tensor&
     host.qo_indptr = indices_of(queries), host.table.kv_indptr = indices_of(indptr);
     check_option_values(op, o, host);
   }
-  return launch(query, output, p, with_lse);
+  return launch(query, output, p, o, with_lse);
 }
 
 // The options of the four schemas, as TORCH_BOX wants them.
-#define FI_OPTIONS                                                                                 \
-  const MaybeTensor &custom_mask, const MaybeTensor &mask_indptr, const MaybeTensor &k_scale,      \
-      const MaybeTensor &v_scale, const MaybeTensor &alibi_slopes, const MaybeTensor &sinks,       \
-      const MaybeTensor &cos_sin_cache, const MaybeTensor &plan, bool causal, int64_t window_left, \
-      std::optional<double> scale, double logits_soft_cap, bool interleaved, int64_t fixed_split_size
+#define FI_OPTIONS                                                                                     \
+  const MaybeTensor &custom_mask, const MaybeTensor &mask_indptr, const MaybeTensor &k_scale,          \
+      const MaybeTensor &v_scale, const MaybeTensor &alibi_slopes, const MaybeTensor &sinks,           \
+      const MaybeTensor &cos_sin_cache, const MaybeTensor &plan, bool causal, int64_t window_left,     \
+      std::optional<double> scale, double logits_soft_cap, bool interleaved, int64_t fixed_split_size, \
+      const MaybeTensor &q_scale, std::optional<ScalarType> out_dtype
 #define FI_OPTIONS_GIVEN                                                                          \
   BatchOptions {                                                                                  \
     custom_mask, mask_indptr, k_scale, v_scale, alibi_slopes, sinks, cos_sin_cache, plan, causal, \
-        window_left, scale, logits_soft_cap, interleaved, fixed_split_size                        \
+        window_left, scale, logits_soft_cap, interleaved, fixed_split_size, q_scale, out_dtype    \
   }
 
 Tensor paged_attention_op(const Tensor& query, const Tensor& k_cache, const Tensor& v_cache,

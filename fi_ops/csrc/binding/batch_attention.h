@@ -39,6 +39,7 @@ struct KeysAndValues {
   const Tensor& value;
   const char* query_name = "query";
   const char* query_layout = "[nnz_qo, num_qo_heads, head_dim]";
+  bool takes_fp8_query = false;
 };
 
 inline void check_shape_but_last(const char* op, const char* name, const Tensor& t, const Tensor& like,
@@ -50,13 +51,18 @@ inline void check_shape_but_last(const char* op, const char* name, const Tensor&
 
 inline void check_keys(const char* op, const KeysAndValues& kv, const Tensor& query, int64_t ndim,
                        const char* layout, const char* value_layout) {
-  check_dtype(op, kv.query_name, query, floats);
+  kv.takes_fp8_query ? check_dtype(op, kv.query_name, query, floats_and_fp8)
+                     : check_dtype(op, kv.query_name, query, floats);
   check_ndim(op, kv.query_name, query, 3, kv.query_layout);
   check_last_dim_contiguous(op, kv.query_name, query);
   const std::array dtypes{query.scalar_type(), ScalarType::Float8_e4m3fn, ScalarType::Float8_e5m2};
   auto check_one = [&](const char* name, const Tensor& t) {
     check_same_device(op, name, t, kv.query_name, query);
-    check_dtype(op, name, t, dtypes);
+    if (fp8_of(query) != Fp8::none) {
+      check_same_dtype(op, name, t, kv.query_name, query);
+    } else {
+      check_dtype(op, name, t, dtypes);
+    }
     check_ndim(op, name, t, ndim, layout);
     check_last_dim_contiguous(op, name, t);
   };
@@ -70,9 +76,11 @@ inline void check_keys(const char* op, const KeysAndValues& kv, const Tensor& qu
            kv.key_name, "'s ", kv_heads, " heads, got ", heads, "; repeat or drop heads so that they divide");
 }
 
-inline void check_cache(const char* op, const Tensor& query, const Tensor& k_cache, const Tensor& v_cache) {
-  check_keys(op, {"paged_k_cache", k_cache, "paged_v_cache", v_cache}, query, 4,
-             "[num_pages, page_size, num_kv_heads, head_dim]",
+inline void check_cache(const char* op, const Tensor& query, const Tensor& k_cache, const Tensor& v_cache,
+                        bool takes_fp8_query = false) {
+  KeysAndValues kv{"paged_k_cache", k_cache, "paged_v_cache", v_cache};
+  kv.takes_fp8_query = takes_fp8_query;
+  check_keys(op, kv, query, 4, "[num_pages, page_size, num_kv_heads, head_dim]",
              "[num_pages, page_size, num_kv_heads, head_dim_vo]");
   FI_CHECK(op, k_cache.size(1) >= 1, "paged_k_cache must have pages of at least 1 token, got ",
            shape_of(k_cache), "; allocate it with a page_size");
@@ -88,6 +96,8 @@ struct BatchOptions {
   double logits_soft_cap;
   bool interleaved;
   int64_t fixed_split_size;
+  MaybeTensor q_scale = std::nullopt;
+  std::optional<ScalarType> out_dtype = std::nullopt;
 };
 
 inline void check_plan(const char* op, const MaybeTensor& plan, const Tensor& query, int64_t group_size,
@@ -102,6 +112,7 @@ inline void check_plan(const char* op, const MaybeTensor& plan, const Tensor& qu
 
 inline void check_options(const char* op, const BatchOptions& o, const Tensor& query, int64_t kv_heads,
                           const Tensor& qo_indptr) {
+  check_query_options(op, query, o.q_scale, o.out_dtype);
   FI_CHECK(op, o.custom_mask.has_value() == o.mask_indptr.has_value(),
            "custom_mask and mask_indptr must be given together, got one of them; pass both or none");
   if (o.custom_mask) {
@@ -140,7 +151,7 @@ inline BatchAttentionParams batch_params(const Tensor& query, const Tensor& key,
   const int64_t heads_dim = key.dim() - 2;
   BatchAttentionParams p{};
   AttentionParams& c = p.call;
-  c.dtype = dtype_of(query);
+  c.dtype = dtype_of(out);
   c.batch = batch;
   c.num_qo_heads = query.size(1);
   c.num_kv_heads = key.size(heads_dim);

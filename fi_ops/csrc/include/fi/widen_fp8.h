@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fi/fp8_attention.h"
+#include "fi/fp8_batch_attention.h"
 #include "fi/rows.h"
 
 namespace fi {
@@ -52,6 +53,21 @@ AttentionParams widened(const Fp8AttentionParams& p, const Widen& widen) {
   move(c.key, c.num_kv_heads, c.kv_len, c.head_dim_qk, c.k_stride_b, c.k_stride_h, c.k_stride_n, p.k_scale);
   move(c.value, c.num_kv_heads, c.kv_len, c.head_dim_vo, c.v_stride_b, c.v_stride_h, c.v_stride_n, p.v_scale);
   return c;
+}
+
+// The same batch with queries in its dtype, in scratch memory; what has keys stays as it is.
+template <class Widen>
+BatchAttentionParams with_wide_query(const Fp8BatchAttentionParams& p, const Widen& widen) {
+  BatchAttentionParams batch = p.batch;
+  AttentionParams& c = batch.call;
+  const int64_t heads = c.num_qo_heads, dim = c.head_dim_qk, size = c.qo_len * heads * dim;
+  void* query = c.scratch.allocate(c.scratch.context, size * size_of(c.dtype));
+  if (size > 0)
+    widen(widen_heads(c.query, c.qo_len, heads, 1, dim, c.q_stride_n, c.q_stride_h, 0, batch.kv_dtype,
+                      c.dtype, p.q_scale, query));
+  c.query = query;
+  c.q_stride_n = heads * dim, c.q_stride_h = dim;
+  return batch;
 }
 
 }  // namespace fi
