@@ -24,6 +24,7 @@ from .fuse.sampling import rewrite_samplers
 from .graft import KnownSizes
 from .normalize.attention import Attention, from_anchor
 from .normalize.eager import match_eager
+from .normalize.einsum import match_einsum
 from .normalize.flex import FLEX, match_flex
 from .normalize.in_place import GraphInputs
 from .normalize.products import Views
@@ -95,7 +96,9 @@ def _rewrite_attention(graph: Graph, emitter: Emitter, sizes: KnownSizes, report
 
 
 def _match(node: Node, views: Views) -> Attention | None:
-    return from_anchor(node) if is_call(node, anchors.SDPA) else match_eager(node, views)
+    if is_call(node, anchors.SDPA):
+        return from_anchor(node)
+    return match_einsum(node, views) or match_eager(node, views)
 
 
 def _site(node: Node, reason: str = "") -> Site:

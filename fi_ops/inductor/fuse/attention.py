@@ -48,7 +48,15 @@ from ..walk import (
 from .bounds import Proofs, Rows, emit_bounds, emit_lengths, emit_rest
 from .decline import Facts, capability_of
 from .emit import Emitter, Written, is_computed, keep_in_memory, replace
-from .latent import by_head, check_absorbed, dense_operands, emit_latent, emit_paged
+from .latent import (
+    attend_paged,
+    by_head,
+    check_absorbed,
+    check_compressed,
+    dense_operands,
+    emit_compressed,
+    emit_latent,
+)
 from .masks import emit_mask, emit_sinks, kind_of_mask
 
 KEY_TRANSPOSE = (0, 1, 3, 2)
@@ -74,6 +82,8 @@ class Plan:
     """The bounds are what masks were proven to say."""
     rest: tuple[Term, ...] = ()
     """What else such masks say."""
+    needs_a_key: bool = False
+    """They say so as long as no row stands in front of all keys."""
     query_is_rope: bool = False
     latent: Latent | None = None
     """What keys and values are expanded from, by a layer that goes into query and output."""
@@ -119,6 +129,7 @@ class Plan:
         if not same_size(permuted(value(self.key), self.key_dims).shape[1], value(self.query).shape[1]):
             words.append("grouped heads")
         words += ["absorbed weights"] * (self.latent is not None)
+        words += ["compressed keys"] * (attention.key_pe is not None)
         if self.mask != "none":
             words.append(f"{self.mask} mask")
         if attention.causal:
@@ -183,6 +194,9 @@ def plan_attention(attention: Attention, order: dict[Node, int], inputs: GraphIn
     check_attention(attention, q, k, v)
     for mask in attention.masks:
         check_mask(mask, plan.query, k.shape[2])
+    if attention.key_pe is not None:
+        check_compressed(attention)
+        return plan
     try:
         _plan_latent(plan)
     except Declined as declined:
@@ -232,14 +246,19 @@ def _plan_latent(plan: Plan) -> None:
 def prove_masks(plan: Plan, proofs: Proofs) -> None:
     """Let the op see to what the masks are proven to say."""
     attention = plan.attention
-    if plan.latent is not None and attention.sinks is None and not attention.soft_cap:
+    is_latent = plan.latent is not None or attention.key_pe is not None
+    if is_latent and attention.sinks is None and not attention.soft_cap:
         plan.counts = True
         proof = _proof(plan, proofs)
         is_all = proof is not None and not (proof.masks or proof.rest) and proof.bounds.window_left < 0
         plan.counts = is_all or not attention.masks
+    if attention.key_pe is not None and not plan.counts:
+        found = attention.masks[0].node.name if attention.masks else attention.node.name
+        raise Declined(f"{found}: attention to compressed keys takes no mask but one that is proven to be causal")
     proof = _proof(plan, proofs)
     if proof is not None:
         plan.bounds, plan.rest, plan.is_proven = proof.bounds, proof.rest, True
+        plan.needs_a_key = proof.needs_a_key
         attention.masks = proof.masks
 
 
@@ -388,16 +407,20 @@ def apply_attention(plan: Plan, emitter: Emitter, proofs: Proofs) -> list[Node]:
 def _apply_latent(plan: Plan, options: dict, emitter: Emitter) -> Node:
     """The result of the attention, with the layer that expands its keys and values in its query and behind it."""
     attention, latent = plan.attention, plan.latent
-    if options["scale"] is None:
+    if options["scale"] is None:  # of SDPA, over expanded keys
         options["scale"] = 1.0 / math.sqrt(latent.nope.length + latent.pe.length)
     query = _emit_scale(attention, plan.query, emitter)
     if plan.counts:
-        lengths = emit_lengths(plan.bounds, plan.rows, query, emitter.size(latent.kpe, 2), emitter)
+        kpe = latent.kpe if latent is not None else attention.key_pe
+        keys = emitter.size(kpe, 2)
+        lengths = emit_lengths(plan.bounds, plan.needs_a_key, plan.rows, query, keys, emitter)
         options.update(causal=plan.bounds.causal, kv_last_page_len=lengths)
+    if latent is None:
+        return emit_compressed(attention, query, _emit_scale(attention, attention.query_pe, emitter), options, emitter)
 
     def attend(q_nope: Node, q_pe: Node) -> Node:
         if plan.counts:
-            return emit_paged(latent, q_nope, q_pe, options, emitter)
+            return attend_paged(latent, q_nope, q_pe, options, emitter)
         if options["mask"] is not None:
             keep_in_memory(options["mask"])
         options.update(dense_operands(latent, q_nope, q_pe, emitter))
@@ -461,7 +484,7 @@ def _emit_positions(write: CacheWrite, emitter: Emitter) -> Node:
 
 def _replace_attention(plan: Plan, result: Node, emitter: Emitter) -> None:
     node = plan.attention.node
-    if plan.attention.spelling == "eager":
+    if plan.attention.spelling == "eager" and plan.attention.result_dims is None:
         result = like_product(result, node, emitter.size(plan.query, 2), emitter)
     replace(node, result, emitter.fake_mode)
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..normalize.affine import BATCH, QUERY, ZERO, Affine, Atom, along, number_of, same
+from ..normalize.affine import BATCH, KEY, QUERY, ZERO, Affine, Atom, along, number_of, same
 from ..normalize.bounds import Bounds, Place, Proof, prove
 from ..normalize.cache_update import CacheWrite
 from ..normalize.clause import Term
 from ..normalize.masks import Mask
 from ..normalize.predicate import Predicates
-from ..walk import aten, prims, same_size, shape, value
+from ..walk import at_least, aten, prims, same_size, shape, value
 from .emit import Emitter
 
 
@@ -60,8 +60,7 @@ class Proofs:
         written = self.written(rows)
         key = (masks, tuple(map(str, rows.sizes)), rows.write is None, rows.rotates, rows.counts, written)
         if key not in self._proofs:
-            refuses = rows.counts and same_size(rows.sizes[QUERY], 1)
-            place = Place(lambda position: _is_argument(position, rows, known), written, self._refused, refuses)
+            place = Place(lambda position: _is_argument(position, rows, known), written, self._refused, rows.counts)
             self._proofs[key] = prove(masks, known, place)
         return self._proofs[key]
 
@@ -89,6 +88,9 @@ def _is_argument(position: Affine, rows: Rows, known: Predicates) -> bool:
         return all(atom.is_number or _is_vector(atom, known) for atom, _ in position.atoms)
     if rows.counts:
         before = position - rows.first
+        if before.is_number:
+            length, keys = before.number() + rows.sizes[QUERY], rows.sizes[KEY]
+            return at_least(length, 1) and at_least(keys, length)
         vectors = all(atom.is_number or _is_vector(atom, known) for atom, _ in before.atoms)
         return vectors and not before.depends_on(QUERY)
     if rows.rotates:  # it rotates row i by where it stands
@@ -125,8 +127,9 @@ def _emit_offset(bounds: Bounds, rows: Rows, emitter: Emitter):
     return _emit_number(offset, emitter)
 
 
-def emit_lengths(bounds: Bounds, rows: Rows, query: Node, keys, emitter: Emitter) -> Node:
-    """How many keys each sequence has, [B]: those up to where its last row stands; `keys` of them where nothing says so."""
+def emit_lengths(bounds: Bounds, needs_a_key: bool, rows: Rows, query: Node, keys, emitter: Emitter) -> Node:
+    """How many keys each sequence has, [B]: those up to where its last row stands; `keys` of them where nothing says so. Where
+    `needs_a_key`, none if a row stands in front of all keys, which the op refuses."""
     options = dict(dtype=torch.int64, device=value(query).device)
     if bounds.position is None:
         return emitter.shared(aten.full.default, (emitter.size(query, 0),), keys, **options)
@@ -139,7 +142,10 @@ def emit_lengths(bounds: Bounds, rows: Rows, query: Node, keys, emitter: Emitter
     for atom, times in _in_order(before):
         if not atom.is_number:
             total = emitter.shared(aten.add.Tensor, total, _vector(atom, False, emitter), alpha=times)
-    return total
+    if not needs_a_key or same_size(rows.sizes[QUERY], 1):
+        return total
+    nothing = emitter.shared(aten.full.default, (), 0, **options)
+    return emitter.shared(aten.where.self, emitter.shared(aten.ge.Scalar, total, length), total, nothing)
 
 
 def _emit_number(number: Affine, emitter: Emitter):

@@ -23,10 +23,10 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from ..normalize.attention import Attention
-from ..normalize.latent import Columns, Latent, joined_columns
+from ..normalize.attention import Attention, check_contiguous_last
+from ..normalize.latent import HEADS_FIRST, Columns, Latent, joined_columns
 from ..sites import Declined
-from ..walk import aten, prims, same_size, shape, value
+from ..walk import aten, prims, same_shape, same_size, shape, value
 from .emit import Emitter
 
 
@@ -42,9 +42,7 @@ def check_absorbed(attention: Attention, latent: Latent, query: Node, gone: set[
             raise Declined(f"{node.name}: is {value(node).dtype} on {value(node).device}, unlike the query")
     if not same_size(shape(query)[1], latent.heads):
         raise Declined(f"{name}: expands {latent.heads} heads for {shape(query)[1]} query heads")
-    device = value(query).device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
-        raise Declined(f"{name}: attention to compressed keys is fast on Hopper and CPUs, not on {device}")
+    _check_device(query, name)
     if not _is_cheaper(rows, keys, latent):
         raise Declined(f"{name}: {rows} rows over {keys} keys take less time with keys and values expanded")
 
@@ -62,6 +60,52 @@ def _is_cheaper(rows, keys, latent: Latent) -> bool:
     return 2 * rows * a_pair <= a_row
 
 
+def check_compressed(attention: Attention) -> None:
+    """Attention to compressed keys, as the model has it, is what the op computes."""
+    query, key, query_pe, key_pe = attention.query, attention.key, attention.query_pe, attention.key_pe
+    if attention.soft_cap:
+        raise Declined(f"{attention.node.name}: a soft cap on the scores of compressed keys")
+    for node in (key, query_pe, key_pe):
+        if value(node).dtype != value(query).dtype or value(node).device != value(query).device:
+            raise Declined(f"{node.name}: is {value(node).dtype} on {value(node).device}, unlike the query")
+    sizes, width = shape(query), shape(query_pe)[3]
+    if not same_shape(shape(query_pe), (*sizes[:3], width)):
+        raise Declined(f"{query_pe.name}: {shape(query_pe)} does not fit the other part of the query, {sizes}")
+    if not same_shape(shape(key_pe), (*shape(key)[:3], width)):
+        raise Declined(f"{key_pe.name}: {shape(key_pe)} does not fit the other part of the keys, {shape(key)}")
+    for which, node in (("query", query), ("query", query_pe), ("key", key), ("key", key_pe)):
+        check_contiguous_last(node.name, which, value(node))
+    _check_device(query, query.name)
+
+
+def _check_device(query: Node, name: str) -> None:
+    device = value(query).device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        raise Declined(f"{name}: attention to compressed keys is fast on Hopper and CPUs, not on {device}")
+
+
+def emit_compressed(attention: Attention, q_nope: Node, q_pe: Node, options: dict, emitter: Emitter) -> Node:
+    """The result of attention to compressed keys, in the shape of its node; of `q_nope` [B, H, L, C] and `q_pe` [B, H, L, R]."""
+    queries = by_row(q_nope, emitter), by_row(q_pe, emitter)
+    ckv, kpe = (emitter.call(aten.select.int, key, 1, 0) for key in (attention.key, attention.key_pe))
+    rows = emitter.size(q_pe, 2)
+    result = emit_paged(*queries, ckv, kpe, rows, options, emitter)
+    result = emitter.call(aten.view.default, result, [-1, rows, *shape(result)[1:]])
+    dims = [HEADS_FIRST[d] for d in attention.result_dims]
+    if dims != [0, 1, 2, 3]:
+        result = emitter.call(aten.permute.default, result, dims)
+    batch, width = emitter.size(attention.key, 0), shape(result)[3]
+    has_rows_of_all_heads = same_size(shape(attention.node)[0], value(batch))
+    sizes = [batch, -1, width] if has_rows_of_all_heads else [-1, rows, width]
+    return emitter.call(aten.reshape.default, result, sizes)
+
+
+def by_row(node: Node, emitter: Emitter) -> Node:
+    """[B * L, H, D] of [B, H, L, D]"""
+    by_token = emitter.call(aten.permute.default, node, list(HEADS_FIRST))
+    return emitter.call(aten.reshape.default, by_token, [-1, *shape(by_token)[2:]])
+
+
 def emit_latent(latent: Latent, query: Node, attend: Callable[[Node, Node], Node], emitter: Emitter) -> Node:
     """[B, H, L, V]: attention of `query` [B, H, L, N + R] with the layer absorbed. `attend` puts the op into the graph, which
     makes [H, B * L, C] of that and of the query's other part, [B, H, L, R]."""
@@ -72,24 +116,32 @@ def emit_latent(latent: Latent, query: Node, attend: Callable[[Node, Node], Node
     return _by_sequence(emitter.call(aten.bmm.default, result, weight), query, emitter)
 
 
-def emit_paged(latent: Latent, q_nope: Node, q_pe: Node, options: dict, emitter: Emitter) -> Node:
-    """Each sequence has one page, of as many slots as the cache has. `options` say how many of them are keys."""
-    rows, batch = emitter.size(q_pe, 2), emitter.size(latent.kpe, 0)
+def attend_paged(latent: Latent, q_nope: Node, q_pe: Node, options: dict, emitter: Emitter) -> Node:
+    """[H, B * L, C] of q_nope [H, B * L, C] and q_pe [B, H, L, R]"""
+    by_token = emitter.call(aten.permute.default, q_nope, [1, 0, 2])
+    kpe = emitter.call(aten.select.int, latent.kpe, 1, 0)
+    parts = by_token, by_row(q_pe, emitter), _compressed(latent, emitter), kpe
+    result = emit_paged(*parts, emitter.size(q_pe, 2), options, emitter)
+    return emitter.call(aten.permute.default, result, [1, 0, 2])
+
+
+def emit_paged(q_nope: Node, q_pe: Node, ckv: Node, kpe: Node, rows, options: dict, emitter: Emitter) -> Node:
+    """[B * L, H, C] of q_nope [B * L, H, C], q_pe [B * L, H, R], ckv [B, S, C] and kpe [B, S, R], for L = `rows`. Each sequence has
+    one page, of as many slots as the cache has; `options` say how many of them are keys."""
+    batch = emitter.size(kpe, 0)
     ends = batch + 1 if isinstance(batch, int) else emitter.shared(operator.add, batch, 1)
     counted = dict(start=0, dtype=torch.int64, device=value(q_pe).device, requires_grad=False)
-    by_token = emitter.call(aten.permute.default, q_pe, [0, 2, 1, 3])
     arguments = dict(
         options,
-        q_nope=emitter.call(aten.permute.default, q_nope, [1, 0, 2]),
-        q_pe=emitter.call(aten.reshape.default, by_token, [-1, latent.heads, latent.pe.length]),
-        ckv_cache=_compressed(latent, emitter),
-        kpe_cache=emitter.call(aten.select.int, latent.kpe, 1, 0),
+        q_nope=q_nope,
+        q_pe=q_pe,
+        ckv_cache=ckv,
+        kpe_cache=kpe,
         qo_indptr=emitter.shared(prims.iota.default, ends, step=rows, **counted),
         kv_indices=emitter.shared(prims.iota.default, batch, step=1, **counted),
         kv_indptr=emitter.shared(prims.iota.default, ends, step=1, **counted),
     )
-    result = emitter.call_op(torch.ops.fi.mla_paged_attention.default, arguments)
-    return emitter.call(aten.permute.default, result, [1, 0, 2])
+    return emitter.call_op(torch.ops.fi.mla_paged_attention.default, arguments)
 
 
 def dense_operands(latent: Latent, q_nope: Node, q_pe: Node, emitter: Emitter) -> dict[str, Node]:

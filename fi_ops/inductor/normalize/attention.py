@@ -28,6 +28,11 @@ class Attention:
     query: Node
     key: Node
     value: Node
+    query_pe: Node | None = None
+    """[B, H, L, R]: with `key_pe` [B, 1, S, R], another part of the scores, query_pe @ key_pe^T. Then `key` is `value`."""
+    key_pe: Node | None = None
+    result_dims: tuple[int, ...] | None = None
+    """Then `node` is its value `.permute(result_dims)`, in a shape of its own."""
     lse: Node | None = None
     """The node whose value is its base-2 log-sum-exp, where that is used too."""
     masks: tuple[Mask, ...] = ()

@@ -53,6 +53,8 @@ class Proof:
     """What else must hold for a key to be seen."""
     masks: tuple[Mask, ...]
     """Those that stay as they are."""
+    needs_a_key: bool = False
+    """It holds as long as no row stands in front of all keys, which the op is to refuse."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Place:
     refused: frozenset[Affine] = frozenset()
     """What ops before it in the graph have refused where it is negative."""
     refuses: bool = False
-    """It refuses rows that stand in front of all keys."""
+    """It can be made to refuse rows that stand in front of all keys."""
 
 
 def prove(masks: tuple[Mask, ...], known: Predicates, place: Place) -> Proof | None:
@@ -83,8 +85,10 @@ def prove(masks: tuple[Mask, ...], known: Predicates, place: Place) -> Proof | N
     others = tuple(mask for mask in masks if mask not in proven)
     if any(_fill(mask, known) != NEVER for mask in masks):
         is_all = not rest and all(_is_moderate(mask, known) for mask in others)
-        if not is_all or not _sees_a_key(bounds, known, place):
+        sees_a_key = _sees_a_key(bounds, known, place)
+        if not is_all or not (sees_a_key or (place.refuses and bounds.window_left < 0)):
             return None
+        return Proof(bounds, tuple(rest), others, needs_a_key=not sees_a_key)
     return Proof(bounds, tuple(rest), others)
 
 
@@ -189,7 +193,7 @@ def _sees_a_key(bounds: Bounds, known: Predicates, place: Place) -> bool:
     if position is None:
         return True
     is_written = place.written is not None and same(position, place.written)
-    not_before = not bounds.causal or is_written or place.refuses or position in place.refused
+    not_before = not bounds.causal or is_written or position in place.refused
     not_before = not_before or never_negative(position, known.sizes)
     if bounds.window_left < 0:
         return not_before

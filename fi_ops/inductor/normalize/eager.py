@@ -13,6 +13,7 @@ added before the scale is scaled with the scores.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -48,6 +49,8 @@ PRODUCTS = (aten.bmm.default, aten.baddbmm.default)
 HALVES = (torch.bfloat16, torch.float16)
 REACH = 16
 """Steps from a softmax up to the product of queries and keys."""
+Ends = Callable[[Node], bool]
+"""Scores that are nothing but a product in some form."""
 
 
 def match_eager(node: Node, views: Views) -> Attention | None:
@@ -62,14 +65,12 @@ def match_eager(node: Node, views: Views) -> Attention | None:
     scores = match_softmax(weights if dropped is None else dropped) if operand.in_order else None
     if scores is None:
         return None
-    for step in _chain_to_softmax(node.args[0]):
-        if len(step.users) != 1:
-            raise Declined(f"{step.name}: the attention weights are used elsewhere too")
+    check_weights(node)
     attention = Attention(node, node, node, node, spelling="eager")
     scores = _unshifted(scores)  # not below sinks: against those, a shift of the scores counts
     if dropped is not None:
         scores = _match_sinks(attention, scores)
-    product = _match_logits(attention, scores)
+    product = match_logits(attention, scores)
     _match_operands(attention, product, views)
     sizes = (*shape(attention.query)[:3], shape(attention.value)[3])
     attention.node = result_of(node, sizes)
@@ -83,7 +84,7 @@ def _match_operands(attention: Attention, product: Node, views: Views) -> None:
     """Query, key and value as [B, H, L, D]."""
     last = attention.node
     values = operand_of(last.args[1])
-    query, (key, transposed) = operand_of(product.args[-2], _narrow), key_of(product.args[-1], _narrow)
+    query, (key, transposed) = operand_of(product.args[-2], narrow), key_of(product.args[-1], narrow)
     if any(value(operand.source).dtype != value(last).dtype for operand in (query, key)):
         query, (key, transposed) = operand_of(product.args[-2]), key_of(product.args[-1], strip)
     known = [operand.sizes[1] for operand in (query, key, values) if len(operand.dims) == 4]
@@ -98,7 +99,7 @@ def _match_operands(attention: Attention, product: Node, views: Views) -> None:
     attention.key_transposed = transposed
 
 
-def _narrow(node: Node) -> Node:
+def narrow(node: Node) -> Node:
     """A query or key before it was cast to float32, in which the ops multiply anyway."""
     node = strip(node)
     while is_cast(node) and value(node).dtype == torch.float32 and value(node.args[0]).dtype in HALVES:
@@ -106,13 +107,13 @@ def _narrow(node: Node) -> Node:
     return node
 
 
-def _chain_to_softmax(node: Node) -> list[Node]:
-    """The nodes from the weights as the product takes them up to their softmax's last step."""
-    chain = [node]
-    while not is_call(node, aten.div.Tensor, aten._softmax.default):
-        node = node.args[0]
-        chain.append(node)
-    return chain
+def check_weights(product: Node) -> None:
+    """From their softmax's last step on, the weights are for the product with the values alone."""
+    step = product.args[0]
+    while len(step.users) == 1 and not is_call(step, aten.div.Tensor, aten._softmax.default):
+        step = step.args[0]
+    if len(step.users) != 1:
+        raise Declined(f"{step.name}: the attention weights are used elsewhere too")
 
 
 def _without_last_column(weights: Node) -> Node | None:
@@ -162,12 +163,14 @@ def _match_sinks(attention: Attention, scores: Node) -> Node:
     return strip_casts(logits)
 
 
-def _match_logits(attention: Attention, scores: Node) -> Node:
-    """Take masks, soft cap and scale off the scores, down to the product of queries and keys."""
+def match_logits(attention: Attention, scores: Node, ends: Ends | None = None) -> Node:
+    """Take masks, soft cap and scale off the scores, down to the product of queries and keys, or to where it `ends`."""
     scale = Scale()
     masks: list[Mask] = []
     for _ in range(REACH):
         scores = strip_casts(scores)
+        if ends is not None and ends(scores):
+            break
         if is_call(scores, *VIEWS) and _keeps_rows(scores):
             heads = _heads(scores)
             if None not in (heads, attention.heads) and not same_size(heads, attention.heads):
@@ -175,7 +178,7 @@ def _match_logits(attention: Attention, scores: Node) -> Node:
             attention.heads = attention.heads if heads is None else heads
             scores = _before_views(scores)
             continue
-        masked = _take_mask(scores)
+        masked = _take_mask(scores, ends)
         if masked is not None:
             scores, mask = masked
             masks.append(_below(attention, scale, mask))
@@ -188,7 +191,8 @@ def _match_logits(attention: Attention, scores: Node) -> Node:
         if scaled is None:
             break
         scores, scale = scaled[0], scale.times(scaled[1], scores)
-    if not is_call(scores, *PRODUCTS):
+    is_end = ends is not None and ends(scores)
+    if not is_end and not is_call(scores, *PRODUCTS):
         raise Declined(f"{scores.name}: scores come from {scores.target}, not from a product of queries and keys")
     if is_call(scores, aten.baddbmm.default):
         alpha, beta = (number(argument(scores, 9, name, 1)) for name in ("alpha", "beta"))
@@ -242,19 +246,19 @@ def _merges_heads(mask: Node) -> bool:
     return len(shape(mask)) == 3 and not same_size(shape(mask)[0], 1)
 
 
-def _take_mask(scores: Node) -> tuple[Node, Mask] | None:
+def _take_mask(scores: Node, ends: Ends | None) -> tuple[Node, Mask] | None:
     """(scores, mask) of `scores + mask` or `where(condition, scores, fill)`."""
     merged = len(shape(scores)) == 3
     if is_call(scores, aten.add.Tensor) and not scores.kwargs and is_tensor(scores.args[1]):
         for inner, mask in commuted(scores):
-            if _is_scores(inner) and not _is_scores(mask):
+            if _is_scores(inner, ends) and not _is_scores(mask, ends):
                 return inner, Mask(mask, heads_merged=merged and _merges_heads(mask))
         raise Declined(f"{scores.name}: which operand is the mask is not clear")
     if is_call(scores, aten.where.self):
         condition, chosen, other = scores.args
         for inner, fill, inverted in ((chosen, other, False), (other, chosen, True)):
             fill = number(fill)
-            if fill is None or not _is_scores(inner):
+            if fill is None or not _is_scores(inner, ends):
                 continue
             check_fill(scores.name, fill)
             kept, flipped = kept_by(condition)
@@ -274,7 +278,7 @@ _ON_THE_WAY = (
 )
 
 
-def _is_scores(node: object) -> bool:
+def _is_scores(node: object, ends: Ends | None) -> bool:
     """The node is a product of queries and keys, scaled, capped or masked."""
     pending, looked_at = [node], 0
     while pending and looked_at < 4 * REACH:
@@ -282,7 +286,7 @@ def _is_scores(node: object) -> bool:
         if not is_tensor(node) or is_scalar(node):
             continue
         node, looked_at = strip_casts(node), looked_at + 1
-        if is_call(node, *PRODUCTS):
+        if is_call(node, *PRODUCTS) or (ends is not None and ends(node)):
             return True
         if is_call(node, *_ON_THE_WAY) or keeps_order(node):
             pending.extend(node.args[:3])

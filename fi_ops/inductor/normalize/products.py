@@ -49,6 +49,14 @@ class Views:
             return self._make(aten.unsqueeze.default, node, 1)
         return self._make(aten.view.default, node, [-1, heads, *(self.emitter.size(node, dim) for dim in (1, 2))])
 
+    def arranged(self, node: Node, dims: tuple[int | None, ...]) -> Node:
+        """`node` with its dimensions in this order; None is one of size 1 that is put in."""
+        node = self.permuted(node, tuple(d for d in dims if d is not None))
+        for place, dim in enumerate(dims):
+            if dim is None:
+                node = self._make(aten.unsqueeze.default, node, place)
+        return node
+
     def drop_unused(self) -> None:
         if self.made:
             erase_dead(self.made[0].graph, [node for node in self.made if not node._erased])
