@@ -40,6 +40,8 @@ def mla_samples(device, dtype):
     yield Sample(parts([2, 1], [20, 50], heads=5, page_size=3), name="5 heads, page_size 3")
     yield Sample(parts([1, 3], [300, 20], heads=1, page_size=5), {"causal": True}, "one head")
     yield Sample(parts([2], [20], heads=3, ckv=40, kpe=9), {"causal": True}, "odd sizes")
+    long = parts([3, 70, 0, 1], [1500, 700, 40, 3], heads=3, ckv=40, kpe=9)
+    yield Sample(long, {"causal": True}, "long requests, their keys split")
     scale = torch.rand(1, device=device) + 0.5
     for fp8 in FP8:
         name = str(fp8).removeprefix("torch.")

@@ -3,6 +3,8 @@
 
 namespace fi::FI_ISA {
 
-void mla_f16(const MlaParams& params, const Parallel& parallel) { run_mla<f16, FmaUnit>(params, parallel); }
+void mla_f16(const MlaParams& params, const Parallel& parallel) {
+  run_mla<f16, MlaRows<f16>>(params, parallel);
+}
 
 }  // namespace fi::FI_ISA

@@ -23,7 +23,7 @@ struct AttentionSizes {
   int64_t state_stride, state_floats;    // of a row's state, and of all of a block
   int64_t k_tile_size, v_tile_size;      // packed
   int64_t element;                       // bytes of one of key and value
-  bool k_staged, v_staged;               // converted, rotated or joined into a buffer, not read in place
+  bool k_staged, v_staged;               // converted or rotated into a buffer, not read in place
 
   AttentionSizes(const AttentionParams& p, const Source& source)
       : head_dim_qk(p.head_dim_qk), head_dim_vo(p.head_dim_vo), rotary_dim(p.rope.rotary_dim) {
@@ -50,8 +50,8 @@ struct AttentionSizes {
     k_tile_size = round_up(tile, kLanes) * depth;
     v_tile_size = tile * round_up(head_dim_vo, kLanes);
     const bool converted = source.kv_dtype() != Fp8::none;
-    k_staged = converted || p.rope_keys || Source::kLatent;
-    v_staged = converted && !Source::kLatent;
+    k_staged = converted || p.rope_keys;
+    v_staged = converted;
   }
 };
 

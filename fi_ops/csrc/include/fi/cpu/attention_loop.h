@@ -246,22 +246,13 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
   }
 
   // Packs keys and values [begin, begin + n) of a tile; the rest of the tile's V is 0, so that 0 weights meet
-  // no garbage. `next`: the rows of the tile after it; null: none.
-  void pack_tile(int64_t b, int64_t begin, const TileRows& rows, int64_t n, const TileRows* next,
-                 Query* k_pack, Query* v_pack, Worker& w) const {
+  // no garbage.
+  void pack_tile(int64_t b, int64_t begin, const TileRows& rows, int64_t n, Query* k_pack, Query* v_pack,
+                 Worker& w) const {
     if constexpr (Engine::kPacked) {
       using Unit = typename Engine::Unit;
-      Rows keys = rows.keys, values = rows.values;
-      if constexpr (Source::kLatent) {
-        source.join(w.k_buffer, rows, n);
-        keys = values = w.k_rows.rows;
-        auto prefetch = source.prefetch(next, num_key_blocks<Unit>(n, depth));
-        pack_keys<Unit>(k_pack, keys, n, p.head_dim_qk, depth, prefetch);
-      } else {
-        keys = load_keys(b, begin, keys, n, w);
-        values = load_values(values, n, w);
-        pack_keys<Unit>(k_pack, keys, n, p.head_dim_qk, depth, [] {});
-      }
+      const Rows keys = load_keys(b, begin, rows.keys, n, w), values = load_values(rows.values, n, w);
+      pack_keys<Unit>(k_pack, keys, n, p.head_dim_qk, depth, [] {});
       pack_values<Unit>(v_pack, values, n, p.head_dim_vo,
                         round_up(n, Engine::kStepCols) < tile ? round_up(n, Engine::kStepCols) : tile,
                         tile * kLanes);
@@ -277,8 +268,8 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
     const int64_t begin = task.tile * tile, end = begin + tile < range.end ? begin + tile : range.end;
     const int64_t at = packed_at(block_of(task.b, task.kv_head, 0), task.tile);
     source.locate(w.rows[0], task.b, task.kv_head, begin, end - begin);
-    pack_tile(task.b, begin, w.rows[0], end - begin, nullptr, k_packed + at * k_tile_size,
-              v_packed + at * v_tile_size, w);
+    pack_tile(task.b, begin, w.rows[0], end - begin, k_packed + at * k_tile_size, v_packed + at * v_tile_size,
+              w);
   }
 
   // ---- one task ----
@@ -289,7 +280,7 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
     RopeAngles angles{};
     for (int64_t r = k.row_begin; r < k.row_end; ++r) {
       const int64_t i = r / group, h = k.kv_head * group + r % group;
-      const T* src = source.query(k.b, h, i, w.row);
+      const T* src = source.query(k.b, h, i);
       if (p.rope.cos) {
         if (angles_of != i) angles = rope_angles(p.rope, k.b, source.rope_row(k.b, i), w.angles);
         angles_of = i;
@@ -398,7 +389,7 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
         k_pack = k_packed + at * k_tile_size;
         v_pack = v_packed + at * v_tile_size;
       } else {
-        pack_tile(k.b, step.tile_begin, rows, r.end - step.tile_begin, next, w.k_pack, w.v_pack, w);
+        pack_tile(k.b, step.tile_begin, rows, r.end - step.tile_begin, w.k_pack, w.v_pack, w);
       }
       for (int64_t row = 0; row < m; row += pass_rows) {
         attend_pass(k, {row, row + pass_rows < m ? row + pass_rows : m}, r, step.tile_begin, step.masked,

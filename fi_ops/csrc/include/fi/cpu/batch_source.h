@@ -12,7 +12,7 @@ template <class T>
 class BatchSource {
  public:
   using Rows = PointerRows<T>;
-  static constexpr bool kUneven = true, kLatent = false;
+  static constexpr bool kUneven = true;
 
   // Of the batch's requests those that are added.
   BatchSource(const BatchAttentionParams& params) : p(params), c(params.call) {
@@ -47,7 +47,7 @@ class BatchSource {
   float k_scale(int64_t kv_head) const { return p.k_scale ? p.k_scale.at(kv_head) : 1.0f; }
   float v_scale(int64_t kv_head) const { return p.v_scale ? p.v_scale.at(kv_head) : 1.0f; }
 
-  const T* query(int64_t b, int64_t h, int64_t i, T*) const {
+  const T* query(int64_t b, int64_t h, int64_t i) const {
     return static_cast<const T*>(c.query) + (requests[b].q_begin + i) * c.q_stride_n + h * c.q_stride_h;
   }
   T* out(int64_t b, int64_t h, int64_t i) const {

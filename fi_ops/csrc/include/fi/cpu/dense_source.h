@@ -31,7 +31,6 @@ class DenseSource {
  public:
   using Rows = StridedRows<T>;
   static constexpr bool kUneven = false;  // requests have the same length
-  static constexpr bool kLatent = false;  // values are a part of their keys, which lie in two places
 
   DenseSource(const AttentionParams& params, const Parallel& parallel) : p(params), parallel(parallel) {}
 
@@ -45,8 +44,7 @@ class DenseSource {
   float k_scale(int64_t) const { return 1.0f; }
   float v_scale(int64_t) const { return 1.0f; }
 
-  // A query row; the last argument is room for one that does not lie in one piece.
-  const T* query(int64_t b, int64_t h, int64_t i, T*) const {
+  const T* query(int64_t b, int64_t h, int64_t i) const {
     return static_cast<const T*>(p.query) + b * p.q_stride_b + h * p.q_stride_h + i * p.q_stride_n;
   }
   T* out(int64_t b, int64_t h, int64_t i) const {

@@ -1,0 +1,226 @@
+// The two engines under latent attention: what a tile of joined rows [ckv | kpe] is multiplied with, and how.
+//
+//   MlaRows: dot products and weighted sums straight from the rows as they lie, four query rows at a time.
+//   MlaTiles: keys and values packed for a unit that takes nothing else.
+#pragma once
+
+#include "fi/cpu/attention_engine.h"
+
+namespace fi::FI_ISA {
+
+// Values of rows of T times weights: kKeys keys a step, kVecs * kLanes columns at a time.
+template <class T>
+struct MlaValues {
+  using Weight = float;
+  using Operand = Vec;
+  static constexpr int64_t kKeys = 1;
+
+  template <int kVecs>
+  FI_INLINE void load_columns(const char* const* rows, int64_t offset, Vec (&v)[kVecs]) {
+    const T* row = reinterpret_cast<const T*>(rows[0] + offset);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVecs; ++i) v[i] = load(row + i * kLanes);
+  }
+  FI_INLINE Vec broadcast(const float* p) { return set1(*p); }
+  FI_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+  // Sums to columns in order.
+  template <int kVecs>
+  FI_INLINE void sort_columns(Vec (&)[kVecs]) {}
+};
+
+#if FI_ISA_LEVEL >= 3
+// Pairs of rows, interleaved within 128-bit lanes: columns 8l..8l+3 are in the lane l of one vector,
+// 8l+4..8l+7 in that of the next.
+template <>
+struct MlaValues<bf16> {
+  using Weight = bf16;
+  using Operand = __m512bh;
+  static constexpr int64_t kKeys = 2;
+
+  template <int kVecs>
+  FI_INLINE void load_columns(const char* const* rows, int64_t offset, __m512bh (&v)[kVecs]) {
+    const char *even = rows[0] + offset, *odd = rows[1] + offset;
+#  pragma GCC unroll 4
+    for (int i = 0; i < kVecs; i += 2) {
+      const __m512i a = _mm512_loadu_si512(even + i * 32), b = _mm512_loadu_si512(odd + i * 32);
+      v[i] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+      v[i + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+    }
+  }
+  FI_INLINE __m512bh broadcast(const bf16* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return (__m512bh)_mm512_set1_epi32(pair);
+  }
+  FI_INLINE Vec multiply_add(__m512bh a, __m512bh b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
+  template <int kVecs>
+  FI_INLINE void sort_columns(Vec (&v)[kVecs]) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+#  pragma GCC unroll 4
+    for (int i = 0; i < kVecs; i += 2) {
+      const Vec low = v[i], high = v[i + 1];
+      v[i] = _mm512_permutex2var_ps(low, first, high);
+      v[i + 1] = _mm512_permutex2var_ps(low, second, high);
+    }
+  }
+};
+#endif
+
+// acc[kRows][4 * kLanes] += p[kRows][n] v[n][4 * kLanes]; n is a multiple of kKeys. A constant stride of p
+// leaves the addresses in few registers.
+template <class T, int kRows, int64_t kStride>
+[[gnu::noinline]] void mla_value_block(float* acc, int64_t acc_stride, const typename MlaValues<T>::Weight* p,
+                                       const char* const* rows, int64_t offset, int64_t n) {
+  using Values = MlaValues<T>;
+  Vec sum[kRows][4] = {};
+  for (int64_t j = 0; j < n; j += Values::kKeys) {
+    typename Values::Operand v[4];
+    Values::load_columns(rows + j, offset, v);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const typename Values::Operand w = Values::broadcast(p + r * kStride + j);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sum[r][i] = Values::multiply_add(w, v[i], sum[r][i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r, acc += acc_stride) {
+    Values::sort_columns(sum[r]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) store(acc + i * kLanes, load(acc + i * kLanes) + sum[r][i]);
+  }
+}
+
+// between(): called many times, evenly, while a tile is worked on.
+template <class T>
+struct MlaRows {
+  using Query = typename StreamDot<T>::Query;
+  static constexpr int64_t kStepDepth = StreamDot<T>::kStep;
+  static constexpr int64_t kStepKeys = kLanes;  // weights are 0 up to a multiple
+  static constexpr int64_t kStepRows = 1;
+  static constexpr int64_t kTaskRows = 128;
+  static constexpr int64_t kTile = 64;
+  static constexpr int64_t kScoreKeys = 8;  // stay in a level-1 cache while all query rows pass
+  static constexpr int64_t kColumns = 4 * kLanes;
+#if FI_ISA_LEVEL >= 2
+  static constexpr int64_t kBlockRows = 6;  // 24 accumulators of 32 registers
+#else
+  static constexpr int64_t kBlockRows = 2;  // 8 of 16
+#endif
+
+  struct Buffers {
+    void carve(Carver&, int64_t, int64_t) {}
+  };
+
+  static void begin() {}
+  static void end() {}
+
+  // Calls of between().
+  static int64_t calls(int64_t rows, int64_t n, int64_t size_vo) {
+    return ceil_div(n, kScoreKeys) * ceil_div(rows, 4) + ceil_div(rows, kBlockRows) * (size_vo / kColumns);
+  }
+
+  // s[rows][n] = q k^T.
+  template <class Between>
+  static void scores(float* s, int64_t s_stride, const Query* q, int64_t q_stride, int64_t rows,
+                     PointerRows<T> k, int64_t n, int64_t size, int64_t, Buffers&, Between& between) {
+    for (int64_t j = 0; j < n; j += kScoreKeys) {
+      const PointerRows<T> keys{k.rows + j, k.offset};
+      for (int64_t r = 0; r < rows; r += 4) {
+        between();
+        stream_scores<T>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride,
+                         rows - r < 4 ? rows - r : 4, keys, n - j < kScoreKeys ? n - j : kScoreKeys, size,
+                         NextRows<PointerRows<T>>{});
+      }
+    }
+  }
+
+  // acc[rows][size] += p[rows][n] v[n][size]. Where n is odd, v[n] is a row of zeros.
+  template <int64_t kStride, class Between>
+  static void values(float* acc, int64_t acc_stride, const Query* p, int64_t rows, PointerRows<T> v,
+                     int64_t n, int64_t size, Buffers&, Between& between) {
+    const int64_t steps = round_up(n, MlaValues<T>::kKeys), blocks = ceil_div(rows, kBlockRows);
+    int64_t d = 0;
+    for (; d + kColumns <= size; d += kColumns) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        between();
+        const int64_t r = rows * block / blocks, count = rows * (block + 1) / blocks - r;
+        const auto run = [&](auto block_rows) {
+          mla_value_block<T, block_rows(), kStride>(acc + r * acc_stride + d, acc_stride, p + r * kStride,
+                                                    v.rows, d * int64_t(sizeof(T)), steps);
+        };
+        switch (count) {
+          case 1:
+            run([] { return 1; });
+            break;
+          case 2:
+            run([] { return 2; });
+            break;
+#if FI_ISA_LEVEL >= 2
+          case 3:
+            run([] { return 3; });
+            break;
+          case 4:
+            run([] { return 4; });
+            break;
+          case 5:
+            run([] { return 5; });
+            break;
+          default:
+            run([] { return 6; });
+#endif
+        }
+      }
+    }
+    if (d < size) {
+      stream_values(acc + d, acc_stride, p, kStride, rows, v.columns(d), n, size - d,
+                    NextRows<PointerRows<T>>{});
+    }
+  }
+};
+
+#if FI_ISA_LEVEL >= 4
+struct MlaTiles {
+  using Unit = AmxUnit;
+  using Query = bf16;
+  static constexpr int64_t kStepDepth = Unit::kStepK;
+  static constexpr int64_t kStepKeys = Unit::kStepK;
+  static constexpr int64_t kStepRows = Unit::kStepRows;
+  static constexpr int64_t kTaskRows = Unit::kTaskRows;
+  static constexpr int64_t kTile = 64;
+
+  struct Buffers {
+    bf16 *keys, *values;  // packed
+    void carve(Carver& carver, int64_t depth, int64_t size_vo) {
+      keys = carver.take<bf16>(kTile * depth);
+      values = carver.take<bf16>(kTile * round_up(size_vo, kLanes));
+    }
+  };
+
+  static void begin() { Unit::begin(); }
+  static void end() { Unit::end(); }
+
+  static int64_t calls(int64_t, int64_t n, int64_t size_vo) { return num_key_blocks<Unit>(n, size_vo); }
+
+  template <class Between>
+  static void scores(float* s, int64_t s_stride, const bf16* q, int64_t q_stride, int64_t rows,
+                     PointerRows<bf16> k, int64_t n, int64_t size, int64_t depth, Buffers& w,
+                     Between& between) {
+    pack_keys<Unit>(w.keys, k, n, size, depth, between);
+    Unit::gemm(q, q_stride, w.keys, depth * kLanes, s, s_stride, round_up(rows, kStepRows),
+               ceil_div(n, kLanes), depth, false);
+  }
+
+  template <int64_t kStride, class Between>
+  static void values(float* acc, int64_t acc_stride, const bf16* p, int64_t rows, PointerRows<bf16> v,
+                     int64_t n, int64_t size, Buffers& w, Between&) {
+    const int64_t n_padded = round_up(n, Unit::kStepK);
+    pack_values<Unit>(w.values, v, n, size, n_padded, kTile * kLanes);
+    Unit::gemm(p, kStride, w.values, kTile * kLanes, acc, acc_stride, round_up(rows, kStepRows),
+               ceil_div(size, kLanes), n_padded, true);
+  }
+};
+#endif
+
+}  // namespace fi::FI_ISA
