@@ -14,9 +14,7 @@ void mla_paged_attention(const MlaParams& p, const Gpu& gpu) {
 #ifdef FI_CUDA_SM90A
   if (gpu.compute_capability == 90 && sm90_mla_supports(p)) return sm90_mla(p, gpu);
 #endif
-  c.dtype == DType::f32    ? mla::run_generic<float>(p, gpu)
-  : c.dtype == DType::bf16 ? mla::run_generic<bf16>(p, gpu)
-                           : mla::run_generic<f16>(p, gpu);
+  mla::on_cuda_cores(p, gpu);
 }
 
 }  // namespace fi::cuda

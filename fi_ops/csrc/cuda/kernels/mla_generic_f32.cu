@@ -1,3 +1,3 @@
 #include "fi/cuda/mla/generic_kernel.h"
 
-template void fi::cuda::mla::run_generic<float>(const MlaParams&, const Gpu&);
+template void fi::cuda::mla::run_generic<float>(const GenericArgs&, const Gpu&);

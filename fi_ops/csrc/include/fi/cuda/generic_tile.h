@@ -6,8 +6,17 @@
 #pragma once
 
 #include "fi/cuda/attention_rows.h"
+#include "fi/fp8.h"
 
 namespace fi::cuda {
+
+// Element `at` of a cache of T or of 8-bit floats.
+template <class T>
+FI_DEVICE_INLINE float load_kv(const void* data, int64_t at, Fp8 format) {
+  return format == Fp8::none   ? to_float(static_cast<const T*>(data)[at])
+         : format == Fp8::e4m3 ? from_e4m3(static_cast<const uint8_t*>(data)[at])
+                               : from_e5m2(static_cast<const uint8_t*>(data)[at]);
+}
 
 // kParts: 64 columns of the output each.
 template <int kParts>

@@ -9,13 +9,6 @@
 
 namespace fi::cuda::batch {
 
-template <class T>
-FI_DEVICE_INLINE float load_kv(const void* data, int64_t at, Fp8 format) {
-  return format == Fp8::none   ? to_float(static_cast<const T*>(data)[at])
-         : format == Fp8::e4m3 ? from_e4m3(static_cast<const uint8_t*>(data)[at])
-                               : from_e5m2(static_cast<const uint8_t*>(data)[at]);
-}
-
 // Element d of a row whose elements are load(d): rotated, rounded to T, by the table's row of `position`.
 template <class T, class Load>
 FI_DEVICE_INLINE float load_rotated(const BatchAttentionParams& p, int64_t position, int64_t d,
