@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from emulation import build as emulation
+from emulation.launches import launches
 
 from fi_ops import _build
 
@@ -67,6 +68,17 @@ def test_sweep():
     """The CUDA kernels by the registry: numerics in bf16 (and the ops without floats), and every refusal."""
     select = "(test_numerics and (bfloat16 or bool or int)) or test_bad_input"
     _run_tests("--emulate-cuda", str(SWEEP), "-k", select)
+
+
+def test_hopper(tmp_path):
+    """Every attention kernel for sm_90, with threads, warps and copies in another order; and the sweep's calls."""
+    ran = tmp_path / "ran"
+    kernels = str(Path(__file__).parent / "test_hopper_kernels.py")
+    _run_tests("--emulate-cuda=sm90", kernels, FI_EMULATION_SEED="1", FI_EMULATION_LAUNCHES=str(ran))
+    counts = {name: count for name, count in launches(ran).items() if "cuda::sm90::" in name}
+    assert counts
+    assert not [name for name, count in counts.items() if count == 0]
+    _run_tests("--emulate-cuda=sm90", str(SWEEP), "-k", "test_numerics and attention and bfloat16")
 
 
 def test_unchecked_values():
