@@ -88,13 +88,13 @@ def emit_compressed(attention: Attention, q_nope: Node, q_pe: Node, options: dic
     """The result of attention to compressed keys, in the shape of its node; of `q_nope` [B, H, L, C] and `q_pe` [B, H, L, R]."""
     queries = by_row(q_nope, emitter), by_row(q_pe, emitter)
     ckv, kpe = (emitter.call(aten.select.int, key, 1, 0) for key in (attention.key, attention.key_pe))
-    rows = emitter.size(q_pe, 2)
+    rows, heads, width = emitter.size(q_nope, 2), emitter.size(q_nope, 1), emitter.size(q_nope, 3)
     result = emit_paged(*queries, ckv, kpe, rows, options, emitter)
-    result = emitter.call(aten.view.default, result, [-1, rows, *shape(result)[1:]])
+    result = emitter.call(aten.view.default, result, [-1, rows, heads, width])
     dims = [HEADS_FIRST[d] for d in attention.result_dims]
     if dims != [0, 1, 2, 3]:
         result = emitter.call(aten.permute.default, result, dims)
-    batch, width = emitter.size(attention.key, 0), shape(result)[3]
+    batch = emitter.size(attention.key, 0)
     has_rows_of_all_heads = same_size(shape(attention.node)[0], value(batch))
     sizes = [batch, -1, width] if has_rows_of_all_heads else [-1, rows, width]
     return emitter.call(aten.reshape.default, result, sizes)
@@ -103,7 +103,7 @@ def emit_compressed(attention: Attention, q_nope: Node, q_pe: Node, options: dic
 def by_row(node: Node, emitter: Emitter) -> Node:
     """[B * L, H, D] of [B, H, L, D]"""
     by_token = emitter.call(aten.permute.default, node, list(HEADS_FIRST))
-    return emitter.call(aten.reshape.default, by_token, [-1, *shape(by_token)[2:]])
+    return emitter.call(aten.reshape.default, by_token, [-1, emitter.size(node, 1), emitter.size(node, 3)])
 
 
 def emit_latent(latent: Latent, query: Node, attend: Callable[[Node, Node], Node], emitter: Emitter) -> Node:

@@ -92,7 +92,7 @@ def _match(last: Product, weights: Node, logits: Node, is_behind: bool, views: V
     if len(products) == 2 and not is_behind:
         return None  # scores [B, H, L, S], or rows of several heads
     check_weights(last.node)
-    dims = _dims(products, attention.masks)
+    dims = _dims(products, attention.masks, shape(weights))
     operands = _match_operands(products, dims, {role: shape(weights)[dim] for role, dim in enumerate(dims)})
     set_operands = _set_operands if len(products) == 2 else _set_two_parts
     set_operands(attention, operands, last, dims, views)
@@ -115,7 +115,7 @@ def _products_of(scores: Node) -> list[Product]:
     return [] if axes is None else [Product(chain[-1], axes)]
 
 
-def _dims(products: list[Product], masks: tuple[Mask, ...]) -> tuple[int, ...]:
+def _dims(products: list[Product], masks: tuple[Mask, ...], sizes: tuple) -> tuple[int, ...]:
     """The permutation that makes scores [B, H, L, S]."""
     name = products[0].node.name
     by_batch = {axis.dim for product in products for axis in product.axes[0]}
@@ -126,9 +126,10 @@ def _dims(products: list[Product], masks: tuple[Mask, ...]) -> tuple[int, ...]:
     if 0 in by_row or {1, 2} <= by_batch:
         raise Declined(f"{name}: which dimensions of the scores are heads and rows is not clear")
     heads = by_batch - {0}
-    if not heads:  # shared keys: what a mask differs over is rows
-        varies = {d for mask in masks for d in (1, 2) if not same_size(_padded(mask.node)[d], 1)}
-        heads = {1} if varies == {2} else {2}
+    if not heads:  # shared keys: what a mask differs over is rows; or else there may be one row
+        rows = {d for mask in masks for d in (1, 2) if not same_size(_padded(mask.node)[d], 1)}
+        rows = rows or {d for d in (1, 2) if same_size(sizes[d], 1)}
+        heads = {1} if rows == {2} else {2}
     (head,) = heads
     return 0, head, 3 - head, 3
 
