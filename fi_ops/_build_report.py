@@ -1,7 +1,8 @@
-"""What the compiler made of each CUDA kernel: registers, spills, stack, static shared memory, and the time it took.
+"""What the compiler made of each CUDA kernel: registers, spills, stack, shared memory, and the time it took.
 
-Read from the logs that `_build_cuda.py` keeps beside the objects. Shared memory is what the kernel declares; what else it gets is
-chosen when it is launched (`fi/cuda/launch.h`), up to 163 KB a block on sm_80 and 227 KB on sm_90a.
+Read from the logs that `_build_cuda.py` keeps beside the objects. Static shared memory is what the kernel declares. Dynamic is
+what `launch_with` (`fi/cuda/launch.h`) gives it, whose instantiations name kernel and bytes in the object file. Kernels launched
+otherwise get none, or an amount that follows from sizes and the card, up to 163 KB a block on sm_80 and 227 KB on sm_90a.
 """
 
 from __future__ import annotations
@@ -93,6 +94,20 @@ def readable(names: list[str]) -> list[str]:
     return [_shortened(name) for name in run.stdout.splitlines()]
 
 
+# `launch_with<&(void f<float>(P)), 64ul, P&>(...)`; a kernel that is no template stands there as `&f`.
+_LAUNCH = re.compile(r"launch_(?:clusters_)?with<&(?:\((.+?\))\)|([^,]+)), (\d+)ul")
+
+
+def dynamic_shared(demangled: str) -> dict[str, int]:
+    """Bytes of dynamic shared memory by readable kernel name, from an object file's demangled symbols."""
+    return {_shortened(template or plain): int(size) for template, plain, size in _LAUNCH.findall(demangled)}
+
+
+def _symbols(path: Path) -> str:
+    tool = shutil.which("nm")
+    return subprocess.run([tool, "-C", path], capture_output=True, text=True, check=True).stdout if tool else ""
+
+
 def _shortened(name: str) -> str:
     """`void fi::cuda::(anonymous namespace)::sample<fi::f16, (fi::Fp8)0>(fi::P, int)` is `sample<f16, (Fp8)0>`."""
     name = name.removeprefix("void ").replace(" >", ">")
@@ -108,16 +123,26 @@ def _shortened(name: str) -> str:
 
 def kernel_lines(plan: Plan, jobs: Iterable[Job]) -> list[str]:
     """A line for each kernel of these jobs and architecture, under a heading; source by source."""
+    jobs = list(jobs)
     uses = sorted(plan_uses(plan, jobs), key=lambda use: (use.source.name, use.kernel, use.arch))
     if not uses:
         return []
-    heading = "arch    registers  spilled B  in calls B  stack B  static shared B  ptxas s  source                        kernel"
-    lines = [f"fi_ops: {len(uses)} kernels (more shared memory may be asked for at the launch)", heading]
+    dynamic = {
+        (job.source, name): size
+        for job in jobs
+        if job.rule == "nvcc" and plan.object_path(job).is_file()
+        for name, size in dynamic_shared(_symbols(plan.object_path(job))).items()
+    }
+    heading = (
+        "arch    registers  spilled B  in calls B  stack B  static shared B  dynamic shared B  ptxas s  "
+        "source                        kernel"
+    )
+    lines = [f"fi_ops: {len(uses)} kernels (dynamic -: none, or chosen at the launch)", heading]
     for use, name in zip(uses, readable([use.kernel for use in uses]), strict=True):
         spilled = f"{use.spill_stores}+{use.spill_loads}" if use.spills else "0"
         lines.append(
             f"{use.arch:<7} {use.registers:>9}  {spilled:>9}  {use.called_spills:>10}  {use.stack:>7}  {use.shared:>15}  "
-            f"{use.ptxas_seconds:>7.2f}  {use.source.name:<28}  {name}"
+            f"{dynamic.get((use.source, name), '-'):>16}  {use.ptxas_seconds:>7.2f}  {use.source.name:<28}  {name}"
         )
     return lines
 

@@ -30,7 +30,9 @@ KERNEL = """
 #include "fi/cuda/launch.h"
 namespace fi::cuda {
 __global__ void some_kernel(float* x, int n) { BODY }
-void launch_some_kernel(const Gpu& gpu) { launch(gpu, some_kernel, dim3(1), dim3(32), 0, (float*)nullptr, 1); }
+void launch_some_kernel(const Gpu& gpu) {
+  launch_with<some_kernel, 96>(gpu, dim3(1), dim3(32), /*overlap=*/false, (float*)nullptr, 1);
+}
 }  // namespace fi::cuda
 """
 LARGE_FRAME = KERNEL.replace(
@@ -79,6 +81,7 @@ def test_builds_once_and_reports(one_kernel_file, monkeypatch):
     (_, heading, row) = _build_report.kernel_lines(plan, plan.jobs)
     cells = dict(zip(re.split("  +", heading), row.split(), strict=False))
     assert (cells["stack B"], cells["kernel"]) == ("2048", "some_kernel") and row.startswith("sm_80 "), row
+    assert cells["dynamic shared B"] == "96", row
 
     one_kernel_file.write_text(KERNEL.replace("BODY", "x[0] += n;"))
     _build._closure.cache_clear()
@@ -184,6 +187,15 @@ def test_kernels_have_readable_names():
         "batch_tiles_kernel<BatchTilesConfig<bf16, 192, 128, true, (BatchFeatures)2>>",
         "some_kernel",
     ]
+
+
+def test_dynamic_shared_memory_is_read():
+    symbols = (
+        "0000 t void fi::cuda::launch_with<&(void fi::cuda::mla::part<fi::f16, (fi::Fp8)0, 3ul>(fi::P)), 512ul, fi::P&>(dim3)\n"
+        "0010 t void fi::cuda::launch_clusters_with<&fi::cuda::(anonymous namespace)::chain, 64ul, int>(dim3) [clone .isra.0]\n"
+        "0020 t void fi::cuda::launch<fi::P, fi::P const&>(fi::cuda::Gpu const&, void (*)(fi::P), dim3, dim3, unsigned long)\n"
+    )
+    assert _build_report.dynamic_shared(symbols) == {"mla::part<f16, (Fp8)0, 3ul>": 512, "chain": 64}
 
 
 def test_compile_times_are_read(tmp_path):

@@ -257,8 +257,11 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void make_plan(const BatchPlanParams& p, int32_t* zeroed, int64_t num_zeroed, const Gpu& gpu) {
-  launch(gpu, p.fixed_split_size ? plan_kernel<true> : plan_kernel<false>, dim3(1), dim3(kThreads),
-         sizeof(PlanShared), /*overlap=*/true, p, zeroed, num_zeroed);
+  const auto run = [&]<bool kFixed>() {
+    launch_with<plan_kernel<kFixed>, sizeof(PlanShared)>(gpu, dim3(1), dim3(kThreads), /*overlap=*/true, p,
+                                                         zeroed, num_zeroed);
+  };
+  p.fixed_split_size ? run.template operator()<true>() : run.template operator()<false>();
 }
 
 void batch_attention_plan(const BatchPlanParams& p, const Gpu& gpu) { make_plan(p, nullptr, 0, gpu); }

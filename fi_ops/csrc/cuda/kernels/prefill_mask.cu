@@ -109,7 +109,8 @@ template <class M>
 void scan(const ScanArgs& args, const Gpu& gpu) {
   const MaskTiles& m = args.m;
   const int64_t blocks = m.list_batches * m.list_heads * m.num_blocks * m.num_chunks;
-  launch(gpu, scan_kernel<M>, dim3(static_cast<unsigned>(blocks)), dim3(32 * kWarps), sizeof(ScanSmem), args);
+  launch_with<scan_kernel<M>, sizeof(ScanSmem)>(gpu, dim3(static_cast<unsigned>(blocks)), dim3(32 * kWarps),
+                                                /*overlap=*/false, args);
 }
 
 }  // namespace

@@ -77,9 +77,9 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_chain(SpeculativePar
 
 void chain_speculative_sample(const SpeculativeParams& p, const Gpu& gpu) {
   const RowLaunch launch(gpu, p.batch, p.vocab_size, sizeof(float));
-  launch_clusters(gpu, &sample_chain, dim3(unsigned(p.batch) * launch.blocks), launch.blocks,
-                  dim3(kSampleThreads), sizeof(RowScratch), /*overlap=*/true, p,
-                  std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
+  launch_clusters_with<sample_chain, sizeof(RowScratch)>(
+      gpu, dim3(unsigned(p.batch) * launch.blocks), launch.blocks, dim3(kSampleThreads), /*overlap=*/true, p,
+      std::min(weight_fraction_bits(p.vocab_size), kMaxFractionBits));
 }
 
 }  // namespace fi::cuda

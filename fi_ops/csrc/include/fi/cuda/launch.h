@@ -54,6 +54,19 @@ void launch(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, dim3 block, si
   launch(gpu, kernel, grid, block, smem, /*overlap=*/false, std::forward<Args>(args)...);
 }
 
+// Of a kernel whose shared memory the compiler knows. These are functions of their own in the object file,
+// and their names say what each kernel gets: the build's report reads it there (fi_ops/_build_report.py).
+template <auto kKernel, size_t kSmem, class... Args>
+[[gnu::noinline]] void launch_clusters_with(const Gpu& gpu, dim3 grid, unsigned cluster, dim3 block,
+                                            bool overlap, Args&&... args) {
+  launch_clusters(gpu, kKernel, grid, cluster, block, kSmem, overlap, std::forward<Args>(args)...);
+}
+
+template <auto kKernel, size_t kSmem, class... Args>
+[[gnu::noinline]] void launch_with(const Gpu& gpu, dim3 grid, dim3 block, bool overlap, Args&&... args) {
+  launch(gpu, kKernel, grid, block, kSmem, overlap, std::forward<Args>(args)...);
+}
+
 #ifdef __CUDACC__
 // The block's dynamic shared memory, 1024-byte aligned (what 128-byte swizzled TMA boxes need).
 __device__ __forceinline__ unsigned char* dynamic_smem() {

@@ -27,6 +27,16 @@ void launch(const Gpu& gpu, void (*kernel)(Params...), dim3 grid, dim3 block, si
   launch(gpu, kernel, grid, block, smem, false, std::forward<Args>(args)...);
 }
 
+template <auto kKernel, size_t kSmem, class... Args>
+void launch_clusters_with(const Gpu& gpu, dim3 grid, unsigned cluster, dim3 block, bool overlap, Args&&... args) {
+  launch_clusters(gpu, kKernel, grid, cluster, block, kSmem, overlap, std::forward<Args>(args)...);
+}
+
+template <auto kKernel, size_t kSmem, class... Args>
+void launch_with(const Gpu& gpu, dim3 grid, dim3 block, bool overlap, Args&&... args) {
+  launch(gpu, kKernel, grid, block, kSmem, overlap, std::forward<Args>(args)...);
+}
+
 inline unsigned char* dynamic_smem() { return emulation::dynamic_smem(); }
 
 }  // namespace fi::cuda

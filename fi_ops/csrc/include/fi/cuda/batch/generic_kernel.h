@@ -197,8 +197,8 @@ void launch_generic(GenericArgs args, const Gpu& gpu) {
   most *= args.slices * c.num_kv_heads;
   if (most < 1) most = 1;  // padding
   const int64_t room = int64_t{gpu.num_sms} * 4;
-  launch(gpu, generic_batch_kernel<T, kParts>, dim3(static_cast<unsigned>(most < room ? most : room)),
-         dim3(256), sizeof(typename GenericBlock<T, kParts>::Smem), /*overlap=*/true, args);
+  launch_with<generic_batch_kernel<T, kParts>, sizeof(typename GenericBlock<T, kParts>::Smem)>(
+      gpu, dim3(static_cast<unsigned>(most < room ? most : room)), dim3(256), /*overlap=*/true, args);
 }
 
 template <class T>

@@ -271,7 +271,7 @@ template <class C>
 void launch_linear_stream(const LinearParams& p, const Gpu& gpu) {
   const dim3 grid(static_cast<unsigned>(smaller(ceil_div(p.out_features, C::kTile), gpu.num_sms)),
                   static_cast<unsigned>(ceil_div(p.input_rows.num_rows, C::kRows)));
-  launch(gpu, linear_stream_kernel<C>, grid, C::kThreads, sizeof(typename C::Smem), /*overlap=*/true, p);
+  launch_with<linear_stream_kernel<C>, sizeof(typename C::Smem)>(gpu, grid, C::kThreads, /*overlap=*/true, p);
 }
 
 }  // namespace fi::cuda

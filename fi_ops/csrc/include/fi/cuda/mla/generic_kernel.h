@@ -222,8 +222,8 @@ void run_generic(const GenericArgs& args, const Gpu& gpu) {
   const int64_t blocks = c.qo_len * c.num_qo_heads / kTileRows + c.batch;
   const int64_t most = blocks * args.slices + args.room;  // items, times slices
   const int64_t room = int64_t{gpu.num_sms} * 4;
-  launch(gpu, generic_mla_kernel<T>, dim3(static_cast<unsigned>(most < room ? most : room)), dim3(256),
-         sizeof(typename GenericBlock<T>::Smem), /*overlap=*/true, args);
+  launch_with<generic_mla_kernel<T>, sizeof(typename GenericBlock<T>::Smem)>(
+      gpu, dim3(static_cast<unsigned>(most < room ? most : room)), dim3(256), /*overlap=*/true, args);
   launch(gpu, generic_mla_join_kernel<T>, dim3(static_cast<unsigned>(gpu.num_sms)), dim3(256), 0,
          /*overlap=*/true, args);
 }

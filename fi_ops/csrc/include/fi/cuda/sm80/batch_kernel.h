@@ -377,7 +377,8 @@ void launch_batch_tiles(BatchTilesArgs args, const Gpu& gpu) {
     args.partial = static_cast<float*>(scratch.allocate(scratch.context, rows * C::kDimVO));
     args.state = static_cast<float*>(scratch.allocate(scratch.context, rows * 2));
   }
-  launch(gpu, batch_tiles_kernel<C>, dim3(static_cast<unsigned>(blocks)), dim3(C::kThreads), bytes, args);
+  launch_with<batch_tiles_kernel<C>, bytes>(gpu, dim3(static_cast<unsigned>(blocks)), dim3(C::kThreads),
+                                            /*overlap=*/false, args);
 }
 
 template <class T, int kDimQK, int kDimVO, bool kFp8>

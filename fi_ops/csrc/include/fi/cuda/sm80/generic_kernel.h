@@ -145,8 +145,8 @@ void launch_generic(GenericArgs args, const Gpu& gpu) {
   const int64_t slices = (args.p.head_dim_vo + columns - 1) / columns;
   args.slices = static_cast<unsigned>(slices > 1 ? slices : 1);
   const unsigned heads = static_cast<unsigned>(args.p.batch * args.p.num_kv_heads);
-  launch(gpu, generic_kernel<T, kParts>, dim3(args.num_blocks * heads * args.slices), dim3(256),
-         sizeof(typename GenericBlock<T, kParts>::Smem), args);
+  launch_with<generic_kernel<T, kParts>, sizeof(typename GenericBlock<T, kParts>::Smem)>(
+      gpu, dim3(args.num_blocks * heads * args.slices), dim3(256), /*overlap=*/false, args);
 }
 
 template <class T>

@@ -192,8 +192,9 @@ __global__ void __launch_bounds__(C::kThreads, 2) prefill_kernel(const __grid_co
 
 template <class C>
 void launch_prefill(const PrefillArgs& args, const Gpu& gpu) {
-  launch(gpu, prefill_kernel<C>, dim3(args.num_thread_blocks()), dim3(C::kThreads), sizeof(typename C::Smem),
-         args);
+  launch_with<prefill_kernel<C>, sizeof(typename C::Smem)>(gpu, dim3(args.num_thread_blocks()),
+                                                           dim3(C::kThreads),
+                                                           /*overlap=*/false, args);
 }
 
 template <class T, int kDimQK, int kDimVO>

@@ -113,9 +113,9 @@ void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, co
   const auto keys_map = [&](const HeadRows& rows) {
     return Config::kByRows ? q_map : make_tensor_map(c.dtype, rows, args.box_rows);
   };
-  launch(gpu, batch_kernel<Config>, static_cast<unsigned>(std::min<int64_t>(tiles, gpu.num_sms)),
-         Config::kThreads, sizeof(BatchSmem<Config>), /*overlap=*/true, args, q_map, packed_q_map,
-         keys_map(key_rows(p)), keys_map(value_rows(p)));
+  launch_with<batch_kernel<Config>, sizeof(BatchSmem<Config>)>(
+      gpu, static_cast<unsigned>(std::min<int64_t>(tiles, gpu.num_sms)), Config::kThreads, /*overlap=*/true,
+      args, q_map, packed_q_map, keys_map(key_rows(p)), keys_map(value_rows(p)));
 }
 
 template <class Boxes, class Rows>

@@ -15,10 +15,10 @@ void launch_fp8_prefill(const Fp8AttentionParams& p, const Gpu& gpu) {
   const auto map = [](const HeadRows& rows, int box_rows) {
     return make_tensor_map(DType::bf16, as_pairs(rows), box_rows);
   };
-  launch(gpu, fp8_prefill_kernel<Config>, static_cast<unsigned>(std::min<int64_t>(tiles, gpu.num_sms)),
-         Config::kThreads, sizeof(Fp8Smem<Config>), /*overlap=*/true, args,
-         map(query_rows(c), Config::kBlockM), map(key_rows(c), Config::kBlockN),
-         map(value_rows(c), Config::kBlockN));
+  launch_with<fp8_prefill_kernel<Config>, sizeof(Fp8Smem<Config>)>(
+      gpu, static_cast<unsigned>(std::min<int64_t>(tiles, gpu.num_sms)), Config::kThreads, /*overlap=*/true,
+      args, map(query_rows(c), Config::kBlockM), map(key_rows(c), Config::kBlockN),
+      map(value_rows(c), Config::kBlockN));
 }
 
 template <Fp8 kFormat, int kHeadDim>

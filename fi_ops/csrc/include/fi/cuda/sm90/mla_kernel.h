@@ -108,9 +108,8 @@ void launch_mla(const MlaParams& p, const Gpu& gpu) {
       for (CacheRows* rows : {&args.ckv, &args.kpe}) rows->page_step /= 2, rows->row_step /= 2;
     }
   }
-  launch_clusters(gpu, mla_kernel<T, kCopies>, dim3(blocks), args.shared ? 2 : 1, dim3(kMlaThreads),
-                  sizeof(MlaSmem),
-                  /*overlap=*/true, args, ckv_map, kpe_map);
+  launch_clusters_with<mla_kernel<T, kCopies>, sizeof(MlaSmem)>(
+      gpu, dim3(blocks), args.shared ? 2 : 1, dim3(kMlaThreads), /*overlap=*/true, args, ckv_map, kpe_map);
   launch(gpu, mla_join_kernel<T>, dim3(blocks, kMlaJoinBlocks), dim3(32 * kMlaJoinWarps), 0,
          /*overlap=*/true, args);
 }

@@ -80,11 +80,11 @@ void launch_prefill(const AttentionParams& p, const PrefillShape& shape, const G
     if (p.mask) args.mask = scan_mask(p, gpu, Config::kBlockM, Config::kBlockN);
   }
   const int64_t tiles = p.batch * p.num_qo_heads * shape.q_tiles(Config::kBlockM);
-  launch(gpu, prefill_kernel<Config>, static_cast<unsigned>(std::min<int64_t>(tiles, gpu.num_sms)),
-         Config::kThreads, sizeof(typename PrefillConsumer<Config>::Smem), /*overlap=*/true, args,
-         make_tensor_map(p.dtype, query_rows(p), Config::kBlockM),
-         make_tensor_map(p.dtype, key_rows(p), Config::kBlockN),
-         make_tensor_map(p.dtype, value_rows(p), Config::kBlockN));
+  launch_with<prefill_kernel<Config>, sizeof(typename PrefillConsumer<Config>::Smem)>(
+      gpu, static_cast<unsigned>(std::min<int64_t>(tiles, gpu.num_sms)), Config::kThreads, /*overlap=*/true,
+      args, make_tensor_map(p.dtype, query_rows(p), Config::kBlockM),
+      make_tensor_map(p.dtype, key_rows(p), Config::kBlockN),
+      make_tensor_map(p.dtype, value_rows(p), Config::kBlockN));
 }
 
 // The tiles of each head dim: 128 query rows, and 192 where the registers allow it. A block of 192 rows reads
