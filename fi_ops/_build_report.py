@@ -1,8 +1,8 @@
 """What the compiler made of each CUDA kernel: registers, spills, stack, shared memory, and the time it took.
 
-Read from the logs that `_build_cuda.py` keeps beside the objects. Static shared memory is what the kernel declares. Dynamic is what
-`launch_with` (`fi/cuda/launch.h`) gives it, whose instantiations name kernel and bytes in the object file. Kernels launched otherwise
-get none, or an amount that follows from sizes and the card, up to 163 KB a block on sm_80 and 227 KB on sm_90a.
+Read from the logs that `_build_cuda.py` keeps beside the objects. Static shared memory is what the kernel declares. Dynamic is
+what `launch_with` (`fi/cuda/launch.h`) gives it, whose instantiations name kernel and bytes in the object file. Kernels launched
+otherwise get none, or an amount that follows from sizes and the card, up to 163 KB a block on sm_80 and 227 KB on sm_90a.
 """
 
 from __future__ import annotations
