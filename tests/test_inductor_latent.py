@@ -63,6 +63,13 @@ def by_copies(q, ckv, kpe, ckv_cache, kpe_cache, weight, positions, mask):
     return torch.matmul(F.softmax(scores + lowest, dim=-1, dtype=wide).to(q.dtype), v)
 
 
+def proven(q, ckv, kpe, ckv_cache, kpe_cache, weight, positions, mask):
+    """With a mask of the lowest number that the graph makes from positions, as transformers does: `start` and up."""
+    rows = positions[0] + torch.arange(q.shape[2], device=q.device)
+    mask = (torch.arange(S, device=q.device) <= rows[:, None])[None, None]
+    return by_copies(q, ckv, kpe, ckv_cache, kpe_cache, weight, rows, mask)
+
+
 def padded(q, ckv, kpe, ckv_cache, kpe_cache, weight, positions, mask):
     """The first sequence begins with padding: read from a mask that is data."""
     keep = torch.ones(B, 1, 1, S, dtype=torch.bool, device=q.device)
@@ -127,10 +134,21 @@ def expands(got) -> bool:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [1, 3])
-@pytest.mark.parametrize("fn", [by_cat, pe_first, by_copies, padded])
+@pytest.mark.parametrize("fn", [by_cat, pe_first, by_copies, proven, padded])
 def test_absorbed(fn, length, dtype, device):
     got = check(fn, step(length, dtype), device)
     assert is_absorbed(got) and not expands(got)
+    assert got.sites[0].grade == ("latent attention" if fn is proven else "attention")
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_rows_in_front_of_all_keys_are_refused(length):
+    """Such a row would see the mean of all values, the op has none for it. In eager mode index_copy_ refuses these positions."""
+    *inputs, positions, mask = step(length)
+    with pytest.raises(IndexError):
+        proven(*inputs, positions - 6, mask)
+    with pytest.raises(RuntimeError, match="kv_last_page_len"):
+        capture(proven, *inputs, positions - 6, mask)
 
 
 @pytest.mark.parametrize("fn", [read_twice, with_bias, one_pe_a_head])
