@@ -3,14 +3,8 @@
 
 namespace fi::FI_ISA {
 
-#if FI_ISA_LEVEL >= 4
-using Bf16Engine = MlaTiles;
-#else
-using Bf16Engine = MlaRows<bf16>;
-#endif
-
 void mla_bf16(const MlaParams& params, const Parallel& parallel) {
-  run_mla<bf16, Bf16Engine>(params, parallel);
+  run_mla<bf16, Bf16Unit>(params, parallel);
 }
 
 }  // namespace fi::FI_ISA

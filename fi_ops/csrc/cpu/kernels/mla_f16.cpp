@@ -3,8 +3,6 @@
 
 namespace fi::FI_ISA {
 
-void mla_f16(const MlaParams& params, const Parallel& parallel) {
-  run_mla<f16, MlaRows<f16>>(params, parallel);
-}
+void mla_f16(const MlaParams& params, const Parallel& parallel) { run_mla<f16, FmaUnit>(params, parallel); }
 
 }  // namespace fi::FI_ISA

@@ -3,8 +3,6 @@
 
 namespace fi::FI_ISA {
 
-void mla_f32(const MlaParams& params, const Parallel& parallel) {
-  run_mla<float, MlaRows<float>>(params, parallel);
-}
+void mla_f32(const MlaParams& params, const Parallel& parallel) { run_mla<float, FmaUnit>(params, parallel); }
 
 }  // namespace fi::FI_ISA

@@ -1,7 +1,7 @@
 // The two engines under latent attention: what a tile of joined rows [ckv | kpe] is multiplied with, and how.
 //
-//   MlaRows: dot products and weighted sums straight from the rows as they lie, four query rows at a time.
-//   MlaTiles: keys and values packed for a unit that takes nothing else.
+//   MlaRows: dot products and weighted sums straight from the rows as they lie; blocks of them fill 32
+//   registers. MlaTiles: keys and values packed, where that is faster.
 #pragma once
 
 #include "fi/cpu/attention_engine.h"
@@ -103,11 +103,7 @@ struct MlaRows {
   static constexpr int64_t kTile = 64;
   static constexpr int64_t kScoreKeys = 8;  // stay in a level-1 cache while all query rows pass
   static constexpr int64_t kColumns = 4 * kLanes;
-#if FI_ISA_LEVEL >= 2
   static constexpr int64_t kBlockRows = 6;  // 24 accumulators of 32 registers
-#else
-  static constexpr int64_t kBlockRows = 2;  // 8 of 16
-#endif
 
   struct Buffers {
     void carve(Carver&, int64_t, int64_t) {}
@@ -157,7 +153,6 @@ struct MlaRows {
           case 2:
             run([] { return 2; });
             break;
-#if FI_ISA_LEVEL >= 2
           case 3:
             run([] { return 3; });
             break;
@@ -169,7 +164,6 @@ struct MlaRows {
             break;
           default:
             run([] { return 6; });
-#endif
         }
       }
     }
@@ -180,21 +174,20 @@ struct MlaRows {
   }
 };
 
-#if FI_ISA_LEVEL >= 4
+template <class T, class Unit>
 struct MlaTiles {
-  using Unit = AmxUnit;
-  using Query = bf16;
+  using Query = typename Unit::Element;
   static constexpr int64_t kStepDepth = Unit::kStepK;
-  static constexpr int64_t kStepKeys = Unit::kStepK;
+  static constexpr int64_t kStepKeys = kLanes > Unit::kStepK ? kLanes : Unit::kStepK;
   static constexpr int64_t kStepRows = Unit::kStepRows;
   static constexpr int64_t kTaskRows = Unit::kTaskRows;
   static constexpr int64_t kTile = 64;
 
   struct Buffers {
-    bf16 *keys, *values;  // packed
+    Query *keys, *values;  // packed
     void carve(Carver& carver, int64_t depth, int64_t size_vo) {
-      keys = carver.take<bf16>(kTile * depth);
-      values = carver.take<bf16>(kTile * round_up(size_vo, kLanes));
+      keys = carver.take<Query>(kTile * depth);
+      values = carver.take<Query>(kTile * round_up(size_vo, kLanes));
     }
   };
 
@@ -204,22 +197,38 @@ struct MlaTiles {
   static int64_t calls(int64_t, int64_t n, int64_t size_vo) { return num_key_blocks<Unit>(n, size_vo); }
 
   template <class Between>
-  static void scores(float* s, int64_t s_stride, const bf16* q, int64_t q_stride, int64_t rows,
-                     PointerRows<bf16> k, int64_t n, int64_t size, int64_t depth, Buffers& w,
-                     Between& between) {
+  static void scores(float* s, int64_t s_stride, const Query* q, int64_t q_stride, int64_t rows,
+                     PointerRows<T> k, int64_t n, int64_t size, int64_t depth, Buffers& w, Between& between) {
     pack_keys<Unit>(w.keys, k, n, size, depth, between);
     Unit::gemm(q, q_stride, w.keys, depth * kLanes, s, s_stride, round_up(rows, kStepRows),
                ceil_div(n, kLanes), depth, false);
   }
 
   template <int64_t kStride, class Between>
-  static void values(float* acc, int64_t acc_stride, const bf16* p, int64_t rows, PointerRows<bf16> v,
+  static void values(float* acc, int64_t acc_stride, const Query* p, int64_t rows, PointerRows<T> v,
                      int64_t n, int64_t size, Buffers& w, Between&) {
     const int64_t n_padded = round_up(n, Unit::kStepK);
     pack_values<Unit>(w.values, v, n, size, n_padded, kTile * kLanes);
     Unit::gemm(p, kStride, w.values, kTile * kLanes, acc, acc_stride, round_up(rows, kStepRows),
                ceil_div(size, kLanes), n_padded, true);
   }
+};
+
+template <class T, class Unit>
+struct MlaEngineOf {
+#if FI_ISA_LEVEL >= 2
+  using type = MlaRows<T>;
+#else
+  using type = MlaTiles<T, Unit>;
+#endif
+};
+
+#if FI_ISA_LEVEL == 2 || FI_ISA_LEVEL >= 4
+// bf16 takes two instructions to widen, too many to do it again for every four rows; AMX takes what is
+// packed.
+template <class Unit>
+struct MlaEngineOf<bf16, Unit> {
+  using type = MlaTiles<bf16, Unit>;
 };
 #endif
 

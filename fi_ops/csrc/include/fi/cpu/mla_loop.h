@@ -300,10 +300,10 @@ class MlaCall {
   int64_t num_tasks = 0;
 };
 
-template <class T, class Engine>
+template <class T, class Unit>
 void run_mla(const MlaParams& p, const Parallel& parallel) {
   if (p.batch.call.qo_len == 0 || p.batch.call.num_qo_heads == 0) return;
-  MlaCall<T, Engine>(p, parallel).run();
+  MlaCall<T, typename MlaEngineOf<T, Unit>::type>(p, parallel).run();
 }
 
 }  // namespace fi::FI_ISA
