@@ -22,7 +22,7 @@ class MlaSource : public BatchSource<T> {
     const T* pe = static_cast<const T*>(mla.q_pe) + n * mla.q_pe_stride_n + h * mla.q_pe_stride_h;
     if constexpr (__is_same(Query, T)) {
       __builtin_memcpy(row, nope, ckv * sizeof(T));
-      __builtin_memcpy(row + ckv, pe, mla.head_dim_kpe * sizeof(T));
+      if (mla.head_dim_kpe > 0) __builtin_memcpy(row + ckv, pe, mla.head_dim_kpe * sizeof(T));
     } else {
       const auto widen = [](Query* to, const T* from, int64_t size) {
         for_each_vec(size,
@@ -80,7 +80,7 @@ class MlaSource : public BatchSource<T> {
     for (int64_t j = 0; j < rows.count; ++j, buffer += ckv + kpe) {
       if (format == Fp8::none) {
         __builtin_memcpy(buffer, rows.ckv[j], ckv * sizeof(T));
-        __builtin_memcpy(buffer + ckv, rows.kpe[j], kpe * sizeof(T));
+        if (kpe > 0) __builtin_memcpy(buffer + ckv, rows.kpe[j], kpe * sizeof(T));
       } else {
         convert_row(buffer, reinterpret_cast<const uint8_t*>(rows.ckv[j]), ckv, format);
         convert_row(buffer + ckv, reinterpret_cast<const uint8_t*>(rows.kpe[j]), kpe, format);
