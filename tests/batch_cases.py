@@ -13,7 +13,6 @@ from fi_ops.testing import assert_within_budget
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 MIXED = [1, 5, 0, 9, 3], [40, 5, 30, 33, 70]  # decode, prefill, no query, append
-NO_EMPTY = (37, 1, 90, 16, 2)  # RoPE has no row for the query of a request without keys
 
 
 def indptr(counts, dtype=torch.int32, device="cpu") -> torch.Tensor:

@@ -339,3 +339,23 @@ def test_hostile_tables_are_refused(data):
         return
     with pytest.raises(RuntimeError, match=r"fi::paged_attention: .*(qo_indptr|kv_ind|kv_last_page_len|query).*;"):
         torch.ops.fi.paged_attention(*sample.args, **sample.kwargs)
+
+
+@pytest.mark.parametrize("kv_dtype", FP8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_each_8_bit_value_comes_out_as_it_is(dim, dtype, kv_dtype):
+    """Of one key the output is its value, keys and values being widened exactly: denormals, infinities and NaN too."""
+    every = torch.arange(256, dtype=torch.uint8).repeat(dim // 64 + 1)
+    rows = every[: 4 * dim].view(kv_dtype).view(4, 1, 1, dim)
+    finite = torch.where(rows.float().isfinite(), rows.float(), 0.0).to(kv_dtype)
+    one, four = torch.ones(4, dtype=torch.int32), torch.arange(5, dtype=torch.int32)
+    query = torch.zeros(4, 1, dim, dtype=dtype)
+    output = torch.ops.fi.paged_attention(query, finite, rows, four, four[:4], four, one)
+    assert torch.equal(output.view(4, dim).nan_to_num(nan=-7.0), rows.view(4, dim).to(dtype).nan_to_num(nan=-7.0))
+    for column in range(0, dim, 7):  # the logit is one number of the key
+        query[:, :, column] = 1
+        _, lse = torch.ops.fi.paged_attention_with_lse(query, finite, finite, four, four[:4], four, one, scale=1.0)
+        query[:, :, column] = 0
+        wanted = finite.view(4, dim)[:, column].float() * math.log2(math.e)
+        torch.testing.assert_close(lse[:, 0], wanted, rtol=1e-6, atol=1e-7)

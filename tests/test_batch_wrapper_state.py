@@ -7,7 +7,6 @@ import torch
 from batch_cases import (
     DEVICES,
     MIXED,
-    NO_EMPTY,
     Batch,
     check,
     decode_batch,
@@ -71,7 +70,7 @@ def test_cuda_graph_mode_writes_into_the_buffers(device):
     assert wrapper.is_cuda_graph_enabled
     plans = []
     for _ in range(2):
-        batch = decode_batch(device, NO_EMPTY, index=torch.int64)
+        batch = decode_batch(device, index=torch.int64)
         plan_decode(batch, wrapper, pos_encoding_mode="ROPE_LLAMA")
         plans.append((wrapper._plan.data_ptr(), wrapper._table.data_ptr(), wrapper._qo_indptr.data_ptr()))
         check(wrapper.run_return_lse(batch.q, batch.cache), batch.expect(rope=(1.0, 1e4)))
@@ -228,7 +227,7 @@ def test_plan_and_run_do_not_sync():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_run_compiles_without_a_break_or_a_recompile(device):
-    batch = decode_batch(device, NO_EMPTY)
+    batch = decode_batch(device)
     wrapper = plan_decode(batch, pos_encoding_mode="ROPE_LLAMA")
     compiled = torch.compile(
         lambda q, cache: wrapper.run_return_lse(q, cache, k_scale=0.5, v_scale=2.0), fullgraph=True
@@ -237,7 +236,7 @@ def test_run_compiles_without_a_break_or_a_recompile(device):
     check(compiled(batch.q, batch.cache), batch.expect(**expected))
     with torch.compiler.set_stance("fail_on_recompile"):
         for _ in range(2):
-            batch = decode_batch(device, NO_EMPTY)
+            batch = decode_batch(device)
             plan_decode(batch, wrapper, pos_encoding_mode="ROPE_LLAMA")
             check(compiled(batch.q, batch.cache), batch.expect(**expected))
 

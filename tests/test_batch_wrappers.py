@@ -7,7 +7,6 @@ import torch
 from batch_cases import (
     DEVICES,
     MIXED,
-    NO_EMPTY,
     Batch,
     check,
     decode_batch,
@@ -43,7 +42,7 @@ SETTINGS = {
 def test_settings(device, name):
     """What `plan` takes, in all three wrappers; prefill causal and not."""
     given, options = SETTINGS[name]
-    batch = decode_batch(device, NO_EMPTY)
+    batch = decode_batch(device)
     check(plan_decode(batch, **given).run_return_lse(batch.q, batch.cache), batch.expect(**options))
     batch = Batch(device, *MIXED)
     for causal in (False, True):

@@ -44,8 +44,8 @@ def random_call(seed: int, device: str):
     longest = draw.choice([3, 70, 300]) if batch > 5 else draw.choice([70, 300, 2000])
     kv_lens = [draw.choice([0, draw.randrange(longest), longest, 64, 15]) for _ in range(batch)]
     with_rope = draw.random() < 0.25
-    if with_rope:  # no query before the first key
-        kv_lens = [max(lens) for lens in zip(qo_lens, kv_lens, strict=True)]
+    if with_rope:  # no query before the first key, where there are keys
+        kv_lens = [kv_len and max(qo_len, kv_len) for qo_len, kv_len in zip(qo_lens, kv_lens, strict=True)]
     dim, dim_vo = draw.choice([(64, 64), (128, 128), (128, 128), (256, 256), (80, 96), (192, 128), (17, 9)])
     dtype = draw.choice([torch.bfloat16, torch.float16, torch.bfloat16, torch.float32])
     args = paged_call(

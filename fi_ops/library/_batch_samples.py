@@ -82,6 +82,8 @@ def _samples(device, dtype, paged: bool):
     for interleaved in (False, True):
         rope = {"cos_sin_cache": _table(device, 400, 32), "interleaved": interleaved, "causal": True}
         yield Sample(parts(_MIXED), rope, f"RoPE, {'interleaved' if interleaved else 'rotate-half'}, partial")
+    padded = {"cos_sin_cache": _table(device, 40, 64)}
+    yield Sample(parts(([1, 2, 1, 1], [37, 0, 0, 16])), padded, "RoPE, requests without keys")
     rope = {"cos_sin_cache": _table(device, 400, 64), "causal": True}
     yield Sample(parts(_MANY, page_size=16), rope, "RoPE, many rows")
     for fp8 in FP8:

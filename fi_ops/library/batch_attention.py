@@ -19,7 +19,7 @@ Logits are `soft_cap(q . k * scale * q_scale * k_scale) + alibi_slope * (j - pos
 - custom_mask: uint8, bits, lowest first: of request b `[qo_len, kv_len]` row by row from byte `mask_indptr[b]` on
   (`segment_packbits` makes it of bools); a key takes part where its bit is set, and causal and window allow it.
 - cos_sin_cache: float32 `[max_len, rotary_dim]`, cosines of all pairs, then sines: queries and keys are rotated by the row
-  of their position; the cache holds keys that are not.
+  of their position; the cache holds keys that are not. A request may have more queries than keys only without any keys.
 - plan: from `batch_attention_plan` with these arguments, for a step's many layers; none: made by the op.
 - fixed_split_size: keys are split at its multiples alone: a request's result does not depend, bit for bit, on the rest of
   the batch.
@@ -74,7 +74,7 @@ def _attend_request(query, key, value, options, mask):
     q, k, v = (t.to(query.dtype).transpose(0, 1)[None] for t in (query, key, value))
     qo_len, kv_len, table = q.shape[2], k.shape[2], options["cos_sin_cache"]
     positions = torch.arange(qo_len, device=q.device)[None] + kv_len - qo_len
-    if table is not None:
+    if table is not None and kv_len > 0:
         pairs = table.shape[1] // 2
         cos, sin = table[None, :, :pairs], table[None, :, pairs:]
         q = rotate(q, cos[:, positions[0]], sin[:, positions[0]], options["interleaved"], 2 * pairs)

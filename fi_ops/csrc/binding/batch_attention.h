@@ -232,8 +232,10 @@ inline void check_option_values(const char* op, const BatchOptions& o, BatchAtte
       const Request r = request_of(p, b);
       FI_CHECK(op, r.kv_len <= p.rope_len, "cos_sin_cache has ", p.rope_len, " rows but request ", b, " has ",
                r.kv_len, " keys; pass a longer table");
-      FI_CHECK(op, r.qo_len <= r.kv_len, "cos_sin_cache has no row for a query before the first key, got ",
-               r.qo_len, " queries and ", r.kv_len, " keys of request ", b, "; append their keys first");
+      // (Queries of a request without keys meet nothing: they are not rotated.)
+      FI_CHECK(op, r.kv_len == 0 || r.qo_len <= r.kv_len,
+               "cos_sin_cache has no row for a query before the first key, got ", r.qo_len, " queries and ",
+               r.kv_len, " keys of request ", b, "; append their keys first");
     }
   }
   if (o.plan) {

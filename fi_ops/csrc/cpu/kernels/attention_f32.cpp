@@ -1,5 +1,5 @@
 #include "fi/cpu/attention_dtypes.h"
-#include "fi/cpu/attention_loop.h"
+#include "fi/cpu/dense_attention_loop.h"
 
 namespace fi::FI_ISA {
 

@@ -37,7 +37,7 @@ struct AttentionSizes {
     tile = Engine::tile(widest, split_keys ? split_keys : max_keys ? max_keys : 1);
     if (!Engine::kPacked && source.heads_together()) {
       while (p.num_kv_heads % (2 * heads) == 0 && 2 * heads * widest * element <= kRowBytes) heads *= 2;
-      tile = tile / heads < 16 ? 16 : tile / heads / 16 * 16;
+      if constexpr (!Engine::kPacked) tile = heads > 1 ? Engine::kTogetherTile : tile;
     }
     while (split_keys % tile) tile -= Engine::kTileStep;
     depth = round_up(head_dim_qk, Engine::kStepDepth);

@@ -36,6 +36,8 @@ struct Stream {
   static constexpr int64_t kMaxChunkTiles = 128;  // where requests' lengths differ: balance for many threads
   static constexpr int64_t kTileStep = 16;        // a tile is a multiple
   static constexpr int64_t kPassRows = kMaxRows;
+  static constexpr int64_t kAheadBytes = 16384;  // prefetched before they are read: a third of L1
+  static constexpr int64_t kTogetherTile = 64;   // keys of a tile of several heads; less: more softmax passes
 
   static int64_t block_rows(int64_t rows) { return rows; }
   // K and V rows of a tile, about 16 KB each, stay in L1 between the passes.

@@ -148,11 +148,12 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
     for_each_block_of_rows(
         [&](const Block& k, const Range& range) { total += sizes[n++] = source.live_tiles(k, range); });
     int64_t task_tiles = ceil_div(total, kTargetTasks);
-    if (task_tiles < Engine::kMinChunkTiles) task_tiles = Engine::kMinChunkTiles;
+    const int64_t least = ceil_div(Engine::kMinChunkTiles, heads), most = Engine::kMaxChunkTiles / heads;
+    if (task_tiles < least) task_tiles = least;
     if (num_blocks >= kTargetTasks) {
       // Blocks of one length keep all threads busy as they are; among others a long one may be left over.
       if (!Source::kUneven) task_tiles = total + 1;
-      if (task_tiles > Engine::kMaxChunkTiles) task_tiles = Engine::kMaxChunkTiles;
+      if (task_tiles > most) task_tiles = most;
     }
     chunk_tiles = split_keys ? split_keys / tile : task_tiles;
     int64_t task_chunks = split_keys ? ceil_div(task_tiles, chunk_tiles) : 1;
@@ -222,27 +223,26 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
   // n keys of a tile from key `begin` on: as they lie, or converted and rotated into the worker's buffer.
   Rows load_keys(int64_t b, int64_t begin, Rows rows, int64_t n, Worker& w) const {
     if (!k_staged) return rows;
+    const bool converted = source.kv_dtype() != Fp8::none;
+    if (converted) convert_rows(w.k_buffer, bytes_of(rows), n, p.head_dim_qk, source.kv_dtype());
+    if (!p.rope_keys) return w.k_rows.rows;
     for (int64_t j = 0; j < n; ++j) {
-      const T* src = rows[j];
       T* dst = w.k_buffer + j * p.head_dim_qk;
-      if (source.kv_dtype() != Fp8::none) {
-        convert_row(dst, reinterpret_cast<const uint8_t*>(src), p.head_dim_qk, source.kv_dtype());
-        src = dst;
-      }
-      if (!p.rope_keys) continue;
       const RopeAngles angles = rope_angles(p.rope, b, begin + j, w.angles);
-      rotate_row(src, dst, angles, p.rope.rotary_dim, p.head_dim_qk, p.rope.interleaved);
+      rotate_row(converted ? dst : rows[j], dst, angles, p.rope.rotary_dim, p.head_dim_qk,
+                 p.rope.interleaved);
     }
     return w.k_rows.rows;
   }
 
   Rows load_values(Rows rows, int64_t n, Worker& w) const {
     if (!v_staged) return rows;
-    for (int64_t j = 0; j < n; ++j) {
-      convert_row(w.v_buffer + j * p.head_dim_vo, reinterpret_cast<const uint8_t*>(rows[j]), p.head_dim_vo,
-                  source.kv_dtype());
-    }
+    convert_rows(w.v_buffer, bytes_of(rows), n, p.head_dim_vo, source.kv_dtype());
     return w.v_rows.rows;
+  }
+
+  static auto bytes_of(Rows rows) {
+    return [rows](int64_t j) { return reinterpret_cast<const uint8_t*>(rows[j]); };
   }
 
   // Packs keys and values [begin, begin + n) of a tile; the rest of the tile's V is 0, so that 0 weights meet
@@ -276,12 +276,13 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
 
   void load_queries(const Block& k, Worker& w) const {
     const int64_t size = p.head_dim_qk;
+    const bool rotates = p.rope.cos && source.kv_len(k.b) > 0;  // without keys there may be no angles
     int64_t angles_of = -1;
     RopeAngles angles{};
     for (int64_t r = k.row_begin; r < k.row_end; ++r) {
       const int64_t i = r / group, h = k.kv_head * group + r % group;
       const T* src = source.query(k.b, h, i);
-      if (p.rope.cos) {
+      if (rotates) {
         if (angles_of != i) angles = rope_angles(p.rope, k.b, source.rope_row(k.b, i), w.angles);
         angles_of = i;
         rotate_row(src, w.row, angles, p.rope.rotary_dim, size, p.rope.interleaved);
@@ -367,7 +368,15 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
     for (int64_t now = 0; more; now ^= 1) {
       more = find_step(k, range, n, last, steps[now ^ 1]);
       if (more) locate(k, steps[now ^ 1], w.rows[now ^ 1]);
-      attend_tile(k, steps[now], w.rows[now], more ? &w.rows[now ^ 1] : nullptr, w);
+      const Range& then = steps[now ^ 1].keys;
+      attend_tile(k, steps[now], w.rows[now], more ? &w.rows[now ^ 1] : nullptr,
+                  more ? then.end - then.begin : 0, w);
+    }
+    if constexpr (!Engine::kPacked) {
+      for_each_head(k, [&](const Block& one) {
+        for (int64_t r = one.at; r < one.at + k.num_rows(); ++r)
+          order_columns<Weight>(w.acc + r * o_stride, p.head_dim_vo);
+      });
     }
   }
 
@@ -379,7 +388,8 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
   }
 
   // The keys of one tile: products, softmax, weighted values. `next`: the rows of the tile after it.
-  void attend_tile(const Block& k, const Step& step, const TileRows& rows, const TileRows* next, Worker& w) {
+  void attend_tile(const Block& k, const Step& step, const TileRows& rows, const TileRows* next,
+                   int64_t next_n, Worker& w) {
     const int64_t m = k.num_rows();
     const Range r = step.keys;
     if constexpr (Engine::kPacked) {
@@ -396,23 +406,52 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
                     k_pack, v_pack, w);
       }
     } else {
-      const int64_t n = r.end - r.begin;
-      const int64_t k_bytes = p.head_dim_qk * element, v_bytes = p.head_dim_vo * element;
-      for_each_head(k, [&](const Block& one) {
-        const int64_t h = one.kv_head - k.kv_head;
-        stream_scores<T>(w.s + one.at * s_stride, s_stride, w.q + one.at * q_stride, q_stride, m,
-                         load_keys(k.b, r.begin, rows.keys.shifted(h * k_bytes), n, w), n, p.head_dim_qk,
-                         NextRows<Rows>{rows.values.shifted(h * v_bytes), v_bytes});
+      stream_tile(k, step, rows, next, next_n, w);
+    }
+  }
+
+  // How many rows before they are read they are prefetched: the last ones of a pass fetch the first ones of
+  // the next.
+  int64_t distance(int64_t n, int64_t bytes) const {
+    const int64_t rows = Engine::kAheadBytes / (heads * bytes);
+    return rows >= n ? n : rows < 4 ? 4 : rows / 4 * 4;
+  }
+
+  // The keys of one tile, read in place.
+  void stream_tile(const Block& k, const Step& step, const TileRows& rows, const TileRows* next,
+                   int64_t next_n, Worker& w) {
+    const Range r = step.keys;
+    const int64_t m = k.num_rows(), n = r.end - r.begin;
+    const int64_t k_bytes = p.head_dim_qk * element, v_bytes = p.head_dim_vo * element;
+    const HeadRows of{heads, m, block_rows};
+    const RowsAhead<Rows> k_ahead{rows.keys, n, rows.values, n, distance(n, k_bytes), k_bytes, v_bytes};
+    auto scores = [&](const auto& keys) {
+      stream_scores<T>(w.s, s_stride, w.q, q_stride, of, keys, n, p.head_dim_qk, k_ahead);
+    };
+    if (k_staged) {
+      scores([&](int64_t h, int64_t j, int64_t left, const T*(&key)[4]) {
+        left = left < 4 ? left : 4;
+        const Rows in_place = rows.keys.shifted(h * k_bytes).from(j);
+        const Rows staged = load_keys(k.b, r.begin + j, in_place, left, w);
+        for (int c = 0; c < 4; ++c) key[c] = staged[c < left ? c : left - 1];
       });
-      for_each_head(k, [&](const Block& one) { softmax_rows(one, {0, m}, r, step.masked, w); });
-      for_each_head(k, [&](const Block& one) {
-        const int64_t h = one.kv_head - k.kv_head;
-        const Rows values = load_values(rows.values.shifted(h * v_bytes), n, w);
-        stream_values(w.acc + one.at * o_stride, o_stride,
-                      reinterpret_cast<const Weight*>(w.s + one.at * s_stride),
-                      s_stride * int64_t(sizeof(float) / sizeof(Weight)), m, values, n, p.head_dim_vo,
-                      next ? NextRows<Rows>{next->keys.shifted(h * k_bytes), k_bytes} : NextRows<Rows>{});
-      });
+    } else {
+      scores(KeysInPlace<T, Rows>{rows.keys, k_bytes});
+    }
+    for_each_head(k, [&](const Block& one) { softmax_rows(one, {0, m}, r, step.masked, w); });
+    const RowsAhead<Rows> v_ahead{
+        rows.values, n, next ? next->keys : rows.keys, next_n, distance(n, v_bytes), v_bytes, k_bytes};
+    // Heads take turns with the rows that have been prefetched.
+    const int64_t few = heads == 1 ? n : v_ahead.distance;
+    for (int64_t j = 0; j < n; j += few) {
+      const int64_t count = n - j < few ? n - j : few;
+      for (int64_t h = 0; h < heads; ++h) {
+        const Rows values = load_values(rows.values.shifted(h * v_bytes).from(j), count, w);
+        stream_values(w.acc + h * block_rows * o_stride, o_stride,
+                      reinterpret_cast<const Weight*>(w.s + h * block_rows * s_stride) + j,
+                      s_stride * int64_t(sizeof(float) / sizeof(Weight)), m, values, count, p.head_dim_vo,
+                      v_ahead.of(h, j, count));
+      }
     }
   }
 
@@ -450,6 +489,7 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
     const bool plain = !masked && p.logits_soft_cap == 0.0f && !p.alibi_slopes && scale > 0.0f;
     const float scale2 = plain ? scale * kLog2e : 1.0f;
     const int64_t n = r.end - r.begin, cols = round_up(n, Engine::kStepCols);
+    const int64_t width = round_up(p.head_dim_vo, 2 * kLanes);  // a unit's columns may lie in any order
     if (!plain) apply_variants(k, rows, r, scale, masked, w);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       float* s = w.s + (k.at + row - rows.begin) * s_stride;
@@ -461,7 +501,7 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
       if (rescale == 1.0f || w.row_sum[k.at + row] == 0.0f) continue;
       w.row_sum[k.at + row] *= rescale;
       float* acc = w.acc + (k.at + row) * o_stride;
-      for (int64_t d = 0; d < p.head_dim_vo; d += kLanes) store(acc + d, load(acc + d) * rescale);
+      for (int64_t d = 0; d < width; d += kLanes) store(acc + d, load(acc + d) * rescale);
     }
     constexpr bool kMayRound = __is_same(Weight, bf16);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -536,22 +576,5 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
   Query* k_packed = nullptr;  // [tiles packed once][k_tile_size]
   Query* v_packed = nullptr;  // [tiles packed once][v_tile_size]
 };
-
-template <class T, class Unit>
-void run_attention(const AttentionParams& p, const Parallel& parallel) {
-  if (p.batch == 0 || p.num_qo_heads == 0 || p.qo_len == 0) return;
-  DenseSource<T> source(p, parallel);
-  auto run = [&](auto&& call) {
-    call.prepare();
-    run_phases(p.scratch, parallel, call.packing());
-    run_phases(p.scratch, parallel, call.attending());
-    call.merge();
-  };
-  if (p.num_qo_heads / p.num_kv_heads * p.qo_len <= Stream<T>::kMaxRows) {
-    run(AttentionCall<T, Stream<T>, DenseSource<T>>(p, source, parallel));
-  } else {
-    run(AttentionCall<T, Packed<T, Unit>, DenseSource<T>>(p, source, parallel));
-  }
-}
 
 }  // namespace fi::FI_ISA

@@ -95,8 +95,76 @@ FI_INLINE void convert_halves(T* dst, const uint8_t* src, int64_t n) {
 }
 #endif
 
+#if FI_ISA_LEVEL >= 3
+// All 128 magnitudes in a dtype of 16 bits, as tables of bytes, which processors with AVX512-VBMI look up 64
+// at a time: five instructions for 64 numbers, where arithmetic takes eleven for 32.
+template <class T, int mantissa_bits, int bias>
+struct WideBytes {
+  alignas(64) uint8_t low[128] = {}, high[128] = {};
+
+  constexpr WideBytes() {
+    constexpr int to_mantissa = __is_same(T, bf16) ? 7 : 10, to_bias = __is_same(T, bf16) ? 127 : 15;
+    constexpr int infinity = __is_same(T, bf16) ? 0x7f80 : 0x7c00, nan = infinity | 1 << (to_mantissa - 1);
+    for (int x = 0; x < 128; ++x) {
+      const int exponent = x >> mantissa_bits, mantissa = x & ((1 << mantissa_bits) - 1);
+      int bits = ((exponent + to_bias - bias) << to_mantissa) + (mantissa << (to_mantissa - mantissa_bits));
+      if (exponent == 0 && to_bias == bias) {
+        bits = mantissa << (to_mantissa - mantissa_bits);
+      } else if (exponent == 0) {  // normal in T: of the exponent of its highest bit
+        const int top = mantissa >= 4 ? 2 : mantissa >= 2 ? 1 : 0;
+        const int fraction = (mantissa << (to_mantissa - top)) & ((1 << to_mantissa) - 1);
+        bits = mantissa == 0 ? 0 : ((to_bias + 1 - bias - mantissa_bits + top) << to_mantissa) | fraction;
+      } else if (mantissa_bits == 3 ? x == 0x7f : exponent == 31) {
+        bits = mantissa_bits == 2 && mantissa == 0 ? infinity : nan;
+      }
+      low[x] = uint8_t(bits), high[x] = uint8_t(bits >> 8);
+    }
+  }
+};
+
+template <class T, int mantissa_bits, int bias>
+inline constexpr WideBytes<T, mantissa_bits, bias> kWideBytes;
+
+FI_INLINE bool has_byte_tables() {
+  static const bool has = __builtin_cpu_supports("avx512vbmi");
+  return has;
+}
+
+// `rows` rows of n numbers: src(j) to dst + j * n.
+template <class Tables, class T, class Src>
+[[gnu::target("avx512vbmi"), gnu::noinline]] void look_up_rows(const Tables& tables, T* dst, const Src& src,
+                                                               int64_t rows, int64_t n) {
+  const __m512i low0 = _mm512_load_si512(tables.low), low1 = _mm512_load_si512(tables.low + 64);
+  const __m512i high0 = _mm512_load_si512(tables.high), high1 = _mm512_load_si512(tables.high + 64);
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // what unpacking puts in place
+  const __m512i sign = _mm512_set1_epi8(-128);
+  auto look_up = [&](__m512i x, __m512i& first, __m512i& second) __attribute__((target("avx512vbmi"))) {
+    x = _mm512_permutexvar_epi64(order, x);
+    const __m512i low = _mm512_permutex2var_epi8(low0, x, low1);
+    __m512i high = _mm512_permutex2var_epi8(high0, x, high1);
+    high = _mm512_ternarylogic_epi64(high, x, sign, 0xF8);  // high | (x & sign)
+    first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+  };
+  for (int64_t j = 0; j < rows; ++j, dst += n) {
+    const uint8_t* row = src(j);
+    __m512i first, second;
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+      look_up(_mm512_loadu_si512(row + i), first, second);
+      _mm512_storeu_si512(dst + i, first);
+      _mm512_storeu_si512(dst + i + 32, second);
+    }
+    if (i == n) continue;
+    const __mmask64 mask = (__mmask64(1) << (n - i)) - 1;
+    look_up(_mm512_maskz_loadu_epi8(mask, row + i), first, second);
+    _mm512_mask_storeu_epi16(dst + i, __mmask32(mask), first);
+    _mm512_mask_storeu_epi16(dst + i + 32, __mmask32(mask >> 32), second);
+  }
+}
+#endif
+
 template <class T>
-FI_INLINE void convert_row(T* dst, const uint8_t* src, int64_t n, Fp8 format) {
+FI_INLINE void convert_row_by_arithmetic(T* dst, const uint8_t* src, int64_t n, Fp8 format) {
 #if FI_ISA_LEVEL >= 2
   if constexpr (!__is_same(T, float)) {
     return format == Fp8::e4m3 ? convert_halves<T, 3, 7>(dst, src, n) : convert_halves<T, 2, 15>(dst, src, n);
@@ -111,6 +179,25 @@ FI_INLINE void convert_row(T* dst, const uint8_t* src, int64_t n, Fp8 format) {
   } else {
     convert([](VecU x) { return widen_e5m2(x); });
   }
+}
+
+// Rows of n numbers, src(j) to dst + j * n.
+template <class T, class Src>
+FI_INLINE void convert_rows(T* dst, const Src& src, int64_t rows, int64_t n, Fp8 format) {
+#if FI_ISA_LEVEL >= 3
+  if constexpr (!__is_same(T, float)) {
+    if (has_byte_tables()) {
+      return format == Fp8::e4m3 ? look_up_rows(kWideBytes<T, 3, 7>, dst, src, rows, n)
+                                 : look_up_rows(kWideBytes<T, 2, 15>, dst, src, rows, n);
+    }
+  }
+#endif
+  for (int64_t j = 0; j < rows; ++j) convert_row_by_arithmetic(dst + j * n, src(j), n, format);
+}
+
+template <class T>
+FI_INLINE void convert_row(T* dst, const uint8_t* src, int64_t n, Fp8 format) {
+  convert_rows(dst, [src](int64_t) { return src; }, 1, n, format);
 }
 
 }  // namespace fi::FI_ISA

@@ -1,6 +1,6 @@
 // Few query rows: dot products and weighted sums straight from rows of K and V as they lie in memory, each
-// row of KV read once for all query rows. What limits it is memory, so each pass prefetches what the next one
-// reads.
+// row of KV read once for all query rows. What limits it is memory, so rows are read in the order of their
+// addresses, and all the way those some rows later are prefetched.
 #pragma once
 
 #include "fi/cpu/key_rows.h"
@@ -27,26 +27,21 @@ FI_INLINE void reduce_add4(float* dst, Vec a, Vec b, Vec c, Vec d) {
 }
 
 #if FI_ISA_LEVEL >= 2
-// The lane sums of 16 vectors, in order. Each round adds the halves of two vectors into one: a blend keeps
-// one half of each in place, a shuffle brings the other halves under them.
+// The lane sums of 16 vectors, in order. Each round adds the halves of two vectors into one.
 FI_INLINE Vec reduce_add16(const Vec (&v)[16]) {
-  Vec a[8], b[4], c[2];
+  Vec a[8], b[4];
 #  pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    a[i] = _mm512_mask_blend_ps(0xFF00, v[i], v[i + 8]) + _mm512_shuffle_f32x4(v[i], v[i + 8], 0x4E);
-  }
-  const __m512i cross = _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+  for (int i = 0; i < 8; ++i)
+    a[i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
 #  pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    b[i] = _mm512_mask_blend_ps(0xF0F0, a[i], a[i + 4]) + _mm512_permutex2var_ps(a[i], cross, a[i + 4]);
+    const __m512d x = (__m512d)a[2 * i], y = (__m512d)a[2 * i + 1];
+    b[i] = (Vec)_mm512_unpacklo_pd(x, y) + (Vec)_mm512_unpackhi_pd(x, y);
   }
-#  pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const Vec swapped = (Vec)_mm512_shuffle_pd((__m512d)b[i], (__m512d)b[i + 2], 0x55);
-    c[i] = _mm512_mask_blend_ps(0xCCCC, b[i], b[i + 2]) + swapped;
-  }
-  const Vec swapped = _mm512_permute_ps(_mm512_mask_blend_ps(0xAAAA, c[1], c[0]), 0xB1);
-  return _mm512_mask_blend_ps(0xAAAA, c[0], c[1]) + swapped;
+  auto halves = [](Vec x, Vec y) {
+    return _mm512_shuffle_f32x4(x, y, 0x88) + _mm512_shuffle_f32x4(x, y, 0xDD);
+  };
+  return halves(halves(b[0], b[1]), halves(b[2], b[3]));
 }
 #endif
 
@@ -77,10 +72,11 @@ struct StreamDot<bf16> {
 };
 #endif
 
-// s[r][j..j+4) = q[r] . k[j..j+4) for kRows query rows.
-template <class T, int kRows>
+// s[r][j..j+4) = q[r] . k[j..j+4) for kRows query rows. Prefetches four rows of `next`, one with each line of
+// the keys.
+template <class T, int kRows, class Rows>
 FI_INLINE void dot_block(float* s, int64_t s_stride, const typename StreamDot<T>::Query* q, int64_t q_stride,
-                         const T* const (&k)[4], int64_t size) {
+                         const T* const (&k)[4], int64_t size, NextRows<Rows> next) {
   using Dot = StreamDot<T>;
   Vec acc[kRows][4] = {};
   auto step = [&](const typename Dot::Operand(&kv)[4], int64_t d) {
@@ -91,13 +87,21 @@ FI_INLINE void dot_block(float* s, int64_t s_stride, const typename StreamDot<T>
       for (int c = 0; c < 4; ++c) acc[r][c] = Dot::multiply_add(qv, kv[c], acc[r][c]);
     }
   };
-  int64_t d = 0;
-  for (; d + Dot::kStep <= size; d += Dot::kStep) {
+  auto full_step = [&](int64_t d) {
     typename Dot::Operand kv[4];
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) kv[c] = Dot::load_key(k[c] + d);
     step(kv, d);
+  };
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+  int64_t d = 0, fetched = 0;
+  for (; d + kLine <= size; d += kLine) {
+    if (fetched < 4) next.prefetch(fetched++);
+#pragma GCC unroll 4
+    for (int64_t u = 0; u < kLine; u += Dot::kStep) full_step(d + u);
   }
+  while (fetched < 4) next.prefetch(fetched++);
+  for (; d + Dot::kStep <= size; d += Dot::kStep) full_step(d);
   if (d < size) {
     typename Dot::Operand kv[4];
 #pragma GCC unroll 4
@@ -121,26 +125,52 @@ FI_INLINE void dot_block(float* s, int64_t s_stride, const typename StreamDot<T>
   for (int r = 0; r < kRows; ++r) reduce_add4(s + r * s_stride, acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
 }
 
-// s[rows][n] = q k^T. Columns up to the next multiple of 4 are written too (with copies of the last key's
-// product). Prefetches `next`, what the following pass reads, along the way.
-template <class T, class Keys>
+// Keys where they lie.
+template <class T, class Rows>
+struct KeysInPlace {
+  Rows rows;
+  int64_t bytes;  // from one head's part of a row to the next
+
+  // Keys j..j+3 of head h, of `left` that there are.
+  FI_HD void operator()(int64_t h, int64_t j, int64_t left, const T* (&key)[4]) const {
+    const Rows of_head = rows.shifted(h * bytes);
+    for (int c = 0; c < 4; ++c) key[c] = of_head[j + (c < left ? c : left - 1)];
+  }
+};
+
+// The rows of a tile's heads in a worker's buffers: `rows` of each, `stride` from one head to the next.
+struct HeadRows {
+  int64_t heads, rows, stride;
+};
+
+// s[h][rows][n] = q[h] k[h]^T; keys(h, j, n - j, key) gives keys j..j+3 of head h. Columns up to the next
+// multiple of 4 are written too. All heads of four keys are read before the next four, as they lie in memory.
+template <class T, class Keys, class Rows>
 void stream_scores(float* s, int64_t s_stride, const typename StreamDot<T>::Query* q, int64_t q_stride,
-                   int64_t rows, Keys k, int64_t n, int64_t size, NextRows<Keys> next) {
+                   HeadRows of, const Keys& keys, int64_t n, int64_t size, const RowsAhead<Rows>& ahead) {
   for (int64_t j = 0; j < n; j += 4) {
-    const T* key[4];
-    for (int c = 0; c < 4; ++c) key[c] = k[j + c < n ? j + c : n - 1];
-    if (next) {
-      for (int64_t c = j; c < j + 4 && c < n; ++c) next.prefetch(c);
-    }
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4)
-      dot_block<T, 4>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, key, size);
-    if (rows - r == 3) {
-      dot_block<T, 3>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, key, size);
-    } else if (rows - r == 2) {
-      dot_block<T, 2>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, key, size);
-    } else if (rows - r == 1) {
-      dot_block<T, 1>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride, key, size);
+    for (int64_t h = 0; h < of.heads; ++h) {
+      const T* key[4];
+      keys(h, j, n - j, key);
+      NextRows<Rows> next = ahead.of(h, j, 4);
+      const auto* q_row = q + h * of.stride * q_stride;
+      float* s_row = s + h * of.stride * s_stride + j;
+      for (int64_t r = 0; r < of.rows; r += 4, q_row += 4 * q_stride, s_row += 4 * s_stride) {
+        switch (of.rows - r) {
+          case 1:
+            dot_block<T, 1>(s_row, s_stride, q_row, q_stride, key, size, next);
+            break;
+          case 2:
+            dot_block<T, 2>(s_row, s_stride, q_row, q_stride, key, size, next);
+            break;
+          case 3:
+            dot_block<T, 3>(s_row, s_stride, q_row, q_stride, key, size, next);
+            break;
+          default:
+            dot_block<T, 4>(s_row, s_stride, q_row, q_stride, key, size, next);
+        }
+        next.bytes = 0;  // once is enough
+      }
     }
   }
 }
@@ -151,10 +181,11 @@ inline constexpr int kValueVecs = 4;  // 16 accumulators with 4 query rows
 inline constexpr int kValueVecs = 2;
 #endif
 
-// acc[kRows][kVecs] += p v over n rows of V, for one strip of columns.
-template <int kRows, int kVecs, class Values>
+// acc[kRows][kVecs] += p v over n rows of V, for one strip of columns; !kFull: of its last vector `tail`
+// columns.
+template <int kRows, int kVecs, bool kFull, class Values>
 FI_INLINE void value_block(float* acc, int64_t acc_stride, const float* p, int64_t p_stride, Values v,
-                           int64_t n, int64_t tail, NextRows<Values> next) {
+                           int64_t n, int64_t tail, PacedRows<Values>& paced) {
   Vec sum[kRows][kVecs];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -162,13 +193,13 @@ FI_INLINE void value_block(float* acc, int64_t acc_stride, const float* p, int64
     for (int c = 0; c < kVecs; ++c) sum[r][c] = load(acc + r * acc_stride + c * kLanes);
   }
   for (int64_t j = 0; j < n; ++j) {
-    if (next) next.prefetch(j);
     const auto* row = v[j];
+    paced.step();
     Vec vv[kVecs];
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {
       const auto* src = row + c * kLanes;
-      vv[c] = c == kVecs - 1 && tail < kLanes ? load_partial(src, tail) : load(src);
+      vv[c] = kFull || c < kVecs - 1 ? load(src) : load_partial(src, tail);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -187,34 +218,33 @@ FI_INLINE void value_block(float* acc, int64_t acc_stride, const float* p, int64
 #if FI_ISA_LEVEL >= 3
 // The same for bf16 weights: rows of V are interleaved two by two and multiplied as pairs, 32 columns a unit.
 // Interleaving within 128-bit lanes leaves columns 8l..8l+3 in one accumulator's lane l and 8l+4..8l+7 in the
-// other's; acc in memory is in order. p is 0 from n on.
-template <int kRows, int kUnits, class Values>
-FI_INLINE void value_pairs_block(float* acc, int64_t acc_stride, const bf16* p, int64_t p_stride, Values v,
-                                 int64_t n, int64_t width, NextRows<Values> next) {
+// other's: so they stay in acc until order_columns(). p is 0 from n on.
+template <int kRows, int kUnits, bool kFull, class Values>
+FI_INLINE void value_block(float* acc, int64_t acc_stride, const bf16* p, int64_t p_stride, Values v,
+                           int64_t n, int64_t tail, PacedRows<Values>& paced) {
   Vec sum[kRows][kUnits][2];
 #  pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #  pragma GCC unroll 2
     for (int u = 0; u < kUnits; ++u) {
-      const Vec x = load(acc + r * acc_stride + u * 32), y = load(acc + r * acc_stride + u * 32 + 16);
-      sum[r][u][0] = _mm512_shuffle_f32x4(x, y, 0x88);  // 128-bit lanes 0 and 2 of each
-      sum[r][u][1] = _mm512_shuffle_f32x4(x, y, 0xDD);
+      sum[r][u][0] = load(acc + r * acc_stride + u * 32);
+      sum[r][u][1] = load(acc + r * acc_stride + u * 32 + 16);
     }
   }
-  auto load_unit = [&](int64_t j, int u) {
-    const int64_t columns = width - u * 32;
-    if (columns >= 32) return _mm512_loadu_si512(v[j] + u * 32);
-    return _mm512_maskz_loadu_epi16((__mmask32(1) << columns) - 1, v[j] + u * 32);
+  const __mmask32 mask = kFull ? ~__mmask32(0) : (__mmask32(1) << tail) - 1;
+  auto load_unit = [&](const bf16* row, int u) {
+    return kFull || u < kUnits - 1 ? _mm512_loadu_si512(row + u * 32)
+                                   : _mm512_maskz_loadu_epi16(mask, row + u * 32);
   };
-  for (int64_t j = 0; j < n; j += 2) {
-    if (next) {
-      next.prefetch(j);
-      next.prefetch(j + 1);
-    }
+  auto add_pair = [&](int64_t j, bool has_odd) {
     __m512bh low[kUnits], high[kUnits];
+    const bf16 *even_row = v[j], *odd_row = has_odd ? v[j + 1] : even_row;
+    paced.step();
+    if (has_odd) paced.step();
 #  pragma GCC unroll 2
     for (int u = 0; u < kUnits; ++u) {
-      const __m512i even = load_unit(j, u), odd = j + 1 < n ? load_unit(j + 1, u) : _mm512_setzero_si512();
+      const __m512i even = load_unit(even_row, u);
+      const __m512i odd = has_odd ? load_unit(odd_row, u) : _mm512_setzero_si512();
       low[u] = (__m512bh)_mm512_unpacklo_epi16(even, odd);
       high[u] = (__m512bh)_mm512_unpackhi_epi16(even, odd);
     }
@@ -229,94 +259,71 @@ FI_INLINE void value_pairs_block(float* acc, int64_t acc_stride, const bf16* p, 
         sum[r][u][1] = _mm512_dpbf16_ps(sum[r][u][1], w, high[u]);
       }
     }
-  }
-  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  };
+  int64_t j = 0;
+  for (; j + 2 <= n; j += 2) add_pair(j, true);
+  if (j < n) add_pair(j, false);
 #  pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #  pragma GCC unroll 2
     for (int u = 0; u < kUnits; ++u) {
-      store(acc + r * acc_stride + u * 32, _mm512_permutex2var_ps(sum[r][u][0], first, sum[r][u][1]));
-      store(acc + r * acc_stride + u * 32 + 16, _mm512_permutex2var_ps(sum[r][u][0], second, sum[r][u][1]));
-    }
-  }
-}
-
-// acc[rows][size] += p[rows][n] v[n][size]; acc rows are padded to a multiple of 32. Prefetches rows of
-// `next`.
-template <class Values>
-void stream_values(float* acc, int64_t acc_stride, const bf16* p, int64_t p_stride, int64_t rows, Values v,
-                   int64_t n, int64_t size, NextRows<Values> next) {
-  for (int64_t d = 0; d < size; d += 64) {
-    const int64_t width = size - d < 64 ? size - d : 64;
-    for (int64_t r = 0; r < rows; r += 4) {
-      auto run = [&](auto block_rows) {
-        float* a = acc + r * acc_stride + d;
-        const bf16* w = p + r * p_stride;
-        if (width > 32) {
-          value_pairs_block<block_rows(), 2>(a, acc_stride, w, p_stride, v.columns(d), n, width, next);
-        } else {
-          value_pairs_block<block_rows(), 1>(a, acc_stride, w, p_stride, v.columns(d), n, width, next);
-        }
-      };
-      switch (rows - r) {
-        case 1:
-          run([] { return 1; });
-          break;
-        case 2:
-          run([] { return 2; });
-          break;
-        case 3:
-          run([] { return 3; });
-          break;
-        default:
-          run([] { return 4; });
-      }
-      next.bytes = 0;  // once is enough
+      store(acc + r * acc_stride + u * 32, sum[r][u][0]);
+      store(acc + r * acc_stride + u * 32 + 16, sum[r][u][1]);
     }
   }
 }
 #endif
 
-// acc[rows][size] += p[rows][n] v[n][size]; acc rows are padded to a multiple of kLanes. Prefetches rows of
-// `next`.
-template <class Values>
-void stream_values(float* acc, int64_t acc_stride, const float* p, int64_t p_stride, int64_t rows, Values v,
-                   int64_t n, int64_t size, NextRows<Values> next) {
-  int64_t d = 0;
-  while (d < size) {
-    const int64_t left = size - d;
-    const int64_t vecs = left >= kValueVecs * kLanes ? kValueVecs : left > kLanes ? 2 : 1;
-    const int64_t width = vecs * kLanes < left ? vecs * kLanes : left;
-    const int64_t tail = width - (vecs - 1) * kLanes;
-    for (int64_t r = 0; r < rows; r += 4) {
-      const int64_t count = rows - r < 4 ? rows - r : 4;
-      auto run = [&](auto block_rows, auto block_vecs) {
-        value_block<block_rows(), block_vecs()>(acc + r * acc_stride + d, acc_stride, p + r * p_stride,
-                                                p_stride, v.columns(d), n, tail, next);
-      };
-      auto with_rows = [&](auto block_vecs) {
-        switch (count) {
-          case 4:
-            return run([] { return 4; }, block_vecs);
-          case 3:
-            return run([] { return 3; }, block_vecs);
-          case 2:
-            return run([] { return 2; }, block_vecs);
-          default:
-            return run([] { return 1; }, block_vecs);
-        }
-      };
-      if (vecs == kValueVecs) {
-        with_rows([] { return kValueVecs; });
-      } else if (vecs == 2) {
-        with_rows([] { return 2; });
-      } else {
-        with_rows([] { return 1; });
-      }
-      next.bytes = 0;  // once is enough
+// A row of acc, once all is added, to the order of its columns.
+template <class Weight>
+FI_INLINE void order_columns(float* acc, int64_t size) {
+#if FI_ISA_LEVEL >= 3
+  if constexpr (__is_same(Weight, bf16)) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int64_t d = 0; d < size; d += 32) {
+      const Vec low = load(acc + d), high = load(acc + d + 16);
+      store(acc + d, _mm512_permutex2var_ps(low, first, high));
+      store(acc + d + 16, _mm512_permutex2var_ps(low, second, high));
     }
-    d += width;
+  }
+#endif
+}
+
+// acc[rows][size] += p[rows][n] v[n][size]; acc rows are padded to a multiple of two vectors. Prefetches n
+// rows of `next`.
+template <class Weight, class Values>
+void stream_values(float* acc, int64_t acc_stride, const Weight* p, int64_t p_stride, int64_t rows, Values v,
+                   int64_t n, int64_t size, NextRows<Values> next) {
+  constexpr int64_t kUnit = __is_same(Weight, float) ? kLanes : 32;
+  constexpr int kMost = __is_same(Weight, float) ? kValueVecs : 2;
+  const int64_t wide = size / (kMost * kUnit), rest = size - wide * kMost * kUnit;
+  const int64_t passes = (wide + (rest + kUnit - 1) / kUnit) * ((rows + 3) / 4);  // over the rows of v
+  PacedRows<Values> paced{next, passes};
+  for (int64_t r = 0; r < rows; r += 4, acc += 4 * acc_stride, p += 4 * p_stride) {
+    auto strips = [&](auto block_rows) {
+      constexpr int kRows = block_rows();
+      int64_t d = 0;
+      for (; d + kMost * kUnit <= size; d += kMost * kUnit)
+        value_block<kRows, kMost, true>(acc + d, acc_stride, p, p_stride, v.columns(d), n, 0, paced);
+      for (; d + kUnit <= size; d += kUnit)
+        value_block<kRows, 1, true>(acc + d, acc_stride, p, p_stride, v.columns(d), n, 0, paced);
+      if (d < size)
+        value_block<kRows, 1, false>(acc + d, acc_stride, p, p_stride, v.columns(d), n, size - d, paced);
+    };
+    switch (rows - r) {
+      case 1:
+        strips([] { return 1; });
+        break;
+      case 2:
+        strips([] { return 2; });
+        break;
+      case 3:
+        strips([] { return 3; });
+        break;
+      default:
+        strips([] { return 4; });
+    }
   }
 }
 

@@ -447,7 +447,8 @@ void run_few_format(const FewArgs& args, const Gpu& gpu) {
 template <class T, int kDim>
 void run_few(const FewArgs& args, const Gpu& gpu) {
   if constexpr (kDim <= kMostRopeDim) {
-    if (args.p.call.rope.cos) return run_few_call<T, kDim, Fp8::none, FewCall::kRope>(args, gpu);
+    if (args.p.call.rope.cos && args.p.rope_len > 0)
+      return run_few_call<T, kDim, Fp8::none, FewCall::kRope>(args, gpu);
   }
   args.p.kv_dtype == Fp8::none   ? run_few_format<T, kDim, Fp8::none>(args, gpu)
   : args.p.kv_dtype == Fp8::e4m3 ? run_few_format<T, kDim, Fp8::e4m3>(args, gpu)
