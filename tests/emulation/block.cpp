@@ -67,6 +67,8 @@ struct Block {
   dim3 dim, grid;
   unsigned char* smem;
   size_t smem_bytes;
+  std::vector<unsigned char> products_smem;  // shared memory as products see it, from its first use on
+  bool fenced = false;                       // by the warp that runs: not in products_smem yet
   std::vector<Thread> threads;
   std::vector<std::map<uint32_t, Meeting>> warps;       // by mask
   std::vector<std::shared_ptr<WarpProducts>> products;  // by warp
@@ -180,10 +182,23 @@ std::string deadlock(const std::vector<Thread*>& threads) {
   return text;
 }
 
+std::vector<unsigned char>& products_smem(Block& b) {
+  if (b.products_smem.empty()) b.products_smem.resize(b.smem_bytes, 0xff);
+  return b.products_smem;
+}
+
+void show_to_products(Block& b) {
+  if (b.fenced) std::memcpy(products_smem(b).data(), b.smem, b.smem_bytes);
+  b.fenced = false;
+}
+
 void let_happen(Cluster& c, size_t i) {
   const Event event = std::move(c.events[i]);
   c.events.erase(c.events.begin() + int64_t(i));
   --event.to->awaited;
+  if (thread) show_to_products(*thread->block);
+  thread = nullptr;
+  block = event.to;
   try {
     if (event.to->alive == 0) throw std::runtime_error("fi_ops emulation: a copy to a block that has ended");
     event.happen();
@@ -236,6 +251,7 @@ void run_cluster(Cluster& c, bool shuffled) {
         rested = true;
         continue;
       }
+      if (thread && (t->block != block || t->warp != thread->warp)) show_to_products(*block);
       t->waits_for = nullptr;
       t->spins = false;
       thread = t;
@@ -266,6 +282,20 @@ dim3 block_dim() { return block->dim; }
 dim3 grid_dim() { return block->grid; }
 unsigned char* dynamic_smem() { return block->smem; }
 size_t dynamic_smem_bytes() { return block->smem_bytes; }
+
+void fence_smem_for_products() { block->fenced = true; }
+
+const unsigned char* smem_of_products() {
+  show_to_products(*block);
+  return products_smem(*block).data();
+}
+
+void write_smem_of_products(unsigned rank, const void* p, size_t bytes) {
+  Block& b = block->cluster->blocks[rank];
+  const size_t offset = static_cast<const unsigned char*>(p) - b.smem;
+  std::memcpy(products_smem(b).data() + offset, p, bytes);
+}
+
 std::shared_ptr<WarpProducts>& warp_products() { return block->products[thread->warp]; }
 
 void wait_while(const uint64_t* word, uint64_t mask, uint64_t value, const char* what) {

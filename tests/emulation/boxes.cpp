@@ -55,9 +55,11 @@ void load_box(void* smem, const CUtensorMap& map, const int (&at)[4], uint64_t& 
   auto* const counts = static_cast<uint64_t*>(peer_smem(&barrier, rank));
   if (reinterpret_cast<uintptr_t>(smem) % 128 != 0) fail("load_box: an address is not aligned");
   std::memset(to, kPoison, box_bytes(map));
+  write_smem_of_products(rank, to, box_bytes(map));
   later(
-      [to, counts, map, x = at[0], y = at[1], z = at[2], w = at[3]] {
+      [to, counts, map, rank, x = at[0], y = at[1], z = at[2], w = at[3]] {
         copy_box(to, map, {x, y, z, w});
+        write_smem_of_products(rank, to, box_bytes(map));
         mbarrier_complete(*counts, box_bytes(map));
       },
       rank);

@@ -77,24 +77,30 @@ Descriptor read_descriptor(uint64_t bits) {
   return {uint32_t((field(0) - base) % kSmemBytes), field(16), field(32)};
 }
 
-// 16 bytes, with the swizzle.
-void gather_chunk(unsigned char* to, uint32_t offset) {
+// 16 bytes, with the swizzle, of shared memory as threads see it or as products do.
+void gather_chunk(unsigned char* to, const unsigned char* smem, uint32_t offset) {
   if (offset + 16 > dynamic_smem_bytes()) fail("wgmma: an operand outside of shared memory");
-  std::memcpy(to, dynamic_smem() + (offset ^ (offset >> 7 & 7) << 4), 16);
+  std::memcpy(to, smem + (offset ^ (offset >> 7 & 7) << 4), 16);
 }
 
 // `count` rows of kRowBytes, from row `first` on.
-void gather_k_major(unsigned char* to, const Descriptor& d, int first, int count) {
+void gather_k_major(unsigned char* to, const unsigned char* smem, const Descriptor& d, int first, int count) {
   for (int row = first; row < first + count; ++row)
     for (uint32_t done = 0; done < kRowBytes; done += 16, to += 16)
-      gather_chunk(to, d.start + row / 8 * d.stride + row % 8 * 128 + done);
+      gather_chunk(to, smem, d.start + row / 8 * d.stride + row % 8 * 128 + done);
 }
 
 // 16 rows of `columns` elements of two bytes.
-void gather_mn_major(unsigned char* to, const Descriptor& d, int columns) {
+void gather_mn_major(unsigned char* to, const unsigned char* smem, const Descriptor& d, int columns) {
   for (int k = 0; k < 16; ++k)
     for (int column = 0; column < columns; column += 8, to += 16)
-      gather_chunk(to, d.start + k / 8 * d.stride + k % 8 * 128 + column / 64 * d.leading + column % 64 * 2);
+      gather_chunk(to, smem,
+                   d.start + k / 8 * d.stride + k % 8 * 128 + column / 64 * d.leading + column % 64 * 2);
+}
+
+void check_fenced(const void* seen_by_threads, const void* seen_by_products, size_t bytes) {
+  if (std::memcmp(seen_by_threads, seen_by_products, bytes) != 0)
+    fail("wgmma: no fence_for_products since threads wrote an operand");
 }
 
 // ---- operand b, the same for the warps of a block: its bytes, and as k rows of floats ----
@@ -105,18 +111,19 @@ struct OperandB {
   std::vector<float> values;
 };
 
-std::vector<unsigned char> gather_b(const ProductForm& form, uint64_t descriptor) {
+std::vector<unsigned char> gather_b(const ProductForm& form, uint64_t descriptor, const unsigned char* smem) {
   std::vector<unsigned char> bytes(size_t(form.columns) * kRowBytes);
   const Descriptor d = read_descriptor(descriptor);
-  form.b_mn_major ? gather_mn_major(bytes.data(), d, form.columns)
-                  : gather_k_major(bytes.data(), d, 0, form.columns);
+  form.b_mn_major ? gather_mn_major(bytes.data(), smem, d, form.columns)
+                  : gather_k_major(bytes.data(), smem, d, 0, form.columns);
   return bytes;
 }
 
 std::shared_ptr<const OperandB> read_b(const ProductForm& form, uint64_t descriptor) {
   static std::shared_ptr<const OperandB> known[256];  // by where they lie
   auto& place = known[(descriptor ^ descriptor >> 8) % 256];
-  std::vector<unsigned char> bytes = gather_b(form, descriptor);
+  std::vector<unsigned char> bytes = gather_b(form, descriptor, smem_of_products());
+  check_fenced(gather_b(form, descriptor, dynamic_smem()).data(), bytes.data(), bytes.size());
   if (place && place->form == form && place->bytes == bytes) return place;
   auto b = std::make_shared<OperandB>();
   b->form = form;
@@ -221,9 +228,9 @@ void take_accumulators(WarpProducts& warp, Product& product, int lane, float* d,
   }
 }
 
-void gather_a(unsigned char* to, const Product& product) {
+void gather_a(unsigned char* to, const Product& product, const unsigned char* smem) {
   if (!product.form.a_in_registers)
-    return gather_k_major(to, read_descriptor(product.operands.a), current().warp % 4 * kRows, kRows);
+    return gather_k_major(to, smem, read_descriptor(product.operands.a), current().warp % 4 * kRows, kRows);
   for (int lane = 0; lane < kLanes; ++lane)
     for (int i = 0; i < 4; ++i)
       std::memcpy(to + (lane / 4 + i % 2 * 8) * kRowBytes + i / 2 * 16 + lane % 4 * 4, &product.a_at[lane][i],
@@ -234,7 +241,10 @@ void compute(Product& product) {
   const ProductForm& form = product.form;
   const int k = k_of(form);
   float a[kRows * kMostK];
-  gather_a(product.a, product);
+  unsigned char seen_by_threads[sizeof(product.a)];
+  gather_a(product.a, product, smem_of_products());
+  gather_a(seen_by_threads, product, dynamic_smem());
+  check_fenced(seen_by_threads, product.a, sizeof(product.a));
   decode(a, product.a, kRows * k, form.a);
   product.b = read_b(form, product.operands.b);
   std::vector<float>& sums = product.accumulators->sums;
@@ -245,9 +255,9 @@ void compute(Product& product) {
 // What the hardware might have read later than it was read here.
 void check_operands(const Product& product) {
   unsigned char a[kRows * kRowBytes];
-  gather_a(a, product);
+  gather_a(a, product, dynamic_smem());
   if (std::memcmp(a, product.a, sizeof(a)) != 0) fail("wgmma: operand a was written before the wait");
-  if (gather_b(product.form, product.operands.b) != product.b->bytes)
+  if (gather_b(product.form, product.operands.b, dynamic_smem()) != product.b->bytes)
     fail("wgmma: operand b was written before the wait");
 }
 

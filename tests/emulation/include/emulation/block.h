@@ -78,6 +78,13 @@ void later(std::function<void()> happen, unsigned rank);
 unsigned char* dynamic_smem();
 size_t dynamic_smem_bytes();
 
+// Matrix products see what the copy engine writes at once, what threads write only after a fence of a thread
+// that sees it. This is shared memory as they see it; `write` copies what is in the shared memory of block
+// `rank` at p.
+void fence_smem_for_products();
+const unsigned char* smem_of_products();
+void write_smem_of_products(unsigned rank, const void* p, size_t bytes);
+
 // What this warp's matrix products are at (emulation/products.h).
 struct WarpProducts;
 std::shared_ptr<WarpProducts>& warp_products();

@@ -7,7 +7,7 @@
 namespace fi::cuda::sm90 {
 
 inline void wgmma_fence() { emulation::fence_products(); }
-inline void fence_for_products() {}
+inline void fence_for_products() { emulation::fence_smem_for_products(); }
 inline void wgmma_commit() { emulation::commit_products(); }
 template <int Pending>
 void wgmma_wait() {
