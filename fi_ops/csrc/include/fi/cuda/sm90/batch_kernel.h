@@ -14,8 +14,8 @@
 namespace fi::cuda::sm90 {
 
 template <class Config, bool kValues>
-using ProducerOf = std::conditional_t<Config::kMasked, MaskedBatchProducer<Config, kValues>,
-                                    BatchProducer<Config, kValues>>;
+using ProducerOf =
+    std::conditional_t<Config::kMasked, MaskedBatchProducer<Config, kValues>, BatchProducer<Config, kValues>>;
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
@@ -154,11 +154,17 @@ void batch_tiles(const BatchAttentionParams& p, const batch::PlanView& plan, con
                                 : batch_tiles_with<T, kDimQK, kDimVO, kPlain>(p, plan, gpu);
 }
 
-// Under a custom mask: tiles of 128 rows alone.
+// Under a custom mask: tiles of 128 rows alone, and the shorter KV tiles of the soft cap where registers of
+// producers and consumers are short.
+template <class T, int kDimQK, int kDimVO, PrefillVariant kVariant>
+struct MaskedTiles : PrefillTiles<T, kDimQK, kDimVO, true, kVariant>::Narrow {};
+template <class T, PrefillVariant kVariant>
+struct MaskedTiles<T, 256, 256, kVariant> : PrefillConfig<T, 256, 256, 2, 64, 2, false, true, kVariant> {};
+
 template <class T, int kDimQK, int kDimVO>
 void masked_batch_tiles(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
   const auto with = [&]<PrefillVariant kVariant>() {
-    using Tiles = typename PrefillTiles<T, kDimQK, kDimVO, true, kVariant>::Narrow;
+    using Tiles = MaskedTiles<T, kDimQK, kDimVO, kVariant>;
     launch_boxes_or_rows<Tiles, Tiles, true>(p, plan, gpu);
   };
   p.call.logits_soft_cap > 0.0f ? with.template operator()<PrefillVariant::kSoftCap>()

@@ -1,5 +1,5 @@
-// The producers of a batch under a custom mask: they bring the KV tiles that the scan of the mask found live, and
-// tell the consumers which they are.
+// The producers of a batch under a custom mask: they bring the KV tiles that the scan of the mask found live,
+// and tell the consumers which they are.
 #pragma once
 
 #include "fi/cuda/sm90/batch_masks.h"
@@ -60,11 +60,10 @@ class MaskedBatchProducer : BatchProducer<Config, kValues> {
         }
         MaskedTile& following = prepared[odd ? 0 : 1];
         if (following.queue.round <= tile.queue.round) {  // not found yet
-          __syncwarp();                                    // no lane is still at the tile that was there
+          __syncwarp();                                   // no lane is still at the tile that was there
           if (lane_now() == 0) {
-            next_batch_tile<Config::kBlockM, Config::kBlockN>(args.shape, static_cast<int>(gridDim.x),
-                                                              static_cast<int>(blockIdx.x), tile.queue,
-                                                              following);
+            next_batch_tile<Config::kBlockM, Config::kBlockN>(
+                args.shape, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), tile.queue, following);
             start_masked_tile(following, args.mask);
           }
           __syncwarp();

@@ -42,9 +42,9 @@ int64_t batch_mask_scratch_bytes(const BatchAttentionParams& p);
 // What the mask says of 32 keys of a query, from `first` on, a bit each; 0 behind the mask's end. `begin`:
 // where the bits of the query's request begin.
 FI_DEVICE_INLINE uint32_t mask_word(const BatchMask& mask, uint64_t begin, int query, int kv_len, int first) {
-  const uint64_t bit =
-      begin + static_cast<uint64_t>(static_cast<uint32_t>(query)) * static_cast<uint32_t>(kv_len) +
-      static_cast<uint32_t>(first);
+  const uint64_t bit = begin +
+                       static_cast<uint64_t>(static_cast<uint32_t>(query)) * static_cast<uint32_t>(kv_len) +
+                       static_cast<uint32_t>(first);
   const auto aligned = [&](uint64_t at) {
     const uint32_t* word = at < mask.num_words ? mask.words + at : mask.tail;
     return at <= mask.num_words ? *word : 0;
@@ -55,9 +55,9 @@ FI_DEVICE_INLINE uint32_t mask_word(const BatchMask& mask, uint64_t begin, int q
 // The lowest n bits.
 FI_DEVICE_INLINE uint32_t low_bits(int n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
 
-// A query tile under a mask, and where a warp is in the list of its live KV tiles, from the last one back. They
-// are told apart 32 at a time: the last 32 that were looked at begin at `group`, those below are to come.
-// Producers, whose registers are short, keep all of it in shared memory.
+// A query tile under a mask, and where a warp is in the list of its live KV tiles, from the last one back.
+// They are told apart 32 at a time: the last 32 that were looked at begin at `group`, those below are to
+// come. Producers, whose registers are short, keep all of it in shared memory.
 struct MaskedTile : BatchTile {
   int next_tile;  // ListedTile::word; as the consumers are told of the tile, the first one
   int group;

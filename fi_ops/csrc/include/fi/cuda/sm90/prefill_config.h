@@ -86,9 +86,9 @@ struct BatchSmem : PrefillSmem<Config> {
 template <class Config>
   requires(Config::kMasked)
 struct BatchSmem<Config> : PrefillSmem<Config> {
-  MaskedTile tiles[2], prepared[4][2];           // as above
-  int after[Config::kStages];                    // the ListedTile after the one whose keys are in k, full as k is
-  uint32_t columns[Config::kConsumers][4][4];    // of each warp's 32 rows, the keys that one of them sees
+  MaskedTile tiles[2], prepared[4][2];  // as above
+  int after[Config::kStages];           // the ListedTile after the one whose keys are in k, full as k is
+  uint32_t columns[Config::kConsumers][4][4];  // of each warp's 32 rows, the keys that one of them sees
 };
 
 struct PrefillArgs {
