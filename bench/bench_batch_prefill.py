@@ -2,7 +2,8 @@
 
 Prompts of one length, of mixed lengths (uniformly random, n on average), and a step of chunked prefill: decodes and one chunk
 of a prompt in the same call. "fi.attention, same work": our dense op on as many queries that see as many keys: what the batch,
-its pages and its lengths cost. The plan is given.
+its pages and its lengths cost. Prompts under a custom mask, which spells what causal says: beside causal=True, what reading the
+mask costs. The plan is given.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
+import fi_ops
 from fi_ops.library import SPECS
 
 from . import batches
@@ -96,6 +98,32 @@ def mixed_prompts(op: str, batch: int, length: int, options: Options) -> Case:
     return _case(op, name, lens, lens, dtype, device, [_dense(batch, even, dtype, device)])
 
 
+def masked_prompts(op: str, batch: int, length: int, options: Options) -> Case:
+    """`batch` prompts of one length under a custom mask of bits, the causal one; beside it the causal call without."""
+    dtype, device, lens = options.pick(torch.bfloat16), options.device, [length] * batch
+    make = batches.paged if op == "paged_attention" else batches.ragged
+    arguments = make(lens, lens, dtype, device)
+    mask = batches.bottom_right(length, length, torch.device(device)).flatten()
+    bits = fi_ops.packbits(mask, bitorder="little").repeat(batch)
+    options_of_mask = {"custom_mask": bits, "mask_indptr": batches.indptr([len(bits) // batch] * batch, device)}
+    cost = SPECS[op].cost(*arguments, causal=True)
+    by_causal, by_mask = (
+        copies_beyond_caches((*arguments, batches.planned(arguments, causal)), cost.bytes, at_most=4)
+        for causal in (True, False)
+    )
+    call = getattr(torch.ops.fi, op).default
+    return Case(
+        f"{op.partition('_')[0]}, B={batch} n={length}, custom mask, {str(dtype).removeprefix('torch.')}",
+        [
+            Candidate("fi_ops, causal", batches.ours(op, causal=True), inputs=by_causal),
+            Candidate("fi_ops", lambda *x: call(*x[:-1], plan=x[-1], **options_of_mask), ours=True, inputs=by_mask),
+        ],
+        cost,
+        batches.check_requests(arguments, lens, lens, causal=True),
+        dtype,
+    )
+
+
 def appended(op: str, batch: int, rows: int, length: int, options: Options) -> Case:
     """The last `rows` tokens of `length`, of each request."""
     dtype, device = options.pick(torch.bfloat16), options.device
@@ -119,5 +147,8 @@ def cases(options: Options) -> Iterator[Case]:
     for batch, length in mixed_shapes(options):
         for op in ops:
             yield mixed_prompts(op, batch, length, options)
+    for batch, length in equal_shapes(options):
+        for op in ops:
+            yield masked_prompts(op, batch, length, options)
     for shape in chunked_shapes(options):
         yield chunked(*shape, options)

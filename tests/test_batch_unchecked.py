@@ -108,3 +108,18 @@ def test_pages_that_are_nowhere_do_not_take_part():
     kept = args[4][[3, *range(5, len(args[4]))]]
     expected = torch.ops.fi.paged_attention(*args[:4], kept, args[5] - torch.tensor([0, 4, 4], device=DEVICE), args[6])
     torch.testing.assert_close(got, expected, rtol=0.02, atol=0.002)
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("qo_lens", [[3, 5], [150, 70]])
+def test_a_mask_that_ends_early_hides_the_rest(qo_lens, at_end):
+    """As if zeros followed: no kernel looks behind its end, wherever in a word that is."""
+    kv_lens = [200, 333]
+    args = [between_guards(t, at_end) for t in paged_call(qo_lens, kv_lens, "cpu", page_size=16)]
+    counts = [-(-q * kv // 8) for q, kv in zip(qo_lens, kv_lens, strict=True)]
+    bits, mask_indptr = torch.randint(0, 256, (sum(counts),), dtype=torch.uint8), indptr(counts, device=DEVICE)
+    for size in [*range(counts[0] // 2, counts[0] // 2 + 5), 1, sum(counts) - 3]:
+        zeros = torch.zeros(sum(counts) - size, dtype=torch.uint8)
+        short, padded = between_guards(bits[:size], at_end), torch.cat((bits[:size], zeros)).to(DEVICE)
+        got = torch.ops.fi.paged_attention(*args, custom_mask=short, mask_indptr=mask_indptr)
+        assert torch.equal(got, torch.ops.fi.paged_attention(*args, custom_mask=padded, mask_indptr=mask_indptr)), size

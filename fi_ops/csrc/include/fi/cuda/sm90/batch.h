@@ -9,7 +9,7 @@ namespace fi::cuda {
 
 // Whether batch_tiles_sm90 computes the tiles of this call: bf16 or fp16, keys too, with head dims up to 256
 // that are multiples of 8; causal, window or all keys, soft cap, sinks, scales of KV heads (of keys: head
-// dims up to 128); no other variant; rows at 16-byte boundaries.
+// dims up to 128), custom masks of up to 4 GB; no other variant; rows at 16-byte boundaries.
 bool sm90_batch_supports(const BatchAttentionParams& p);
 
 // The requests that `plan` cut into tiles. Rows of other requests and of
@@ -21,6 +21,8 @@ namespace sm90 {
 // One file each in cuda/kernels/sm90/.
 template <class T, int kDimQK, int kDimVO>
 void batch_tiles(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu);
+template <class T, int kDimQK, int kDimVO>
+void masked_batch_tiles(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu);
 
 }  // namespace sm90
 

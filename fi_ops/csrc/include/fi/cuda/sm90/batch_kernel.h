@@ -6,15 +6,20 @@
 #include <numeric>
 
 #include "fi/cuda/sm90/batch.h"
+#include "fi/cuda/sm90/batch_masked_producer.h"
 #include "fi/cuda/sm90/batch_producer.h"
 #include "fi/cuda/sm90/batch_rows.h"
 #include "fi/cuda/sm90/prefill_launch.h"
 
 namespace fi::cuda::sm90 {
 
+template <class Config, bool kValues>
+using ProducerOf =
+    std::conditional_t<Config::kMasked, MaskedBatchProducer<Config, kValues>, BatchProducer<Config, kValues>>;
+
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    batch_kernel(const __grid_constant__ BatchArgs args, const __grid_constant__ CUtensorMap q_map,
+    batch_kernel(const __grid_constant__ BatchArgsOf<Config> args, const __grid_constant__ CUtensorMap q_map,
                  const __grid_constant__ CUtensorMap packed_q_map, const __grid_constant__ CUtensorMap k_map,
                  const __grid_constant__ CUtensorMap v_map) {
   auto& smem = *reinterpret_cast<BatchSmem<Config>*>(dynamic_smem());
@@ -24,7 +29,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       prefetch_tensor_map(k_map);
       prefetch_tensor_map(v_map);
     }
-    init_barriers<Config>(smem, BatchProducer<Config, false>::Loader::kArrivals);
+    init_barriers<Config>(smem, ProducerOf<Config, false>::Loader::kArrivals);
   }
   __syncthreads();
   wait_for_previous_kernel();
@@ -34,9 +39,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warpgroup == 0) {
     lower_registers<Config::kProducerRegisters>();
     if (threadIdx.x < kWarpgroupThreads / 2) {
-      BatchProducer<Config, false>::run(smem, args, q_map, packed_q_map, k_map);
+      ProducerOf<Config, false>::run(smem, args, q_map, packed_q_map, k_map);
     } else {
-      BatchProducer<Config, true>::run(smem, args, q_map, packed_q_map, v_map);
+      ProducerOf<Config, true>::run(smem, args, q_map, packed_q_map, v_map);
     }
   } else {
     raise_registers<Config::kConsumerRegisters>();
@@ -79,7 +84,7 @@ bool wide_is_faster(const BatchAttentionParams& p, double wide_speed, const Gpu&
 template <class Config>
 void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
   const AttentionParams& c = p.call;
-  BatchArgs args{};
+  BatchArgsOf<Config> args{};
   args.shape = batch_shape(p, plan, Config::kBlockM, gpu.num_sms);
   args.p = c;
   if constexpr (Config::kByRows) {
@@ -94,6 +99,7 @@ void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, co
           static_cast<uint32_t>((boxes + 1 - half) / 2 * args.box_rows * 2 * kBoxColumns);
     }
   }
+  if constexpr (Config::kMasked) args.mask = scan_batch_mask(p, args.shape, Config::kBlockN, gpu);
   const float scale_log2 = kLog2e * c.scale;
   if constexpr (Config::kVariant == PrefillVariant::kSoftCap) {
     args.scale_log2 = kLog2e * c.logits_soft_cap;
@@ -118,10 +124,10 @@ void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, co
       args, q_map, packed_q_map, keys_map(key_rows(p)), keys_map(value_rows(p)));
 }
 
-template <class Boxes, class Rows>
+template <class Boxes, class Rows, bool kMasked = false>
 void launch_boxes_or_rows(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
-  box_rows(p, Boxes::kBlockN) > 0 ? launch_batch<OverBatch<Boxes, false>>(p, plan, gpu)
-                                  : launch_batch<OverBatch<Rows, true>>(p, plan, gpu);
+  box_rows(p, Boxes::kBlockN) > 0 ? launch_batch<OverBatch<Boxes, false, kMasked>>(p, plan, gpu)
+                                  : launch_batch<OverBatch<Rows, true, kMasked>>(p, plan, gpu);
 }
 
 // The tiles of each head dim, and when which: those of one call whose keys only the device knows
@@ -146,6 +152,23 @@ void batch_tiles(const BatchAttentionParams& p, const batch::PlanView& plan, con
   using enum PrefillVariant;
   p.call.logits_soft_cap > 0.0f ? batch_tiles_with<T, kDimQK, kDimVO, kSoftCap>(p, plan, gpu)
                                 : batch_tiles_with<T, kDimQK, kDimVO, kPlain>(p, plan, gpu);
+}
+
+// Under a custom mask: tiles of 128 rows alone, and the shorter KV tiles of the soft cap where registers of
+// producers and consumers are short.
+template <class T, int kDimQK, int kDimVO, PrefillVariant kVariant>
+struct MaskedTiles : PrefillTiles<T, kDimQK, kDimVO, true, kVariant>::Narrow {};
+template <class T, PrefillVariant kVariant>
+struct MaskedTiles<T, 256, 256, kVariant> : PrefillConfig<T, 256, 256, 2, 64, 2, false, true, kVariant> {};
+
+template <class T, int kDimQK, int kDimVO>
+void masked_batch_tiles(const BatchAttentionParams& p, const batch::PlanView& plan, const Gpu& gpu) {
+  const auto with = [&]<PrefillVariant kVariant>() {
+    using Tiles = MaskedTiles<T, kDimQK, kDimVO, kVariant>;
+    launch_boxes_or_rows<Tiles, Tiles, true>(p, plan, gpu);
+  };
+  p.call.logits_soft_cap > 0.0f ? with.template operator()<PrefillVariant::kSoftCap>()
+                                : with.template operator()<PrefillVariant::kPlain>();
 }
 
 }  // namespace fi::cuda::sm90

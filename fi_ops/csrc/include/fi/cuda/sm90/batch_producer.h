@@ -125,7 +125,7 @@ class RowLoader {
   const BatchArgs& args_;
 };
 
-// A warp of it.
+// A warp of it, where a formula says which KV tiles there are.
 template <class Config, bool kValues>
 class BatchProducer {
  public:
@@ -178,7 +178,7 @@ class BatchProducer {
     }
   }
 
- private:
+ protected:
   FI_DEVICE_INLINE static auto& ring_of(Smem& smem) {
     if constexpr (kValues) {
       return smem.v;
@@ -188,19 +188,20 @@ class BatchProducer {
   }
 
   // Tells the consumers of a tile, and brings its queries.
+  template <class Tile>
   FI_DEVICE_INLINE static void publish(Smem& smem, const BatchArgs& args, uint32_t parity,
                                        const CUtensorMap& q_map, const CUtensorMap& packed_q_map,
-                                       const BatchTile& tile) {
+                                       const Tile& tile) {
     // Empty: every consumer has taken the last query tile, and so is done with what was in this place.
     barrier_wait(smem.q_empty, parity ^ 1);
-    constexpr int kWords = sizeof(BatchTile) / sizeof(uint32_t);
+    constexpr int kWords = sizeof(Tile) / sizeof(uint32_t);
     static_assert(kWords <= 32);
     if (threadIdx.x < kWords)
       reinterpret_cast<uint32_t*>(&smem.tiles[parity])[threadIdx.x] =
           reinterpret_cast<const uint32_t*>(&tile)[threadIdx.x];
     __syncwarp();  // lane 0's arrival speaks for all
     if (threadIdx.x != 0) return;
-    if (!tile.any() || tile.work.tiles.size() == 0) return barrier_arrive(smem.q_full);
+    if (!tile.any() || !has_keys(tile)) return barrier_arrive(smem.q_full);
     const bool packed = tile.packed;
     barrier_arrive_expect(smem.q_full, packed ? args.packed_q_bytes : Config::kPanelsQK * Smem::kQPanelBytes);
     const int row = tile.q_begin + tile.work.q_start, head = tile.work.head;

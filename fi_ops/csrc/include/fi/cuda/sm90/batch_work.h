@@ -94,6 +94,8 @@ struct BatchTile {
   FI_HD bool any() const { return work.head >= 0; }
 };
 
+FI_INLINE bool has_keys(const BatchTile& tile) { return tile.work.tiles.size() != 0; }
+
 // The query tiles that start `row` queries behind the planned one are those of each head, or as many fewer of
 // all heads of each group as there are queries for. This makes the `nth` of num_qo_heads; false where there
 // is none: behind the request's end, where there are fewer, or because it is a plan of another batch.

@@ -19,11 +19,12 @@ template <class Config>
 class PrefillConsumer {
  public:
   using T = typename Config::T;
-  static constexpr bool kDeviceKeys = Config::kDeviceKeys, kBatch = Config::kBatch;
+  static constexpr bool kDeviceKeys = Config::kDeviceKeys, kBatch = Config::kBatch, kMasked = Config::kMasked;
+  static constexpr bool kListed = kDeviceKeys || kMasked;  // the producer lists the KV tiles
   using Smem =
       std::conditional_t<kBatch, BatchSmem<Config>,
                          std::conditional_t<kDeviceKeys, DeviceKeysSmem<Config>, PrefillSmem<Config>>>;
-  using Args = std::conditional_t<kBatch, BatchArgs, PrefillArgs>;
+  using Args = std::conditional_t<kBatch, BatchArgsOf<Config>, PrefillArgs>;
   static constexpr int kBlockN = Config::kBlockN, kDimQK = Config::kDimQK, kDimVO = Config::kDimVO;
 
   FI_DEVICE_INLINE PrefillConsumer(Smem& smem, const Args& args, int group)
@@ -39,7 +40,11 @@ class PrefillConsumer {
         barrier_wait(smem_.q_full, q_at_.parity);
         const PrefillWork work = uniform(batch_tile().work);
         if (work.head < 0) return;
-        attend(work);
+        if constexpr (kMasked) {
+          attend(batch_tile().work);  // read where it is needed: registers are short
+        } else {
+          attend(work);
+        }
         q_at_.advance();
       }
     } else {
@@ -50,7 +55,7 @@ class PrefillConsumer {
   }
 
  private:
-  using Tile = std::conditional_t<kDeviceKeys, ListedTile, int>;
+  using Tile = std::conditional_t<kListed, ListedTile, int>;
 
   FI_DEVICE_INLINE void attend(const PrefillWork& work) {
     float o[kDimVO / 2];
@@ -138,6 +143,8 @@ class PrefillConsumer {
     if constexpr (kDeviceKeys) {
       barrier_wait(smem_.q_full, q_at_.parity);
       return ListedTile(__shfl_sync(kAllLanes, smem_.rows[q_at_.parity].first_tile, 0));
+    } else if constexpr (kMasked) {
+      return ListedTile(__shfl_sync(kAllLanes, batch_tile().next_tile, 0));
     } else {
       return work.tiles.end - 1;
     }
@@ -146,12 +153,14 @@ class PrefillConsumer {
   FI_DEVICE_INLINE Tile tile_after(Tile tile) const {
     if constexpr (kDeviceKeys) {
       return ListedTile(__shfl_sync(kAllLanes, smem_.tiles[k_at_.stage], 0));
+    } else if constexpr (kMasked) {
+      return ListedTile(__shfl_sync(kAllLanes, smem_.after[k_at_.stage], 0));
     } else {
       return tile - 1;
     }
   }
   FI_DEVICE_INLINE static bool is_tile(Tile tile, const PrefillWork& work) {
-    if constexpr (kDeviceKeys) {
+    if constexpr (kListed) {
       return static_cast<bool>(tile);
     } else {
       return tile >= work.tiles.begin;
@@ -159,7 +168,7 @@ class PrefillConsumer {
   }
 
   // With kBatch: the query tile at hand, until q_at_ moves on.
-  FI_DEVICE_INLINE const BatchTile& batch_tile() const { return smem_.tiles[q_at_.parity]; }
+  FI_DEVICE_INLINE const auto& batch_tile() const { return smem_.tiles[q_at_.parity]; }
 
   // What lane 0 reads, known to be the same in all lanes.
   FI_DEVICE_INLINE static PrefillWork uniform(const PrefillWork& work) {
@@ -175,17 +184,19 @@ class PrefillConsumer {
   // on a scale above 0).
   FI_DEVICE_INLINE float start_scale() {
     if constexpr (kBatch) {
-      const float k_scale = fmaxf(fabsf(batch_tile().k_scale), 1e-30f);
       if constexpr (Config::kVariant == PrefillVariant::kSoftCap) {
-        to_variant_ = args_.to_variant * k_scale;
+        to_variant_ = args_.to_variant * batch_k_scale();
       } else {
-        return args_.scale_log2 * k_scale;
+        return args_.scale_log2 * batch_k_scale();
       }
     }
     return args_.scale_log2;
   }
+  FI_DEVICE_INLINE float batch_k_scale() const { return fmaxf(fabsf(batch_tile().k_scale), 1e-30f); }
   FI_DEVICE_INLINE float to_variant() const {
-    if constexpr (kBatch) {
+    if constexpr (kMasked) {
+      return args_.to_variant * batch_k_scale();
+    } else if constexpr (kBatch) {
       return to_variant_;
     } else {
       return args_.to_variant;
@@ -205,7 +216,7 @@ class PrefillConsumer {
 
   // This warp's 16 rows of q, as operands in registers.
   FI_DEVICE_INLINE void load_q() {
-    load_operand<kDimQK / 16>(q_, smem_.q, Smem::kQPanelBytes, warp_row_ + lane_ % 16, lane_);
+    load_operand<kDimQK / 16>(q_, smem_.q, Smem::kQPanelBytes, warp_row() + lane() % 16, lane());
   }
 
   FI_DEVICE_INLINE void negate_q() {
@@ -228,7 +239,7 @@ class PrefillConsumer {
 
   // s = q k^T
   FI_DEVICE_INLINE void start_scores(float (&s)[kBlockN / 2]) {
-    const uint64_t q = k_major(smem_address(smem_.q) + group_row_ * 128);
+    const uint64_t q = k_major(smem_address(smem_.q) + first_row() * 128);
     const uint64_t k = k_major(smem_address(smem_.k[k_at_.stage]));
     hold(s);
     if constexpr (Config::kQInRegisters) hold(q_);
@@ -304,6 +315,8 @@ class PrefillConsumer {
   FI_DEVICE_INLINE void mask(float (&s)[kBlockN / 2], const PrefillWork& work, Tile tile) {
     if constexpr (kDeviceKeys) {
       if (tile.cut()) mask_listed(s, work, tile);
+    } else if constexpr (kMasked) {
+      if (tile.cut()) mask_packed(s, work, tile);
     } else {
       const auto& shape = this->shape();
       const int key = tile * kBlockN + lane_ % 4 * 2;
@@ -323,6 +336,48 @@ class PrefillConsumer {
             clear_unseen(tile * kBlockN, values, nullptr);
         }
       }
+    }
+  }
+
+  // With kMasked.
+  static constexpr int kMaskWords = (kBlockN + 31) / 32;  // of a row
+
+  FI_DEVICE_INLINE void mask_packed(float (&s)[kBlockN / 2], const PrefillWork& work, ListedTile tile) {
+    uint32_t bits[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int first = tile.index() * kBlockN + lane() % 4 * 32;
+      bits[r] = in_fragment_order(seen_keys(args_.mask, batch_tile(), query(work, r), first), lane());
+    }
+    mask_unset(s, bits);
+    if (tile.has_unseen()) {
+      find_columns(work, tile.index() * kBlockN);
+      clear_unseen(tile.index() * kBlockN, {}, nullptr);
+    }
+  }
+
+  // Which keys of the tile are seen by some row of the block: each warpgroup finds it out for itself.
+  FI_DEVICE_INLINE void find_columns(const PrefillWork& work, int first) {
+    const int thread = static_cast<int>(thread_now() % kWarpgroupThreads);
+#pragma unroll 1  // registers are short
+    for (int w = 0; w < kMaskWords; ++w) {
+      const uint32_t column = __reduce_or_sync(
+          kAllLanes, seen_keys(args_.mask, batch_tile(), work.q_start + thread, first + 32 * w));
+      if (thread % 32 == 0) smem_.columns[group()][thread / 32][w] = column;
+    }
+    warpgroup_barrier(1 + group());
+  }
+
+  // With kMasked after find_columns().
+  FI_DEVICE_INLINE bool is_seen(int key, int first, Range seen, const uint32_t* columns) const {
+    if constexpr (kMasked) {
+      uint32_t column = 0;
+#pragma unroll
+      for (int warp = 0; warp < 4; ++warp) column |= smem_.columns[group()][warp][key / 32];
+      return column >> key % 32 & 1;
+    } else {
+      return columns ? columns[key / 32] >> key % 32 & 1
+                     : first + key >= seen.begin && first + key < seen.end;
     }
   }
 
@@ -354,15 +409,14 @@ class PrefillConsumer {
     const int thread = threadIdx.x % kWarpgroupThreads;
 #pragma unroll 1  // registers are short
     for (int key = thread / 8; key < kBlockN; key += kWarpgroupThreads / 8) {
-      if (columns ? columns[key / 32] >> key % 32 & 1 : first + key >= seen.begin && first + key < seen.end)
-        continue;
+      if (is_seen(key, first, seen, columns)) continue;
       unsigned char* v = smem_.v[v_at_.stage] + key * 128 + thread % 8 * 16;
 #pragma unroll
       for (int panel = 0; panel < Config::kPanelsVO; ++panel)
         *reinterpret_cast<uint4*>(v + panel * Smem::kKvPanelBytes) = {0, 0, 0, 0};
     }
     fence_for_products();
-    warpgroup_barrier(1 + group_row_ / 64);
+    warpgroup_barrier(1 + group());
   }
 
   FI_DEVICE_INLINE static void pack(uint32_t (&p)[kBlockN / 4], const float (&s)[kBlockN / 2]) {
@@ -370,9 +424,42 @@ class PrefillConsumer {
     for (int i = 0; i < kBlockN / 4; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
   }
 
+  // The thread's lane, its warp's first row in the query tile, its own row r, its warpgroup. With kMasked
+  // registers are too short to keep them.
+  FI_DEVICE_INLINE int lane() const {
+    if constexpr (kMasked) {
+      return static_cast<int>(thread_now() % 32);
+    } else {
+      return lane_;
+    }
+  }
+  FI_DEVICE_INLINE int warp_row() const {
+    if constexpr (kMasked) {
+      return static_cast<int>(thread_now() - kWarpgroupThreads) / 32 * 16;
+    } else {
+      return warp_row_;
+    }
+  }
+  // The warpgroup's, which the assembler knows to be the same in all lanes.
+  FI_DEVICE_INLINE int first_row() const {
+    if constexpr (kMasked) {
+      return 64 * __shfl_sync(kAllLanes, group(), 0);
+    } else {
+      return group_row_;
+    }
+  }
+  FI_DEVICE_INLINE int row(int r) const { return warp_row() + lane() / 4 + 8 * r; }
+  FI_DEVICE_INLINE int group() const {
+    if constexpr (kMasked) {
+      return static_cast<int>(thread_now() / kWarpgroupThreads) - 1;
+    } else {
+      return group_row_ / 64;
+    }
+  }
+
   // The query that this thread's row r is of, and its head.
   FI_DEVICE_INLINE int query(const PrefillWork& work, int r) const {
-    const int row = warp_row_ + lane_ / 4 + 8 * r;
+    const int row = this->row(r);
     if constexpr (kBatch) {
       if (batch_tile().packed)
         return work.q_start + static_cast<int>(args_.shape.by_group_size.divide(static_cast<unsigned>(row)));
@@ -382,8 +469,7 @@ class PrefillConsumer {
   FI_DEVICE_INLINE int head(const PrefillWork& work, int r) const {
     if constexpr (kBatch) {
       if (batch_tile().packed)
-        return work.head + warp_row_ + lane_ / 4 + 8 * r -
-               (query(work, r) - work.q_start) * args_.shape.group_size;
+        return work.head + row(r) - (query(work, r) - work.q_start) * args_.shape.group_size;
     }
     return work.head;
   }
@@ -405,7 +491,7 @@ class PrefillConsumer {
       const bool inside = row < query_end();
       const float sum = softmax.sum(r);
       const auto [factor, lse] = finish(head, softmax.base(r, sum), sum);
-      T* out = out_row(work.b, head, row) + lane_ % 4 * 8;
+      T* out = out_row(work.b, head, row) + lane() % 4 * 8;
 #pragma unroll
       for (int i = 0; i < kDimVO / 32; ++i) {
         uint32_t w[4];
@@ -414,11 +500,11 @@ class PrefillConsumer {
           const float* x = o + 4 * (4 * i + j) + 2 * r;
           w[j] = pack2<T>(x[0] * factor, x[1] * factor);
         }
-        gather_quad(w, lane_);
-        if (inside && lane_ % 4 * 8 + 32 * i < head_dim)
+        gather_quad(w, lane());
+        if (inside && lane() % 4 * 8 + 32 * i < head_dim)
           *reinterpret_cast<uint4*>(out + 32 * i) = make_uint4(w[0], w[1], w[2], w[3]);
       }
-      if (lse_out() != nullptr && inside && lane_ % 4 == 0) lse_out()[lse_index(work.b, head, row)] = lse;
+      if (lse_out() != nullptr && inside && lane() % 4 == 0) lse_out()[lse_index(work.b, head, row)] = lse;
     }
   }
 
@@ -464,14 +550,15 @@ class PrefillConsumer {
   RingPosition<Config::kStages> k_at_, v_at_;
 };
 
-// By one thread. `producers`: of keys and of values, how many arrive once a tile of theirs is there.
+// By one thread. `producers`: of keys and of values, how many arrive once a tile of theirs is there, besides
+// who says which tile follows, where nobody else speaks for him.
 template <class Config>
 FI_DEVICE_INLINE void init_barriers(PrefillSmem<Config>& smem, uint32_t producers) {
   constexpr int kReaders = 4 * Config::kConsumers;  // warps
   barrier_init(smem.q_full, 1);
   barrier_init(smem.q_empty, kReaders);
   for (int stage = 0; stage < Config::kStages; ++stage) {
-    barrier_init(smem.k_full[stage], producers);
+    barrier_init(smem.k_full[stage], producers + (Config::kMasked && Config::kByRows ? 1 : 0));
     barrier_init(smem.k_empty[stage], kReaders);
     barrier_init(smem.v_full[stage], producers);
     barrier_init(smem.v_empty[stage], kReaders);

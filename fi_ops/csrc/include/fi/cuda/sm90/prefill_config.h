@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "fi/cuda/sm90/batch_masks.h"
 #include "fi/cuda/sm90/batch_rows.h"
 #include "fi/cuda/sm90/batch_work.h"
 #include "fi/cuda/sm90/mbarrier.h"
@@ -32,7 +33,7 @@ struct PrefillConfig {
   static constexpr int kDimQK = kDimQK_, kDimVO = kDimVO_;
   static constexpr int kConsumers = kConsumers_, kBlockN = kBlockN_, kStages = kStages_;
   static constexpr bool kQInRegisters = kQInRegisters_, kDeviceKeys = kDeviceKeys_;
-  static constexpr bool kBatch = false, kByRows = false;
+  static constexpr bool kBatch = false, kByRows = false, kMasked = false;
   static constexpr PrefillVariant kVariant = kVariant_;
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
@@ -48,12 +49,13 @@ struct PrefillConfig {
   static_assert(kStages >= 2, "a consumer holds on to one tile of values while it waits for the next");
 };
 
-// The same for a batch. With kByRows_ keys come as copies of ordinary threads, else as boxes. Producers have
-// the registers of a Config with kDeviceKeys, or at least 32.
-template <class Config, bool kByRows_>
+// The same for a batch. With kByRows_ keys come as copies of ordinary threads, else as boxes; with kMasked_
+// there is a custom mask. Producers have the registers of a Config with kDeviceKeys, or at least 32.
+template <class Config, bool kByRows_, bool kMasked_ = false>
 struct OverBatch : Config {
-  static constexpr bool kDeviceKeys = false, kBatch = true, kByRows = kByRows_;
+  static constexpr bool kDeviceKeys = false, kBatch = true, kByRows = kByRows_, kMasked = kMasked_;
   static_assert(Config::kProducerRegisters >= 32);
+  static_assert(!kMasked || Config::kBlockM == kTileQueries, "classes are of planned tiles");
 };
 
 template <class Config>
@@ -81,6 +83,14 @@ struct BatchSmem : PrefillSmem<Config> {
   BatchTile prepared[4][2];  // of each producer warp, the tile it is at and the one after, in turns
 };
 
+template <class Config>
+  requires(Config::kMasked)
+struct BatchSmem<Config> : PrefillSmem<Config> {
+  MaskedTile tiles[2], prepared[4][2];  // as above
+  int after[Config::kStages];           // the ListedTile after the one whose keys are in k, full as k is
+  uint32_t columns[Config::kConsumers][4][4];  // of each warp's 32 rows, the keys that one of them sees
+};
+
 struct PrefillArgs {
   PrefillShape shape;
   float scale_log2;  // what the softmax takes, times this, is a logit in base 2
@@ -103,5 +113,11 @@ struct BatchArgs {
   uint32_t box_bytes[2][2];
   uint32_t packed_q_bytes;  // of the queries of a packed tile
 };
+
+struct MaskedBatchArgs : BatchArgs {
+  BatchMask mask;
+};
+template <class Config>
+using BatchArgsOf = std::conditional_t<Config::kMasked, MaskedBatchArgs, BatchArgs>;
 
 }  // namespace fi::cuda::sm90
