@@ -20,6 +20,10 @@ ON_GPU = [
 ]
 pytestmark = [] if EMULATED else ON_GPU
 DEVICE = "cpu" if EMULATED else "cuda"
+if EMULATED:
+    HOPPER = os.environ.get("FI_EMULATION_CAPABILITY") == "90"
+else:
+    HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 FAR = [-1, -(2**31), 2**31 - 1, 100]
 
 

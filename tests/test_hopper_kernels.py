@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_batch_masks import _packed
 from test_fp8_attention import check as check_fp8
 from test_fp8_attention import tensors as fp8_tensors
 
@@ -89,16 +90,23 @@ def test_positions(dtype):
 
 
 @pytest.mark.parametrize("page_size", [None, 1, 64], ids=["ragged", "rows", "boxes"])
-@pytest.mark.parametrize("qo_lens", [(70, 3, 130), (1100,)], ids=["128 rows", "192 rows"])
+@pytest.mark.parametrize(
+    ("qo_lens", "masked"),
+    [((70, 3, 130), False), ((70, 3, 130), True), ((1100,), False)],
+    ids=["128 rows", "mask", "192 rows"],
+)
 @pytest.mark.parametrize("soft_cap", [0.0, 20.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dims", DIMS, ids=str)
-def test_batch(dims, dtype, soft_cap, qo_lens, page_size):
+def test_batch(dims, dtype, soft_cap, qo_lens, masked, page_size):
     torch.manual_seed(0)
     kv_lens = (90, 3, 140) if len(qo_lens) > 1 else (70,)
     ends = [torch.tensor(lens).cumsum(0).tolist() for lens in (qo_lens, kv_lens)]
     q = rand(sum(qo_lens), 2 if len(qo_lens) > 1 else 1, dims[0], dtype=dtype)
     options = {"causal": len(qo_lens) > 1, "logits_soft_cap": soft_cap}
+    if masked:
+        masks = [torch.rand(rows, keys) < 0.5 for rows, keys in zip(qo_lens, kv_lens, strict=True)]
+        options["custom_mask"], options["mask_indptr"] = _packed(masks, "cuda", torch.int32)
     if page_size is None:
         k, v = (rand(sum(kv_lens), 1, dim, dtype=dtype) for dim in dims)
         check("ragged_attention_with_lse", (q, k, v, indptr(*ends[0]), indptr(*ends[1])), **options)

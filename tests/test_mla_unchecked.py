@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 from test_batch_unchecked import between_guards, hostile
-from test_cuda_unchecked import DEVICE, EMULATED, ON_GPU, _wait
+from test_cuda_unchecked import DEVICE, EMULATED, HOPPER, ON_GPU, _wait
 
 pytestmark = [] if EMULATED else ON_GPU
 
@@ -50,12 +50,18 @@ def test_hostile_batches(case, at_end):
 
 
 def test_pages_that_are_nowhere_do_not_take_part():
-    """As if the request had no such keys; what lies in pages 0 and -1 plays no part."""
+    """As if the request had no such keys, or on Hopper keys of zeros; what lies in pages 0 and -1 plays no part."""
     args = [t.to(DEVICE) for t in call([1, 2], [37, 20])]
     wrong = [t.clone() for t in args]
     wrong[5][:3] = torch.tensor([-1, len(args[2]), 2**31 - 1])
     wrong[5][4] = -(2**31)
     got = torch.ops.fi.mla_paged_attention(*wrong, 0.1)
+    if HOPPER:
+        zeros = [torch.cat((cache, torch.zeros_like(cache[:1]))) for cache in args[2:4]]
+        wrong[5][[0, 1, 2, 4]] = len(args[2])
+        expected = torch.ops.fi.mla_paged_attention(*args[:2], *zeros, args[4], wrong[5], *args[6:], 0.1)
+        assert torch.equal(got, expected)
+        return
     # The pages that are there, as a table of their own: without causality the order of keys is all the same.
     kept = args[5][[3, *range(5, len(args[5]))]]
     indptr = args[6] - torch.tensor([0, 4, 4], device=DEVICE)

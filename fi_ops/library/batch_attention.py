@@ -25,8 +25,8 @@ Logits are `soft_cap(q . k * scale * q_scale * k_scale) + alibi_slope * (j - pos
   the batch.
 
 Index tensors are int32 or int64, each by itself, with any stride. Values are checked on the CPU always, on CUDA under
-FI_OPS_CHECK=1; unchecked, keys that the table places nowhere don't take part, or as zeros (many queries on Hopper), and
-nothing outside the tensors is read.
+FI_OPS_CHECK=1; unchecked, keys that the table places nowhere don't take part, or as zeros (many queries, and latent
+attention, on Hopper), and nothing outside the tensors is read.
 Sources: PagedAttention (vLLM), FlashInfer's batch wrappers, FlashAttention-2, Stream-K.
 """
 
