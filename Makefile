@@ -16,7 +16,7 @@ SUBSET ?= 1
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo serve test test-gpu test-matrix bench build lint format asan docs zoo clean
+.PHONY: demo serve test test-gpu test-emulated test-matrix bench build lint format asan docs zoo clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,14 @@ test: build                  ## the whole suite; without a GPU, CUDA code is com
 test-gpu: $(VENV)/.ready     ## on a machine with a GPU: its tests, memcheck and racecheck (SUITE_ARGS: see bench/gpu_suite.py)
 	$(PY) -m fi_ops.build --device all
 	$(PY) bench/gpu_suite.py --stages tests,sanitize $(SUITE_ARGS)
+
+# What runs attention on a GPU.
+EMULATED_TESTS := $(patsubst %,tests/test_%.py,hopper_kernels mla_cuda fp8_attention fp8_batch_attention batch_prefill_cuda batch_masks \
+  many_query_rows few_query_rows few_rows_of_a_batch batch_attention)
+
+test-emulated: $(VENV)/.ready ## without a GPU: the sweep's and the GPU tests' attention in the emulator, on Hopper's kernels (an hour or two)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal --emulate-cuda=sm90 tests/test_every_op.py -k "numerics and attention" $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal --emulate-cuda=sm90 -m gpu $(EMULATED_TESTS) $(PYTEST_ARGS)
 
 test-matrix:                 ## the rewrite tests and the op sweep under torch 2.11 to 2.15 (or TORCH="2.11.0 2.15.0"), each in its own .venvs/; SUBSET=6: a sixth
 	$(PYTHON) tests/run_torch_versions.py $(TORCH) --one-in=$(SUBSET) --pytest-args="$(PYTEST_ARGS)"
