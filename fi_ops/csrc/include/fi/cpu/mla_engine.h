@@ -67,11 +67,11 @@ struct MlaValues<bf16> {
 };
 #endif
 
-// acc[kRows][4 * kLanes] += p[kRows][n] v[n][4 * kLanes]; n is a multiple of kKeys. A constant stride of p
-// leaves the addresses in few registers.
+// acc[kRows][4 * kLanes] = or += p[kRows][n] v[n][4 * kLanes]; n is a multiple of kKeys. A constant stride of
+// p leaves the addresses in few registers.
 template <class T, int kRows, int64_t kStride>
 [[gnu::noinline]] void mla_value_block(float* acc, int64_t acc_stride, const typename MlaValues<T>::Weight* p,
-                                       const char* const* rows, int64_t offset, int64_t n) {
+                                       const char* const* rows, int64_t offset, int64_t n, bool accumulate) {
   using Values = MlaValues<T>;
   Vec sum[kRows][4] = {};
   for (int64_t j = 0; j < n; j += Values::kKeys) {
@@ -88,7 +88,10 @@ template <class T, int kRows, int64_t kStride>
   for (int r = 0; r < kRows; ++r, acc += acc_stride) {
     Values::sort_columns(sum[r]);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) store(acc + i * kLanes, load(acc + i * kLanes) + sum[r][i]);
+    for (int i = 0; i < 4; ++i) {
+      float* dst = acc + i * kLanes;
+      store(dst, accumulate ? load(dst) + sum[r][i] : sum[r][i]);
+    }
   }
 }
 
@@ -132,10 +135,10 @@ struct MlaRows {
     }
   }
 
-  // acc[rows][size] += p[rows][n] v[n][size]. Where n is odd, v[n] is a row of zeros.
+  // acc[rows][size] = or += p[rows][n] v[n][size]. Where n is odd, v[n] is a row of zeros.
   template <int64_t kStride, class Between>
   static void values(float* acc, int64_t acc_stride, const Query* p, int64_t rows, PointerRows<T> v,
-                     int64_t n, int64_t size, Buffers&, Between& between) {
+                     int64_t n, int64_t size, bool accumulate, Buffers&, Between& between) {
     const int64_t steps = round_up(n, MlaValues<T>::kKeys), blocks = ceil_div(rows, kBlockRows);
     int64_t d = 0;
     for (; d + kColumns <= size; d += kColumns) {
@@ -144,7 +147,7 @@ struct MlaRows {
         const int64_t r = rows * block / blocks, count = rows * (block + 1) / blocks - r;
         const auto run = [&](auto block_rows) {
           mla_value_block<T, block_rows(), kStride>(acc + r * acc_stride + d, acc_stride, p + r * kStride,
-                                                    v.rows, d * int64_t(sizeof(T)), steps);
+                                                    v.rows, d * int64_t(sizeof(T)), steps, accumulate);
         };
         switch (count) {
           case 1:
@@ -168,6 +171,8 @@ struct MlaRows {
       }
     }
     if (d < size) {
+      const int64_t bytes = (round_up(size, 2 * kLanes) - d) * int64_t(sizeof(float));
+      for (int64_t r = 0; !accumulate && r < rows; ++r) __builtin_memset(acc + r * acc_stride + d, 0, bytes);
       stream_values(acc + d, acc_stride, p, kStride, rows, v.columns(d), n, size - d,
                     NextRows<PointerRows<T>>{});
     }
@@ -206,11 +211,11 @@ struct MlaTiles {
 
   template <int64_t kStride, class Between>
   static void values(float* acc, int64_t acc_stride, const Query* p, int64_t rows, PointerRows<T> v,
-                     int64_t n, int64_t size, Buffers& w, Between&) {
+                     int64_t n, int64_t size, bool accumulate, Buffers& w, Between&) {
     const int64_t n_padded = round_up(n, Unit::kStepK);
     pack_values<Unit>(w.values, v, n, size, n_padded, kTile * kLanes);
     Unit::gemm(p, kStride, w.values, kTile * kLanes, acc, acc_stride, round_up(rows, kStepRows),
-               ceil_div(size, kLanes), n_padded, true);
+               ceil_div(size, kLanes), n_padded, accumulate);
   }
 };
 

@@ -190,7 +190,6 @@ class MlaCall {
       w.sees[r] = keys_of(task.b, row);
     }
     w.acc = task.states ? state_of(task, task.chunk, 0) : w.whole;
-    __builtin_memset(w.acc, 0, task.padded_rows() * state_stride * sizeof(float));
   }
 
   void attend(const Step& step, TileRows& rows, const TileRows* next, Worker& w) const {
@@ -202,7 +201,7 @@ class MlaCall {
     weigh(step.begin, n, m, w);
     rows.ckv[n] = w.zeros;
     Engine::template values<kWeightStride>(w.acc, state_stride, reinterpret_cast<const Query*>(w.s), m, keys,
-                                           n, ckv, w.buffers, prefetch);
+                                           n, ckv, !step.first(), w.buffers, prefetch);
   }
 
   // Products to weights: raises the rows' maxima, adds to their sums, rescales what they have accumulated.
@@ -283,7 +282,7 @@ class MlaCall {
       keep[n] = exp2(set1(state[n * step + at] - usable_max(top)))[0];
       sum += state[n * step + at + 1] * keep[n];
     }
-    for (int64_t d = 0; d < at; d += kLanes) {
+    for (int64_t d = 0; d < ckv; d += kLanes) {
       Vec x = load(state + d) * keep[0];
       for (int64_t n = 1; n < task.num_chunks; ++n) x = fma(load(state + n * step + d), set1(keep[n]), x);
       store(state + d, x);
