@@ -23,14 +23,10 @@ struct MlaValues {
   }
   FI_INLINE Vec broadcast(const float* p) { return set1(*p); }
   FI_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
-  // Sums to columns in order.
-  template <int kVecs>
-  FI_INLINE void sort_columns(Vec (&)[kVecs]) {}
 };
 
 #if FI_ISA_LEVEL >= 3
-// Pairs of rows, interleaved within 128-bit lanes: columns 8l..8l+3 are in the lane l of one vector,
-// 8l+4..8l+7 in that of the next.
+// Pairs of rows, interleaved within 128-bit lanes; sums are in that order too until order_columns().
 template <>
 struct MlaValues<bf16> {
   using Weight = bf16;
@@ -53,25 +49,14 @@ struct MlaValues<bf16> {
     return (__m512bh)_mm512_set1_epi32(pair);
   }
   FI_INLINE Vec multiply_add(__m512bh a, __m512bh b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
-  template <int kVecs>
-  FI_INLINE void sort_columns(Vec (&v)[kVecs]) {
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-#  pragma GCC unroll 4
-    for (int i = 0; i < kVecs; i += 2) {
-      const Vec low = v[i], high = v[i + 1];
-      v[i] = _mm512_permutex2var_ps(low, first, high);
-      v[i + 1] = _mm512_permutex2var_ps(low, second, high);
-    }
-  }
 };
 #endif
 
-// acc[kRows][4 * kLanes] += p[kRows][n] v[n][4 * kLanes]; n is a multiple of kKeys. A constant stride of p
-// leaves the addresses in few registers.
+// acc[kRows][4 * kLanes] = or += p[kRows][n] v[n][4 * kLanes]; n is a multiple of kKeys. A constant stride of
+// p leaves the addresses in few registers.
 template <class T, int kRows, int64_t kStride>
 [[gnu::noinline]] void mla_value_block(float* acc, int64_t acc_stride, const typename MlaValues<T>::Weight* p,
-                                       const char* const* rows, int64_t offset, int64_t n) {
+                                       const char* const* rows, int64_t offset, int64_t n, bool accumulate) {
   using Values = MlaValues<T>;
   Vec sum[kRows][4] = {};
   for (int64_t j = 0; j < n; j += Values::kKeys) {
@@ -86,9 +71,11 @@ template <class T, int kRows, int64_t kStride>
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r, acc += acc_stride) {
-    Values::sort_columns(sum[r]);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) store(acc + i * kLanes, load(acc + i * kLanes) + sum[r][i]);
+    for (int i = 0; i < 4; ++i) {
+      float* dst = acc + i * kLanes;
+      store(dst, accumulate ? load(dst) + sum[r][i] : sum[r][i]);
+    }
   }
 }
 
@@ -99,6 +86,7 @@ struct MlaRows {
   static constexpr int64_t kStepDepth = StreamDot<T>::kStep;
   static constexpr int64_t kStepKeys = kLanes;  // weights are 0 up to a multiple
   static constexpr int64_t kStepRows = 1;
+  static constexpr int64_t kStepColumns = 2 * kLanes;  // that may lie in another order until order()
   static constexpr int64_t kTaskRows = 128;
   static constexpr int64_t kTile = 64;
   static constexpr int64_t kScoreKeys = 8;  // stay in a level-1 cache while all query rows pass
@@ -122,20 +110,23 @@ struct MlaRows {
   static void scores(float* s, int64_t s_stride, const Query* q, int64_t q_stride, int64_t rows,
                      PointerRows<T> k, int64_t n, int64_t size, int64_t, Buffers&, Between& between) {
     for (int64_t j = 0; j < n; j += kScoreKeys) {
-      const PointerRows<T> keys{k.rows + j, k.offset};
+      const int64_t count = n - j < kScoreKeys ? n - j : kScoreKeys;
+      const PointerRows<T> keys = k.from(j);
+      const RowsAhead<PointerRows<T>> nothing{keys, count, keys, 0, count, 0, 0};  // between() fetches
       for (int64_t r = 0; r < rows; r += 4) {
         between();
         stream_scores<T>(s + r * s_stride + j, s_stride, q + r * q_stride, q_stride,
-                         rows - r < 4 ? rows - r : 4, keys, n - j < kScoreKeys ? n - j : kScoreKeys, size,
-                         NextRows<PointerRows<T>>{});
+                         {1, rows - r < 4 ? rows - r : 4, 0}, KeysInPlace<T, PointerRows<T>>{keys, 0}, count,
+                         size, nothing);
       }
     }
   }
 
-  // acc[rows][size] += p[rows][n] v[n][size]. Where n is odd, v[n] is a row of zeros.
+  // acc[rows][size] = or += p[rows][n] v[n][size], with columns as stream_values has them. Where n is odd,
+  // v[n] is a row of zeros.
   template <int64_t kStride, class Between>
   static void values(float* acc, int64_t acc_stride, const Query* p, int64_t rows, PointerRows<T> v,
-                     int64_t n, int64_t size, Buffers&, Between& between) {
+                     int64_t n, int64_t size, bool accumulate, Buffers&, Between& between) {
     const int64_t steps = round_up(n, MlaValues<T>::kKeys), blocks = ceil_div(rows, kBlockRows);
     int64_t d = 0;
     for (; d + kColumns <= size; d += kColumns) {
@@ -144,7 +135,7 @@ struct MlaRows {
         const int64_t r = rows * block / blocks, count = rows * (block + 1) / blocks - r;
         const auto run = [&](auto block_rows) {
           mla_value_block<T, block_rows(), kStride>(acc + r * acc_stride + d, acc_stride, p + r * kStride,
-                                                    v.rows, d * int64_t(sizeof(T)), steps);
+                                                    v.rows, d * int64_t(sizeof(T)), steps, accumulate);
         };
         switch (count) {
           case 1:
@@ -168,10 +159,14 @@ struct MlaRows {
       }
     }
     if (d < size) {
+      const int64_t bytes = (round_up(size, 2 * kLanes) - d) * int64_t(sizeof(float));
+      for (int64_t r = 0; !accumulate && r < rows; ++r) __builtin_memset(acc + r * acc_stride + d, 0, bytes);
       stream_values(acc + d, acc_stride, p, kStride, rows, v.columns(d), n, size - d,
-                    NextRows<PointerRows<T>>{});
+                    NextRows<PointerRows<T>>{v, 0});
     }
   }
+
+  static void order(float* acc, int64_t size) { order_columns<Query>(acc, size); }
 };
 
 template <class T, class Unit>
@@ -180,6 +175,7 @@ struct MlaTiles {
   static constexpr int64_t kStepDepth = Unit::kStepK;
   static constexpr int64_t kStepKeys = kLanes > Unit::kStepK ? kLanes : Unit::kStepK;
   static constexpr int64_t kStepRows = Unit::kStepRows;
+  static constexpr int64_t kStepColumns = kLanes;
   static constexpr int64_t kTaskRows = Unit::kTaskRows;
   static constexpr int64_t kTile = 64;
 
@@ -206,12 +202,14 @@ struct MlaTiles {
 
   template <int64_t kStride, class Between>
   static void values(float* acc, int64_t acc_stride, const Query* p, int64_t rows, PointerRows<T> v,
-                     int64_t n, int64_t size, Buffers& w, Between&) {
+                     int64_t n, int64_t size, bool accumulate, Buffers& w, Between&) {
     const int64_t n_padded = round_up(n, Unit::kStepK);
     pack_values<Unit>(w.values, v, n, size, n_padded, kTile * kLanes);
     Unit::gemm(p, kStride, w.values, kTile * kLanes, acc, acc_stride, round_up(rows, kStepRows),
-               ceil_div(size, kLanes), n_padded, true);
+               ceil_div(size, kLanes), n_padded, accumulate);
   }
+
+  static void order(float*, int64_t) {}
 };
 
 template <class T, class Unit>

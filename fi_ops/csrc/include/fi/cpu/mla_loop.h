@@ -190,7 +190,6 @@ class MlaCall {
       w.sees[r] = keys_of(task.b, row);
     }
     w.acc = task.states ? state_of(task, task.chunk, 0) : w.whole;
-    __builtin_memset(w.acc, 0, task.padded_rows() * state_stride * sizeof(float));
   }
 
   void attend(const Step& step, TileRows& rows, const TileRows* next, Worker& w) const {
@@ -202,13 +201,13 @@ class MlaCall {
     weigh(step.begin, n, m, w);
     rows.ckv[n] = w.zeros;
     Engine::template values<kWeightStride>(w.acc, state_stride, reinterpret_cast<const Query*>(w.s), m, keys,
-                                           n, ckv, w.buffers, prefetch);
+                                           n, ckv, !step.first(), w.buffers, prefetch);
   }
 
   // Products to weights: raises the rows' maxima, adds to their sums, rescales what they have accumulated.
   // All maxima first: the exponentials of a row wait for its maximum.
   void weigh(int64_t begin, int64_t n, int64_t m, Worker& w) const {
-    const int64_t cols = round_up(n, Engine::kStepKeys);
+    const int64_t cols = round_up(n, Engine::kStepKeys), columns = round_up(ckv, Engine::kStepColumns);
     const float scale = c.scale * source.k_scale(0) * kLog2e;
     const float factor = scale > 0.0f ? scale : 1.0f;  // of what raise_max and weigh_row get
     for (int64_t r = 0; r < m; ++r) {
@@ -223,7 +222,7 @@ class MlaCall {
       if (keep == 1.0f || w.row_sum[r] == 0.0f) continue;
       w.row_sum[r] *= keep;
       float* acc = w.acc + r * state_stride;
-      for (int64_t d = 0; d < ckv; d += kLanes) store(acc + d, load(acc + d) * keep);
+      for (int64_t d = 0; d < columns; d += kLanes) store(acc + d, load(acc + d) * keep);
     }
     constexpr bool kMayRound = __is_same(Query, bf16);
     for (int64_t r = 0; r < m; ++r) {
@@ -241,6 +240,7 @@ class MlaCall {
   void end_task(const Task& task, Worker& w) const {
     for (int64_t r = 0; r < task.num_rows(); ++r) {
       float* state = w.acc + r * state_stride;
+      Engine::order(state, ckv);
       if (task.states) {
         state[state_stride - kLanes] = w.row_max[r];
         state[state_stride - kLanes + 1] = w.row_sum[r];
@@ -283,7 +283,7 @@ class MlaCall {
       keep[n] = exp2(set1(state[n * step + at] - usable_max(top)))[0];
       sum += state[n * step + at + 1] * keep[n];
     }
-    for (int64_t d = 0; d < at; d += kLanes) {
+    for (int64_t d = 0; d < ckv; d += kLanes) {
       Vec x = load(state + d) * keep[0];
       for (int64_t n = 1; n < task.num_chunks; ++n) x = fma(load(state + n * step + d), set1(keep[n]), x);
       store(state + d, x);

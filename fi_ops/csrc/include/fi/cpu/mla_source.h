@@ -97,10 +97,11 @@ class MlaSource : public BatchSource<T> {
                   per_call = ceil_div(count * all_lines, calls > 0 ? calls : 1);
     return [=, j = int64_t{0}, line = int64_t{0}]() mutable {
       for (int64_t left = per_call; left > 0 && j < count;) {
-        const char *c = rows->ckv[j], *k = rows->kpe[j] - lines * 64;
+        const char *c = rows->ckv[j], *k = rows->kpe[j];
         const int64_t end = line + left < all_lines ? line + left : all_lines;
         left -= end - line;
-        for (; line < end; ++line) __builtin_prefetch((line < lines ? c : k) + line * 64, 0, 2);
+        for (; line < end; ++line)
+          __builtin_prefetch(line < lines ? c + line * 64 : k + (line - lines) * 64, 0, 2);
         if (line == all_lines) ++j, line = 0;
       }
     };
