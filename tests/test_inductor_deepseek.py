@@ -159,6 +159,12 @@ def a_mask_beyond_the_keys(q_nope, q_pe, ckv, kpe, mask):
     return a_mask_of_data(q_nope, q_pe, ckv, kpe, torch.full_like(mask, float("-inf")).triu(S - L + 2))
 
 
+def a_row_without_a_key(q_nope, q_pe, ckv, kpe, mask):
+    """It sees the mean of all values."""
+    lowest = torch.finfo(torch.float32).min
+    return a_mask_of_data(q_nope, q_pe, ckv, kpe, torch.full_like(mask, lowest).triu(0))
+
+
 def other_values(q_nope, q_pe, ckv, kpe, mask):
     scores = torch.einsum("bshc,btc->bsht", q_nope, ckv) + torch.einsum("bshr,btr->bsht", q_pe, kpe)
     return torch.einsum("bsht,btc->bshc", softmax(scores * SCALE, q_nope), ckv * 2)
@@ -195,6 +201,7 @@ NEAR_MISSES = {
     a_mask_of_data: "proven to be causal",
     a_window: "proven to be causal",
     a_mask_beyond_the_keys: "proven to be causal",
+    a_row_without_a_key: "proven to be causal",
     other_values: None,
     a_soft_cap: "soft cap",
     weights_used_too: None,

@@ -60,8 +60,14 @@ class Proofs:
         written = self.written(rows)
         key = (masks, tuple(map(str, rows.sizes)), rows.write is None, rows.rotates, rows.counts, written)
         if key not in self._proofs:
-            place = Place(lambda position: _is_argument(position, rows, known), written, self._refused, rows.counts)
-            self._proofs[key] = prove(masks, known, place)
+
+            def allows(position: Affine) -> bool:
+                return _is_argument(position, rows, known)
+
+            def refuses(position: Affine) -> bool:  # a number is the program's own, which means what it says
+                return rows.counts and not (position - rows.first).is_number
+
+            self._proofs[key] = prove(masks, known, Place(allows, written, self._refused, refuses))
         return self._proofs[key]
 
     def written(self, rows: Rows) -> Affine | None:

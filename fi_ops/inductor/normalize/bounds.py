@@ -67,8 +67,8 @@ class Place:
     """The slots of the new keys; the op refuses those outside the cache."""
     refused: frozenset[Affine] = frozenset()
     """What ops before it in the graph have refused where it is negative."""
-    refuses: bool = False
-    """It can be made to refuse rows that stand in front of all keys."""
+    refuses: Callable[[Affine], bool] = lambda position: False
+    """It can be made to refuse rows in front of all keys when it runs, if rows stand there."""
 
 
 def prove(masks: tuple[Mask, ...], known: Predicates, place: Place) -> Proof | None:
@@ -86,7 +86,8 @@ def prove(masks: tuple[Mask, ...], known: Predicates, place: Place) -> Proof | N
     if any(_fill(mask, known) != NEVER for mask in masks):
         is_all = not rest and all(_is_moderate(mask, known) for mask in others)
         sees_a_key = _sees_a_key(bounds, known, place)
-        if not is_all or not (sees_a_key or (place.refuses and bounds.window_left < 0)):
+        is_refused = bounds.window_left < 0 and bounds.position is not None and place.refuses(bounds.position)
+        if not is_all or not (sees_a_key or is_refused):
             return None
         return Proof(bounds, tuple(rest), others, needs_a_key=not sees_a_key)
     return Proof(bounds, tuple(rest), others)
