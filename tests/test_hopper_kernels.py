@@ -88,6 +88,21 @@ def test_positions(dtype):
     check("append_attention", (q, k, v, *caches, positions), causal=True, window_left=60)
 
 
+def batch(qo_lens, kv_lens, heads, dims, dtype, page_size):
+    """(op, arguments) of `heads` query heads over one; page_size None: ragged."""
+    ends = [torch.tensor(lens).cumsum(0).tolist() for lens in (qo_lens, kv_lens)]
+    q = rand(sum(qo_lens), heads, dims[0], dtype=dtype)
+    if page_size is None:
+        k, v = (rand(sum(kv_lens), 1, dim, dtype=dtype) for dim in dims)
+        return "ragged_attention_with_lse", (q, k, v, indptr(*ends[0]), indptr(*ends[1]))
+    counts = torch.tensor([-(-n // page_size) for n in kv_lens])
+    caches = (rand(int(counts.sum()), page_size, 1, dim, dtype=dtype) for dim in dims)
+    pages = torch.randperm(int(counts.sum())).to("cuda", torch.int32)
+    last = torch.tensor([n - (int(c) - 1) * page_size for n, c in zip(kv_lens, counts, strict=True)])
+    table = pages, indptr(*counts.cumsum(0).tolist()), last.to("cuda", torch.int32)
+    return "paged_attention_with_lse", (q, *caches, indptr(*ends[0]), *table)
+
+
 @pytest.mark.parametrize("page_size", [None, 1, 64], ids=["ragged", "rows", "boxes"])
 @pytest.mark.parametrize("qo_lens", [(70, 3, 130), (1100,)], ids=["128 rows", "192 rows"])
 @pytest.mark.parametrize("soft_cap", [0.0, 20.0], ids=["plain", "soft cap"])
@@ -95,20 +110,23 @@ def test_positions(dtype):
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_batch(dims, dtype, soft_cap, qo_lens, page_size):
     torch.manual_seed(0)
-    kv_lens = (90, 3, 140) if len(qo_lens) > 1 else (70,)
-    ends = [torch.tensor(lens).cumsum(0).tolist() for lens in (qo_lens, kv_lens)]
-    q = rand(sum(qo_lens), 2 if len(qo_lens) > 1 else 1, dims[0], dtype=dtype)
-    options = {"causal": len(qo_lens) > 1, "logits_soft_cap": soft_cap}
-    if page_size is None:
-        k, v = (rand(sum(kv_lens), 1, dim, dtype=dtype) for dim in dims)
-        check("ragged_attention_with_lse", (q, k, v, indptr(*ends[0]), indptr(*ends[1])), **options)
-        return
-    counts = torch.tensor([-(-n // page_size) for n in kv_lens])
-    caches = (rand(int(counts.sum()), page_size, 1, dim, dtype=dtype) for dim in dims)
-    pages = torch.randperm(int(counts.sum())).to("cuda", torch.int32)
-    last = torch.tensor([n - (int(c) - 1) * page_size for n, c in zip(kv_lens, counts, strict=True)])
-    table = pages, indptr(*counts.cumsum(0).tolist()), last.to("cuda", torch.int32)
-    check("paged_attention_with_lse", (q, *caches, indptr(*ends[0]), *table), **options)
+    many = len(qo_lens) > 1
+    op, args = batch(qo_lens, (90, 3, 140) if many else (70,), 2 if many else 1, dims, dtype, page_size)
+    check(op, args, causal=many, logits_soft_cap=soft_cap)
+
+
+@pytest.mark.parametrize("page_size", [1, 64], ids=["rows", "boxes"])
+@pytest.mark.parametrize("soft_cap", [0.0, 20.0], ids=["plain", "soft cap"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_batch_under_a_mask(dims, dtype, soft_cap, page_size):
+    """Bits at random, a request of packed heads among them."""
+    torch.manual_seed(0)
+    qo_lens, kv_lens = (40, 3, 130), (150, 5, 300)
+    op, args = batch(qo_lens, kv_lens, 2, dims, dtype, page_size)
+    counts = torch.tensor([-(-q * kv // 8) for q, kv in zip(qo_lens, kv_lens, strict=True)])
+    bits = torch.randint(0, 256, (int(counts.sum()),), dtype=torch.uint8, device="cuda")
+    check(op, args, custom_mask=bits, mask_indptr=indptr(*counts.cumsum(0).tolist()), logits_soft_cap=soft_cap)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, *FP8], ids=str)
