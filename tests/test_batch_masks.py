@@ -75,22 +75,27 @@ def masked_call(seed, device, page_size):
     return op, args, options, masks
 
 
-CALLS = [("cpu", page_size, seed) for page_size in (None, 16) for seed in range(2)] + [
+GPU_CALLS = [
     pytest.param("cuda", page_size, seed, marks=pytest.mark.gpu)
     for page_size in (None, 1, 16, 24, 64, 128)
     for seed in range(20)
 ]
+CPU_CALLS = [("cpu", page_size, seed) for page_size in (None, 16) for seed in range(10)]
 
 
-@pytest.mark.parametrize(("device", "page_size", "seed"), CALLS)
+@pytest.mark.parametrize(("device", "page_size", "seed"), CPU_CALLS + GPU_CALLS)
 def test_random_masks(device, page_size, seed):
+    freed = [
+        torch.full((1 << size,), torch.nan) for size in range(8, 22)
+    ]  # what memory the kernel gets is NaN, if it can be had
+    del freed
     op, args, options, _ = masked_call(1000 * (page_size or 0) + seed, device, page_size)
     assert_op_matches_reference(SPECS[op], Sample(args, options, f"page_size {page_size}, seed {seed}"))
 
 
-@pytest.mark.parametrize(("device", "page_size", "seed"), CALLS)
+@pytest.mark.parametrize(("device", "page_size", "seed"), GPU_CALLS)
 def test_what_no_row_sees_may_be_anything(device, page_size, seed):
-    if device == "cuda" and not _on_hopper():
+    if not _on_hopper():
         pytest.skip("mma.sync multiplies a weight of 0 with whatever lies in a tile that some row sees")
     op, args, options, masks = masked_call(50_000 + 1000 * (page_size or 0) + seed, device, page_size)
     if args[0].shape[-1] > 128:

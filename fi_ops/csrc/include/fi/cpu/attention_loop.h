@@ -342,8 +342,8 @@ class AttentionCall : AttentionSizes<T, Engine, Source> {
       Range r{begin > range.begin ? begin : range.begin, begin + tile < range.end ? begin + tile : range.end};
       bool masked = !tile_open(entry);
       r = source.narrow(k, r, !Engine::kPacked, masked);
-      r.begin = begin + (r.begin - begin) / Engine::kStart * Engine::kStart;
       if (r.begin >= r.end) continue;
+      r.begin = begin + (r.begin - begin) / Engine::kStart * Engine::kStart;
       step = {begin, r, masked};
       ++n;
       return true;
