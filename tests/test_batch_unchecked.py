@@ -55,6 +55,8 @@ CASES = {
     "tensor cores": {},
     "fixed split": {"fixed_split_size": 64},
     "fp8": {"kv_dtype": torch.float8_e4m3fn},
+    "8-bit queries": {"dtype": torch.float8_e4m3fn},
+    "8-bit queries, pages for the copy engine": {"dtype": torch.float8_e4m3fn, "page_size": 16},
     "CUDA cores": {"dtype": torch.float32},
     "mask and window": {"mask": True, "window_left": 20},
     "RoPE": {"rope": True},
@@ -67,9 +69,10 @@ CASES = {
 def test_hostile_batches(case, at_end):
     """Decode, append and many rows; each index tensor in turn, with the op's own plan and with a given one."""
     options = dict(CASES[case])
-    sizes = {name: options.pop(name) for name in ("kv_dtype", "dtype", "index") if name in options}
+    sizes = {name: options.pop(name) for name in ("kv_dtype", "dtype", "index", "page_size") if name in options}
+    page_size = sizes.setdefault("page_size", 4)
     qo_lens, kv_lens = [1, 3, 40, 0], [30, 9, 50, 4]
-    args = [between_guards(t, at_end) for t in paged_call(qo_lens, kv_lens, "cpu", page_size=4, **sizes)]
+    args = [between_guards(t, at_end) for t in paged_call(qo_lens, kv_lens, "cpu", **sizes)]
     rest = {"causal": True, **options}
     if rest.pop("mask", False):
         counts = [-(-q * kv // 8) for q, kv in zip(qo_lens, kv_lens, strict=True)]
@@ -80,7 +83,9 @@ def test_hostile_batches(case, at_end):
     window, split = rest.get("window_left", -1), rest.get("fixed_split_size", 0)
 
     def plan(call):
-        return torch.ops.fi.batch_attention_plan(call[3], call[5], call[6], len(call[0]), 2, 4, True, window, split)
+        return torch.ops.fi.batch_attention_plan(
+            call[3], call[5], call[6], len(call[0]), 2, page_size, True, window, split
+        )
 
     expected = torch.ops.fi.paged_attention(*args, **rest)
     for which in (3, 4, 5, 6):

@@ -12,6 +12,7 @@ import torch
 from test_batch_masks import _packed
 from test_fp8_attention import check as check_fp8
 from test_fp8_attention import tensors as fp8_tensors
+from test_fp8_batch_attention import check_many_rows, paged_args, ragged_args
 
 from fi_ops.library import SPECS, Sample
 from fi_ops.testing import assert_op_matches_reference
@@ -146,3 +147,12 @@ def test_8_bits(dim, dtype, causal):
         for name, factor in (("q_scale", -0.5), ("k_scale", 1.5), ("v_scale", 2.0))
     }
     check_fp8(args, causal=causal, **scales)
+
+
+@pytest.mark.parametrize("make", [ragged_args, paged_args], ids=["ragged", "boxes"])
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_batch_of_8_bits(dim, dtype, make):
+    torch.manual_seed(0)
+    args = make("cuda", ([70, 3, 130], [90, 3, 140]), dtype, heads=2, kv_heads=1, dims=(dim, dim))
+    check_many_rows("ragged" if make is ragged_args else "paged", args, {"causal": True})

@@ -15,7 +15,8 @@ qo_indptr[-1] on: the padding of a captured graph): 0 and -inf.
 Logits are `soft_cap(q . k * scale * q_scale * k_scale) + alibi_slope * (j - position)`, the output is `weights @ v * v_scale`.
 - k_scale, v_scale: float32, `[1]` or `[num_kv_heads]`.
 - q_scale: float32, `[1]` or `[num_qo_heads]`, what 8-bit queries are to be multiplied by; the products may be rounded to
-  `out_dtype`.
+  `out_dtype`. Weights of requests with many such queries may be rounded to float8_e4m3fn before they meet the values, as tensor
+  cores take both in 8 bits; the sum that divides is that of the weights as they were.
 - custom_mask: uint8, bits, lowest first: of request b `[qo_len, kv_len]` row by row from byte `mask_indptr[b]` on
   (`segment_packbits` makes it of bools); a key takes part where its bit is set, and causal and window allow it.
 - cos_sin_cache: float32 `[max_len, rotary_dim]`, cosines of all pairs, then sines: queries and keys are rotated by the row
@@ -41,7 +42,7 @@ from ._batch_checks import check_batch, check_paged, check_ragged
 from ._batch_samples import paged_errors, paged_samples, ragged_errors, ragged_samples
 from ._plan import request_lengths
 from ._reference import attend, dequantised, rotate
-from ._spec import Cost, op
+from ._spec import FP8, Cost, op
 
 _TAIL = (
     "Tensor? custom_mask=None, Tensor? mask_indptr=None, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? alibi_slopes=None, "
@@ -84,12 +85,13 @@ def _attend_request(query, key, value, options, mask):
         k = k * _heads(options["k_scale"], k)
     if options["v_scale"] is not None:
         v = v * _heads(options["v_scale"], v)
-    names = ("causal", "window_left", "scale", "logits_soft_cap", "alibi_slopes", "sinks")
+    names = ("causal", "window_left", "scale", "logits_soft_cap", "alibi_slopes", "sinks", "weights_dtype")
     output, lse = attend(q, k, v, mask, positions, *(options[name] for name in names))
     return output[0].transpose(0, 1), lse[0].T
 
 
 def _attend(query, head_dim_vo, requests, keys_of, options):
+    options["weights_dtype"] = torch.float8_e4m3fn if query.dtype in FP8 else None
     query = dequantised(query, options["q_scale"], output_dtype(query, options["out_dtype"]))
     output = query.new_zeros(*query.shape[:2], head_dim_vo)
     lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)

@@ -6,8 +6,9 @@
 namespace fi::FI_ISA {
 
 void fp8_batch_attention(const Fp8BatchAttentionParams& p, const Parallel& parallel) {
-  batch_attention(with_wide_query(p, [&](const WidenFp8Params& query) { widen_fp8(query, parallel); }),
-                  parallel);
+  const BatchAttentionParams wide = with_wide_query(p);
+  widen_fp8(widening(p, wide), parallel);
+  batch_attention(wide, parallel);
 }
 
 }  // namespace fi::FI_ISA

@@ -4,10 +4,13 @@
 
 #include "fi/cuda/batch/few.h"
 #include "fi/cuda/batch/generic.h"
+#include "fi/cuda/batch/widen_few.h"
 #include "fi/cuda/launch.h"
 #include "fi/cuda/sm80/batch.h"
+#include "fi/widen_fp8.h"
 #ifdef FI_CUDA_SM90A
 #  include "fi/cuda/sm90/batch.h"
+#  include "fi/cuda/sm90/fp8_batch.h"
 #endif
 
 namespace fi::cuda {
@@ -62,10 +65,11 @@ PlanView begin(const BatchAttentionParams& p, int64_t num_segments, int64_t num_
   return PlanView::of(p, p.plan);
 }
 
-enum class TilesPath { none, sm90, sm80, cuda_cores };
+enum class TilesPath { none, sm90_fp8, sm90, sm80, cuda_cores };
 
-// Who computes the plan's tiles, requests with many rows.
-TilesPath path_of_tiles(const BatchAttentionParams& p, const Gpu& gpu) {
+// Who computes the plan's tiles, requests with many rows. `fp8`: the call with its queries as they were
+// given, of 8 bits; null: they have more.
+TilesPath path_of_tiles(const BatchAttentionParams& p, const Fp8BatchAttentionParams* fp8, const Gpu& gpu) {
   const AttentionParams& c = p.call;
   // With so few rows in all no request has many.
   if (c.qo_len * (c.num_qo_heads / c.num_kv_heads) <= kFewRows) return TilesPath::none;
@@ -75,22 +79,24 @@ TilesPath path_of_tiles(const BatchAttentionParams& p, const Gpu& gpu) {
   const int64_t most_blocks = ((c.qo_len - 1) / kTileQueries + c.batch) * c.num_qo_heads;
   const bool splits = sm80_batch_supports(p) && sm80_batch_splits(p);
   const bool few = splits && 9 * most_blocks < 4 * gpu.num_sms;
-  if (gpu.compute_capability == 90 && sm90_batch_supports(p) && !few) return TilesPath::sm90;
+  if (gpu.compute_capability == 90 && !few) {
+    if (fp8 != nullptr && sm90_fp8_batch_supports(*fp8)) return TilesPath::sm90_fp8;
+    if (sm90_batch_supports(p)) return TilesPath::sm90;
+  }
 #endif
   return sm80_batch_supports(p) ? TilesPath::sm80 : TilesPath::cuda_cores;
 }
 
-}  // namespace
-
-void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
+// `fp8`: as above. p's queries are then where they are to be widened to.
+void attend(const BatchAttentionParams& p, const Fp8BatchAttentionParams* fp8, TilesPath path,
+            const Gpu& gpu) {
   const AttentionParams& c = p.call;
-  if (c.qo_len == 0 || c.num_qo_heads == 0) return;
-  const TilesPath path = path_of_tiles(p, gpu);
   const bool few_is_fast = batch::few_rows_supports(p);
   const int64_t num_segments = few_is_fast ? PlanView::of(p, nullptr).max_segments * c.num_kv_heads : 0;
   const int64_t num_tiles = path == TilesPath::sm80 ? sm80_batch_counters(p, gpu) : 0;
   Arrivals arrivals;
   const PlanView plan = begin(p, num_segments, num_tiles, arrivals, gpu);
+  if (path == TilesPath::sm90_fp8) batch::widen_few_rows(*fp8, p, plan, gpu);
 
   // The plan's segments, requests with few rows; and the tokens of no request.
   if (few_is_fast) {
@@ -101,6 +107,10 @@ void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
   switch (path) {
     case TilesPath::none:
       return;
+    case TilesPath::sm90_fp8:
+#ifdef FI_CUDA_SM90A
+      return fp8_batch_tiles_sm90(*fp8, plan, gpu);
+#endif
     case TilesPath::sm90:
 #ifdef FI_CUDA_SM90A
       return batch_tiles_sm90(p, plan, gpu);
@@ -110,6 +120,24 @@ void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
     case TilesPath::cuda_cores:
       return batch::on_cuda_cores(p, plan, /*segments=*/false, /*tiles=*/true, gpu);
   }
+}
+
+}  // namespace
+
+void batch_attention(const BatchAttentionParams& p, const Gpu& gpu) {
+  if (p.call.qo_len == 0 || p.call.num_qo_heads == 0) return;
+  attend(p, nullptr, path_of_tiles(p, nullptr, gpu), gpu);
+}
+
+// Products of 8 bits for requests with many rows, where they are to be had; all other queries are widened,
+// for the kernels that read 8-bit keys.
+void fp8_batch_attention(const Fp8BatchAttentionParams& p, const Gpu& gpu) {
+  if (p.batch.call.qo_len == 0 || p.batch.call.num_qo_heads == 0) return;
+  const BatchAttentionParams wide = with_wide_query(p);
+  const TilesPath path = path_of_tiles(wide, &p, gpu);
+  const WidenFp8Params queries = widening(p, wide);
+  if (path != TilesPath::sm90_fp8 && queries.dim > 0) widen_fp8(queries, gpu);
+  attend(wide, &p, path, gpu);
 }
 
 }  // namespace fi::cuda

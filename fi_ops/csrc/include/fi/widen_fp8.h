@@ -55,19 +55,20 @@ AttentionParams widened(const Fp8AttentionParams& p, const Widen& widen) {
   return c;
 }
 
-// The same batch with queries in its dtype, in scratch memory; what has keys stays as it is.
-template <class Widen>
-BatchAttentionParams with_wide_query(const Fp8BatchAttentionParams& p, const Widen& widen) {
-  BatchAttentionParams batch = p.batch;
-  AttentionParams& c = batch.call;
-  const int64_t heads = c.num_qo_heads, dim = c.head_dim_qk, size = c.qo_len * heads * dim;
-  void* query = c.scratch.allocate(c.scratch.context, size * size_of(c.dtype));
-  if (size > 0)
-    widen(widen_heads(c.query, c.qo_len, heads, 1, dim, c.q_stride_n, c.q_stride_h, 0, batch.kv_dtype,
-                      c.dtype, p.q_scale, query));
-  c.query = query;
-  c.q_stride_n = heads * dim, c.q_stride_h = dim;
-  return batch;
+// The same batch with queries in its dtype, in scratch memory that nothing is written to yet; what has keys
+// stays as it is.
+inline BatchAttentionParams with_wide_query(const Fp8BatchAttentionParams& p) {
+  BatchAttentionParams wide = p.batch;
+  AttentionParams& c = wide.call;
+  c.q_stride_h = c.head_dim_qk, c.q_stride_n = c.num_qo_heads * c.head_dim_qk;
+  c.query = c.scratch.allocate(c.scratch.context, c.qo_len * c.q_stride_n * size_of(c.dtype));
+  return wide;
+}
+// What is written there.
+inline WidenFp8Params widening(const Fp8BatchAttentionParams& p, const BatchAttentionParams& wide) {
+  const AttentionParams& c = p.batch.call;
+  return widen_heads(c.query, c.qo_len, c.num_qo_heads, 1, c.head_dim_qk, c.q_stride_n, c.q_stride_h, 0,
+                     p.batch.kv_dtype, c.dtype, p.q_scale, const_cast<void*>(wide.call.query));
 }
 
 }  // namespace fi

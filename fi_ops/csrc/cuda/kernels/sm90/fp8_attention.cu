@@ -14,15 +14,8 @@ bool sm90_fp8_supports(const Fp8AttentionParams& p) {
                      c.batch > 0 && c.num_qo_heads > 0 && c.qo_len >= kMinRows && c.qo_len <= kMaxLength &&
                      c.kv_len > 0 && c.kv_len <= kMaxLength &&
                      c.batch * c.num_qo_heads < kMaxLength / (c.qo_len / 128 + 1);
-  // Whether the copy engine can read them.
-  const auto fit = [](const sm90::HeadRows& x) {
-    const auto fits = [](int64_t extent, int64_t stride) {
-      return extent == 1 || (stride > 0 && stride % 16 == 0 && stride < (int64_t{1} << 39));
-    };
-    return reinterpret_cast<uintptr_t>(x.base) % 16 == 0 && fits(x.batch, x.stride_b) &&
-           fits(x.heads, x.stride_h) && fits(x.rows, x.stride_n);
-  };
-  return plain && sizes && fit(sm90::query_rows(c)) && fit(sm90::key_rows(c)) && fit(sm90::value_rows(c));
+  return plain && sizes && sm90::pairs_map_takes(sm90::query_rows(c)) &&
+         sm90::pairs_map_takes(sm90::key_rows(c)) && sm90::pairs_map_takes(sm90::value_rows(c));
 }
 
 namespace {

@@ -49,18 +49,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 }
 
-// Boxes of fewer keys than this cost more than copies of rows.
-inline constexpr int kMinBoxRows = 16;
-
 // Requests of fewer rows in the mean may be many to whom a larger tile is mostly empty.
 inline constexpr int kMinWideRows = 1024;
-
-// How many keys of a tile one box can bring: those that are neighbours wherever a tile is cut into as many.
-// 0: too few.
-inline int box_rows(const BatchAttentionParams& p, int block_n) {
-  const int rows = p.is_paged() ? static_cast<int>(std::gcd(p.table.page_size, int64_t{block_n})) : block_n;
-  return rows >= kMinBoxRows && rows % 8 == 0 ? rows : 0;
-}
 
 // Whether the larger of two query tiles is: as for one call, if all requests were as long as their mean.
 // Lengths are not known to the host; requests that are short beside the mean are a small part of the work.
@@ -91,13 +81,7 @@ void launch_batch(const BatchAttentionParams& p, const batch::PlanView& plan, co
     args.keys = cache_rows_of(key_rows(p));
     args.values = cache_rows_of(value_rows(p));
   } else {
-    args.box_rows = box_rows(p, Config::kBlockN);
-    const int panels[2] = {Config::kPanelsQK, Config::kPanelsVO};
-    for (int i = 0; i < 4; ++i) {
-      const int half = i % 2, boxes = Config::kBlockN / args.box_rows * panels[i / 2];
-      args.box_bytes[i / 2][half] =
-          static_cast<uint32_t>((boxes + 1 - half) / 2 * args.box_rows * 2 * kBoxColumns);
-    }
+    set_boxes<Config>(args, box_rows(p, Config::kBlockN));
   }
   if constexpr (Config::kMasked) args.mask = scan_batch_mask(p, args.shape, Config::kBlockN, gpu);
   const float scale_log2 = kLog2e * c.scale;

@@ -1,10 +1,13 @@
 // The producers of a batch: they find out which query tile is next, tell the consumers, and bring its keys,
 // by the copy engine where a page holds enough of them, else row by row.
 //
-// Two warps bring keys and two bring values, half of each tile a warp, and none waits for another. What is
-// looked up in memory is asked for before it is needed: a query tile while the one before is worked on, the
-// pages of keys a KV tile ahead. Registers are short: what describes a query tile stays in shared memory.
+// Config::kLoaders warps bring keys and as many values, each its share of a tile, and none waits for another.
+// What is looked up in memory is asked for before it is needed: a query tile while the one before is worked
+// on, the pages of keys a KV tile ahead. Registers are short: what describes a query tile stays in shared
+// memory.
 #pragma once
+
+#include <numeric>
 
 #include "fi/cuda/sm90/prefill_config.h"
 #include "fi/cuda/sm90/prefill_producer.h"
@@ -20,7 +23,7 @@ FI_DEVICE_INLINE int half_now() { return static_cast<int>(thread_now() / 32 % 2)
 template <class Config, bool kValues>
 class BoxLoader {
  public:
-  static constexpr int kArrivals = 2;  // at a tile's barrier: warps
+  static constexpr int kArrivals = Config::kLoaders;  // at a tile's barrier: warps
   static constexpr int kPanels = kValues ? Config::kPanelsVO : Config::kPanelsQK;
 
   // A lane's box of a KV tile: its page.
@@ -37,7 +40,7 @@ class BoxLoader {
   FI_DEVICE_INLINE void load(unsigned char* to, Barrier& full, const BatchTile& tile, int kv_tile,
                              Pages page) {
     constexpr int kPanelBytes = PrefillSmem<Config>::kKvPanelBytes;
-    if (lane_now() == 0) barrier_arrive_expect(full, args_.box_bytes[kValues][half_now()]);
+    if (lane_now() == 0) barrier_arrive_expect(full, args_.box_bytes[kValues][share()]);
     __syncwarp();
     const int row = this->row(), panel = box() % kPanels;
     if (row < Config::kBlockN)
@@ -48,12 +51,36 @@ class BoxLoader {
 
  private:
   // Boxes are counted panel by panel, then by rows; the warps take them in turns.
-  FI_DEVICE_INLINE static int box() { return 2 * lane_now() + half_now(); }
+  FI_DEVICE_INLINE static int box() { return Config::kLoaders * lane_now() + share(); }
+  FI_DEVICE_INLINE static int share() { return Config::kLoaders == 1 ? 0 : half_now(); }
   FI_DEVICE_INLINE int row() const { return box() / kPanels * args_.box_rows; }
 
   const BatchArgs& args_;
   const CUtensorMap& map_;
 };
+
+// Boxes of fewer keys than this cost more than copies of rows.
+inline constexpr int kMinBoxRows = 16;
+
+// How many keys of a tile one box can bring: those that are neighbours wherever a tile is cut into as many.
+// 0: too few.
+inline int box_rows(const BatchAttentionParams& p, int block_n) {
+  const int rows = p.is_paged() ? static_cast<int>(std::gcd(p.table.page_size, int64_t{block_n})) : block_n;
+  return rows >= kMinBoxRows && rows % 8 == 0 ? rows : 0;
+}
+
+// What each of the Config::kLoaders warps brings of a tile.
+template <class Config>
+void set_boxes(BatchArgs& args, int box_rows) {
+  args.box_rows = box_rows;
+  const int panels[2] = {Config::kPanelsQK, Config::kPanelsVO};
+  for (int kind = 0; kind < 2; ++kind) {
+    const int boxes = Config::kBlockN / box_rows * panels[kind];
+    for (int warp = 0; warp < Config::kLoaders; ++warp)
+      args.box_bytes[kind][warp] = static_cast<uint32_t>((boxes + Config::kLoaders - 1 - warp) /
+                                                         Config::kLoaders * box_rows * 2 * kBoxColumns);
+  }
+}
 
 // Rows, copied by all threads to where the copy engine would have put them; zeros for rows that are nowhere.
 // These are accesses of ordinary threads, so the consumers say to the tensor cores' side of memory that they
@@ -126,11 +153,11 @@ class RowLoader {
 };
 
 // A warp of it, where a formula says which KV tiles there are.
-template <class Config, bool kValues>
+template <class Config, bool kValues, class Smem_ = BatchSmem<Config>>
 class BatchProducer {
  public:
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
-  using Smem = BatchSmem<Config>;
+  using Smem = Smem_;
   using Loader = std::conditional_t<Config::kByRows, RowLoader<Config, kValues>, BoxLoader<Config, kValues>>;
 
   FI_DEVICE_INLINE static void run(Smem& smem, const BatchArgs& args, const CUtensorMap& q_map,

@@ -19,6 +19,15 @@ inline HeadRows as_pairs(HeadRows x) {
   return x;
 }
 
+// Whether the copy engine can read them so: 16-byte steps, and no stride of 0 unless it is never taken.
+inline bool pairs_map_takes(const HeadRows& x) {
+  const auto fits = [](int64_t extent, int64_t stride) {
+    return extent == 1 || (stride > 0 && stride % 16 == 0 && stride < (int64_t{1} << 39));
+  };
+  return reinterpret_cast<uintptr_t>(x.base) % 16 == 0 && fits(x.batch, x.stride_b) &&
+         fits(x.heads, x.stride_h) && fits(x.rows, x.stride_n);
+}
+
 // One file each in cuda/kernels/sm90/.
 template <Fp8 kFormat, int kHeadDim>
 void fp8_prefill(const Fp8AttentionParams& p, const Gpu& gpu);

@@ -14,7 +14,7 @@ template <Fp8 kFormat_, int kHeadDim_, int kConsumers_, int kBlockN_, int kStage
 struct Fp8Config {
   static constexpr Fp8 kFormat = kFormat_;
   static constexpr int kHeadDim = kHeadDim_, kConsumers = kConsumers_, kBlockN = kBlockN_, kStages = kStages_;
-  static constexpr bool kQInRegisters = kQInRegisters_;
+  static constexpr bool kQInRegisters = kQInRegisters_, kBatch = false;
   // Accumulators of 8-bit products keep some 14 bits of a sum: outputs are summed there over this many KV
   // tiles, and those sums in fp32. That takes twice the registers, so head_dim is at most 128.
   static constexpr int kPromote = 4;
@@ -44,6 +44,23 @@ struct Fp8Args {
   PrefillShape shape;
   float scale_log2;  // a score times this and the scales of query and key is a logit in base 2
   Fp8AttentionParams p;
+};
+
+// The same for a batch, whose keys come as boxes: one warp brings keys, one values, beside the transposers.
+template <class Config>
+struct Fp8OverBatch : Config {
+  static constexpr bool kBatch = true, kByRows = false;
+  static constexpr int kLoaders = 1;
+};
+
+template <class Config>
+struct Fp8BatchSmem : Fp8Smem<Config> {
+  BatchTile tiles[2], prepared[4][2];  // as in BatchSmem
+};
+
+struct Fp8BatchArgs {
+  BatchArgs batch;
+  PerHead q_scale;  // of query heads; none: 1
 };
 
 }  // namespace fi::cuda::sm90

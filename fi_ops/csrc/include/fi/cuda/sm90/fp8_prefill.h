@@ -13,10 +13,12 @@ namespace fi::cuda::sm90 {
 template <class Config>
 class Fp8Consumer {
  public:
-  using Smem = Fp8Smem<Config>;
+  static constexpr bool kBatch = Config::kBatch;
+  using Smem = std::conditional_t<kBatch, Fp8BatchSmem<Config>, Fp8Smem<Config>>;
+  using Args = std::conditional_t<kBatch, Fp8BatchArgs, Fp8Args>;
   static constexpr int kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
 
-  FI_DEVICE_INLINE Fp8Consumer(Smem& smem, const Fp8Args& args, int group)
+  FI_DEVICE_INLINE Fp8Consumer(Smem& smem, const Args& args, int group)
       : smem_(smem),
         args_(args),
         lane_(threadIdx.x % 32),
@@ -24,9 +26,18 @@ class Fp8Consumer {
         warp_row_(64 * group + threadIdx.x % kWarpgroupThreads / 32 * 16) {}
 
   FI_DEVICE_INLINE void run() {
-    PrefillQueue<Config::kBlockM, kBlockN> queue(args_.shape);
-    PrefillWork work;
-    while (queue.next(work)) attend(work);
+    if constexpr (kBatch) {
+      for (;; q_at_.advance()) {
+        barrier_wait(smem_.q_full, q_at_.parity);
+        const PrefillWork work = uniform(batch_tile().work);
+        if (work.head < 0) return;
+        attend(work);
+      }
+    } else {
+      PrefillQueue<Config::kBlockM, kBlockN> queue(args_.shape);
+      PrefillWork work;
+      while (queue.next(work)) attend(work);
+    }
   }
 
  private:
@@ -34,11 +45,8 @@ class Fp8Consumer {
   static constexpr float kTop = 8.0f, kLag = 0.8f;
 
   FI_DEVICE_INLINE void attend(const PrefillWork& work) {
-    const int kv_head = work.head / args_.shape.group_size;
-    const Fp8AttentionParams& p = args_.p;
-    float scale = args_.scale_log2;
-    if (p.q_scale) scale *= p.q_scale.at(work.head);
-    if (p.k_scale) scale *= p.k_scale.at(kv_head);
+    const int kv_head = kv_head_of(work);
+    const float scale = scale_of(work, kv_head);
     // The softmax takes the maximum of scores: its scale is above 0, and the sign is q's.
     OnlineSoftmax softmax(fmaxf(fabsf(scale), 1e-30f), kTop, kLag);
 
@@ -57,7 +65,7 @@ class Fp8Consumer {
 #pragma unroll
           for (uint32_t& four : q_) four ^= 0x80808080u;
         }
-        release(smem_.q_empty);
+        release_queries();
       } else {
         if (scale < 0.0f) negate_q();
       }
@@ -105,8 +113,8 @@ class Fp8Consumer {
           }
         }
       }
-      if constexpr (!Config::kQInRegisters) release(smem_.q_empty);
-      q_at_.advance();
+      if constexpr (!Config::kQInRegisters) release_queries();
+      if constexpr (!kBatch) q_at_.advance();
 
       start_output(o, weights, summed > 0);
       wgmma_wait<0>();
@@ -115,9 +123,80 @@ class Fp8Consumer {
       v_at_.advance();
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) o[i] += sum[i];
+    } else if constexpr (kBatch) {
+      release_queries();
     }
-    store(o, softmax, work, p.v_scale ? p.v_scale.at(kv_head) : 1.0f);
+    store(o, softmax, work, v_scale_of(kv_head));
   }
+
+  // ---- a call, or a request of a batch ----
+
+  // The query tile at hand, until q_at_ moves on.
+  FI_DEVICE_INLINE const BatchTile& batch_tile() const { return smem_.tiles[q_at_.parity]; }
+
+  // qo_len, kv_len, first_key, last_key.
+  FI_DEVICE_INLINE const auto& shape() const {
+    if constexpr (kBatch) {
+      return batch_tile();
+    } else {
+      return args_.shape;
+    }
+  }
+  FI_DEVICE_INLINE const AttentionParams& call() const {
+    if constexpr (kBatch) {
+      return args_.batch.p;
+    } else {
+      return args_.p.call;
+    }
+  }
+
+  FI_DEVICE_INLINE int kv_head_of(const PrefillWork& work) const {
+    if constexpr (kBatch) {
+      return batch_tile().kv_head;
+    } else {
+      return work.head / args_.shape.group_size;
+    }
+  }
+  // A score times this is a logit in base 2.
+  FI_DEVICE_INLINE float scale_of(const PrefillWork& work, int kv_head) const {
+    if constexpr (kBatch) {
+      const float scale = args_.batch.scale_log2 * batch_tile().k_scale;
+      return args_.q_scale ? scale * args_.q_scale.at(work.head) : scale;
+    } else {
+      const Fp8AttentionParams& p = args_.p;
+      float scale = args_.scale_log2;
+      if (p.q_scale) scale *= p.q_scale.at(work.head);
+      if (p.k_scale) scale *= p.k_scale.at(kv_head);
+      return scale;
+    }
+  }
+  FI_DEVICE_INLINE float v_scale_of(int kv_head) const {
+    if constexpr (kBatch) {
+      return batch_tile().v_scale;
+    } else {
+      return args_.p.v_scale ? args_.p.v_scale.at(kv_head) : 1.0f;
+    }
+  }
+
+  // The query that this thread's row r is of, and its head.
+  FI_DEVICE_INLINE int query(const PrefillWork& work, int r) const {
+    if constexpr (kBatch) {
+      if (batch_tile().packed) {
+        const Divisor& by_group_size = args_.batch.shape.by_group_size;
+        return work.q_start + static_cast<int>(by_group_size.divide(static_cast<unsigned>(place(r))));
+      }
+    }
+    return work.q_start + warp_row_ + lane_ / 4 + 8 * r;
+  }
+  FI_DEVICE_INLINE int head(const PrefillWork& work, int r) const {
+    if constexpr (kBatch) {
+      if (batch_tile().packed)
+        return work.head + place(r) - (query(work, r) - work.q_start) * args_.batch.shape.group_size;
+    }
+    return work.head;
+  }
+  // Where it is in the tile.
+  FI_DEVICE_INLINE int place(int r) const { return warp_row_ + lane_ / 4 + 8 * r; }
 
   // ---- the products ----
 
@@ -179,19 +258,25 @@ class Fp8Consumer {
   FI_DEVICE_INLINE void release(Barrier& empty) {
     if (lane_ == 0) barrier_arrive(empty);
   }
+  // Over a batch: what the warp read of the query tile before, lane by lane, is read too.
+  FI_DEVICE_INLINE void release_queries() {
+    if constexpr (kBatch) __syncwarp();
+    release(smem_.q_empty);
+  }
 
   // ---- between the products ----
 
   FI_DEVICE_INLINE void mask(float (&s)[kBlockN / 2], const PrefillWork& work, int tile) const {
-    const PrefillShape& shape = args_.shape;
-    const int row = work.q_start + warp_row_ + lane_ / 4, key = tile * kBlockN + lane_ % 4 * 2;
+    const auto& shape = this->shape();
+    const int row = query(work, 0), key = tile * kBlockN + lane_ % 4 * 2;
+    const auto other = [&] { return kBatch ? query(work, 1) : row + 8; };
     if (tile >= work.whole.end) {
       const int last[2] = {min(row + shape.last_key, shape.kv_len - 1),
-                           min(row + 8 + shape.last_key, shape.kv_len - 1)};
+                           min(other() + shape.last_key, shape.kv_len - 1)};
       mask_after(s, key, last);
     }
     if (tile < work.whole.begin) {
-      const int first[2] = {row + shape.first_key, row + 8 + shape.first_key};
+      const int first[2] = {row + shape.first_key, other() + shape.first_key};
       mask_before(s, key, first);
     }
   }
@@ -209,23 +294,44 @@ class Fp8Consumer {
 
   FI_DEVICE_INLINE void store(const float (&o)[kHeadDim / 2], const OnlineSoftmax& softmax,
                               const PrefillWork& work, float v_scale) const {
-    const AttentionParams& p = args_.p.call;
+    const AttentionParams& p = call();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = work.q_start + warp_row_ + lane_ / 4 + 8 * r;
+      const int row = query(work, r), head = this->head(work, r);
       const float sum = softmax.sum(r);
-      const auto [factor, lse] = finish_row(p, work.head, softmax.base(r, sum), sum);
-      if (row >= args_.shape.qo_len) continue;
-      const int64_t out =
-          work.b * p.o_stride_b + work.head * p.o_stride_h + row * p.o_stride_n + lane_ % 4 * 4;
+      const auto [factor, lse] = finish_row(p, head, softmax.base(r, sum), sum);
+      if (row >= query_end()) continue;
+      const int64_t out = out_row(work.b, head, row) + lane_ % 4 * 4;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
         const float *even = o + 8 * i + 2 * r, *odd = even + 4;  // of these columns
         store_four(p, out + 16 * i, factor * v_scale, even[0], odd[0], even[1], odd[1]);
       }
-      if (p.lse != nullptr && lane_ % 4 == 0)
-        p.lse[(static_cast<int64_t>(work.b) * args_.shape.num_qo_heads + work.head) * args_.shape.qo_len +
-              row] = lse;
+      if (p.lse != nullptr && lane_ % 4 == 0) p.lse[lse_index(work.b, head, row)] = lse;
+    }
+  }
+
+  // Where the tile's rows end, of those that there are.
+  FI_DEVICE_INLINE int query_end() const {
+    if constexpr (kBatch) {
+      return batch_tile().q_end;
+    } else {
+      return args_.shape.qo_len;
+    }
+  }
+  FI_DEVICE_INLINE int64_t out_row(int b, int head, int row) const {
+    const AttentionParams& p = call();
+    if constexpr (kBatch) {
+      return head * p.o_stride_h + (batch_tile().q_begin + row) * p.o_stride_n;
+    } else {
+      return b * p.o_stride_b + head * p.o_stride_h + row * p.o_stride_n;
+    }
+  }
+  FI_DEVICE_INLINE int64_t lse_index(int b, int head, int row) const {
+    if constexpr (kBatch) {
+      return (batch_tile().q_begin + row) * call().num_qo_heads + head;
+    } else {
+      return (static_cast<int64_t>(b) * args_.shape.num_qo_heads + head) * args_.shape.qo_len + row;
     }
   }
 
@@ -242,12 +348,29 @@ class Fp8Consumer {
   }
 
   Smem& smem_;
-  const Fp8Args& args_;
+  const Args& args_;
   int lane_, group_row_, warp_row_;  // the warpgroup's and the warp's first row in the query tile
   uint32_t q_[Config::kQInRegisters ? kHeadDim / 8 : 1];
   RingPosition<1> q_at_;
   RingPosition<Config::kStages> k_at_, v_at_;
 };
+
+// By one thread.
+template <class Config>
+FI_DEVICE_INLINE void init_fp8_barriers(Fp8Smem<Config>& smem, uint32_t readers_of_q) {
+  constexpr int kReaders = 4 * Config::kConsumers;  // warps
+  barrier_init(smem.q_full, 1);
+  barrier_init(smem.q_empty, readers_of_q);
+  for (int stage = 0; stage < Config::kStages; ++stage) {
+    barrier_init(smem.k_full[stage], 1);
+    barrier_init(smem.k_empty[stage], kReaders);
+    barrier_init(smem.v_full[stage], 1);
+    barrier_init(smem.v_empty[stage], Config::kTransposers);
+    barrier_init(smem.transposed_full[stage], Config::kTransposers);
+    barrier_init(smem.transposed_empty[stage], kReaders);
+  }
+  barrier_init_fence();
+}
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
@@ -255,21 +378,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                        const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
   auto& smem = *reinterpret_cast<Fp8Smem<Config>*>(dynamic_smem());
   if (threadIdx.x == 0) {
-    constexpr int kReaders = 4 * Config::kConsumers;  // warps
     prefetch_tensor_map(q_map);
     prefetch_tensor_map(k_map);
     prefetch_tensor_map(v_map);
-    barrier_init(smem.q_full, 1);
-    barrier_init(smem.q_empty, kReaders);
-    for (int stage = 0; stage < Config::kStages; ++stage) {
-      barrier_init(smem.k_full[stage], 1);
-      barrier_init(smem.k_empty[stage], kReaders);
-      barrier_init(smem.v_full[stage], 1);
-      barrier_init(smem.v_empty[stage], Config::kTransposers);
-      barrier_init(smem.transposed_full[stage], Config::kTransposers);
-      barrier_init(smem.transposed_empty[stage], kReaders);
-    }
-    barrier_init_fence();
+    init_fp8_barriers<Config>(smem, 4 * Config::kConsumers);
   }
   __syncthreads();
   wait_for_previous_kernel();

@@ -15,41 +15,63 @@
 
 namespace fi::cuda::sm90 {
 
+// By Config::kTransposers warps; `warp` counts them.
 template <class Config>
 class Fp8Transposer {
  public:
   using Smem = Fp8Smem<Config>;
   static constexpr int kBlockN = Config::kBlockN;
 
-  // By Config::kTransposers warps; `warp` counts them.
   FI_DEVICE_INLINE static void run(Smem& smem, const PrefillShape& shape, int warp) {
     PrefillQueue<Config::kBlockM, kBlockN> queue(shape);
     PrefillWork work;
     RingPosition<Config::kStages> at;
     while (queue.next(work)) {
       const SeenKeys rows(shape, work.q_start, Config::kBlockM);
-      const Range seen{rows.first_row + shape.first_key, rows.last_row + shape.last_key + 1};
-      for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; --tile) {
-        barrier_wait(smem.v_full[at.stage], at.parity);
-        barrier_wait(smem.transposed_empty[at.stage], at.parity ^ 1);
-        const Range here{seen.begin - tile * kBlockN, seen.end - tile * kBlockN};
-        if (here.begin > 0 || here.end < kBlockN) {
-          transpose<true>(smem.transposed[at.stage], smem.v[at.stage], here, warp);
-        } else {
-          transpose<false>(smem.transposed[at.stage], smem.v[at.stage], here, warp);
-        }
-        fence_for_products();
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) {
-          barrier_arrive(smem.v_empty[at.stage]);
-          barrier_arrive(smem.transposed_full[at.stage]);
-        }
-        at.advance();
-      }
+      transpose_tiles(smem, at, work.tiles,
+                      {rows.first_row + shape.first_key, rows.last_row + shape.last_key + 1}, warp);
+    }
+  }
+
+  // Over a batch, where the producer says which tiles there are.
+  FI_DEVICE_INLINE static void run(Fp8BatchSmem<Config>& smem, int warp) {
+    RingPosition<1> q_at;
+    RingPosition<Config::kStages> at;
+    for (;; q_at.advance()) {
+      barrier_wait(smem.q_full, q_at.parity);
+      const BatchTile& tile = smem.tiles[q_at.parity];
+      if (!tile.any()) return;
+      transpose_tiles(smem, at, tile.work.tiles,
+                      {tile.work.q_start + tile.first_key, min(tile.q_end + tile.last_key, tile.kv_len)},
+                      warp);
+      __syncwarp();  // lane 0's arrival speaks for all: `tile` was read
+      if (threadIdx.x % 32 == 0) barrier_arrive(smem.q_empty);
     }
   }
 
  private:
+  // `seen`: by some row; what values lie outside may be anything.
+  FI_DEVICE_INLINE static void transpose_tiles(Smem& smem, RingPosition<Config::kStages>& at, Range tiles,
+                                               Range seen, int warp) {
+    for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
+      barrier_wait(smem.v_full[at.stage], at.parity);
+      barrier_wait(smem.transposed_empty[at.stage], at.parity ^ 1);
+      const Range here{seen.begin - tile * kBlockN, seen.end - tile * kBlockN};
+      if (here.begin > 0 || here.end < kBlockN) {
+        transpose<true>(smem.transposed[at.stage], smem.v[at.stage], here, warp);
+      } else {
+        transpose<false>(smem.transposed[at.stage], smem.v[at.stage], here, warp);
+      }
+      fence_for_products();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) {
+        barrier_arrive(smem.v_empty[at.stage]);
+        barrier_arrive(smem.transposed_full[at.stage]);
+      }
+      at.advance();
+    }
+  }
+
   // With kCut, values of keys that no row sees become 0: they may be NaN, which a weight of 0 doesn't remove.
   template <bool kCut>
   FI_DEVICE_INLINE static void transpose(unsigned char* to, const unsigned char* from, Range seen, int warp) {

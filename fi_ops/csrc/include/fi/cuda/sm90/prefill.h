@@ -170,16 +170,6 @@ class PrefillConsumer {
   // With kBatch: the query tile at hand, until q_at_ moves on.
   FI_DEVICE_INLINE const auto& batch_tile() const { return smem_.tiles[q_at_.parity]; }
 
-  // What lane 0 reads, known to be the same in all lanes.
-  FI_DEVICE_INLINE static PrefillWork uniform(const PrefillWork& work) {
-    const auto of = [](int x) { return __shfl_sync(kAllLanes, x, 0); };
-    return {of(work.b),
-            of(work.head),
-            of(work.q_start),
-            {of(work.tiles.begin), of(work.tiles.end)},
-            {of(work.whole.begin), of(work.whole.end)}};
-  }
-
   // What the softmax multiplies scores by. A batch's scale of keys joins it, its sign q (the softmax relies
   // on a scale above 0).
   FI_DEVICE_INLINE float start_scale() {

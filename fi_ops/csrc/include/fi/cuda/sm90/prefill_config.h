@@ -54,6 +54,7 @@ struct PrefillConfig {
 template <class Config, bool kByRows_, bool kMasked_ = false>
 struct OverBatch : Config {
   static constexpr bool kDeviceKeys = false, kBatch = true, kByRows = kByRows_, kMasked = kMasked_;
+  static constexpr int kLoaders = 2;  // warps that bring keys, and as many values
   static_assert(Config::kProducerRegisters >= 32);
   static_assert(!kMasked || Config::kBlockM == kTileQueries, "classes are of planned tiles");
 };
@@ -107,8 +108,8 @@ struct BatchArgs {
   BatchShape shape;
   AttentionParams p;
   CacheRows keys, values;  // with kByRows
-  // Else: rows of a box, a divisor of the page size, and what the boxes of half a KV tile bring: of keys, of
-  // values.
+  // Else: rows of a box, a divisor of the page size, and what the boxes of each warp's share of a KV tile
+  // bring: of keys, of values.
   int box_rows;
   uint32_t box_bytes[2][2];
   uint32_t packed_q_bytes;  // of the queries of a packed tile

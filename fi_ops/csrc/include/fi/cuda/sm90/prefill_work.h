@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "fi/cuda/ptx.h"
+#include "fi/cuda/attention_rows.h"
 
 namespace fi::cuda::sm90 {
 
@@ -65,6 +65,16 @@ struct PrefillWork {
   int b, head, q_start;
   Range tiles, whole;
 };
+
+// What lane 0 reads, known to be the same in all lanes.
+FI_DEVICE_INLINE PrefillWork uniform(const PrefillWork& work) {
+  const auto of = [](int x) { return __shfl_sync(kAllLanes, x, 0); };
+  return {of(work.b),
+          of(work.head),
+          of(work.q_start),
+          {of(work.tiles.begin), of(work.tiles.end)},
+          {of(work.whole.begin), of(work.whole.end)}};
+}
 
 // Query tiles are handed out to the blocks round by round. Under a causal mask a later one is a longer one,
 // so the last ones go first, and every other round runs backwards through the blocks: the sums come out even.
