@@ -67,7 +67,7 @@ def _run_tests(*arguments: str, **env: str) -> None:
 def test_sweep():
     """The CUDA kernels by the registry: numerics in bf16 (and the ops without floats), and every refusal."""
     select = "(test_numerics and (bfloat16 or bool or int)) or test_bad_input"
-    _run_tests("--emulate-cuda", str(SWEEP), "-k", select)
+    _run_tests("--emulate-cuda=sm80", str(SWEEP), "-k", select)
 
 
 def test_hopper(tmp_path):
@@ -82,4 +82,4 @@ def test_hopper(tmp_path):
 
 def test_unchecked_values():
     """Hostile index tensors that nothing refuses: the kernels stay in their tensors' memory."""
-    _run_tests("--emulate-cuda", *map(str, UNCHECKED), FI_EMULATION_CHECK="0")
+    _run_tests("--emulate-cuda=sm80", *map(str, UNCHECKED), FI_EMULATION_CHECK="0")

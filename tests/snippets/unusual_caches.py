@@ -21,7 +21,7 @@ def holding(dtype):
 def quantised():
     q, k, v, kc, vc, positions, mask = step()
     kc, vc = ((cache * 50).round().to(torch.int8) for cache in (kc, vc))
-    scales = (torch.rand(B, HKV, LMAX, 1) + 0.5 for _ in range(2))
+    scales = ((torch.rand(B, HKV, LMAX, 1) + 0.5) / 50 for _ in range(2))  # logits of ordinary size
     return q, k, v, kc, vc, *scales, positions, mask
 
 
